@@ -1,0 +1,2 @@
+//! The measurements, each beside its reference in the same run.
+fn main() {}

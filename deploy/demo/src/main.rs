@@ -1,0 +1,2 @@
+//! The demonstrations, with real processes.
+fn main() {}

@@ -1,0 +1,1 @@
+//! A PCI copy engine as a device agent.

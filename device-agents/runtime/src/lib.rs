@@ -1,0 +1,1 @@
+//! The device side of the wire: session, DMA stream, MMIO, interrupts, reconnect.

@@ -1,0 +1,2 @@
+//! See and steer an IOMMU server from the command line.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Async clients: Driver (DMA API), Observer, Operator, bare machines.

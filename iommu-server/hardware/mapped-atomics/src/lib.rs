@@ -1,0 +1,1 @@
+//! Sixteen-byte atomics on mapped memory.

@@ -1,0 +1,1 @@
+//! What host software does: domains, IOVA allocation, DMA mapping, ownership, topology.

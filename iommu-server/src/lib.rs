@@ -1,0 +1,1 @@
+//! The IOMMU as a network service.

@@ -1,0 +1,1 @@
+//! The wire contract: schema, generated code, conversions, errors.

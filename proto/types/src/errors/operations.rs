@@ -1,0 +1,62 @@
+//! One enum per operation.
+
+use super::*;
+use crate::InvalidRange;
+
+macro_rules! operations {
+    ($($(#[$doc:meta])* $name:ident { $($variant:ident),* $(,)? })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+            pub enum $name {
+                $(
+                    #[doc = concat!("See [`", stringify!($variant), "`].")]
+                    #[error(transparent)]
+                    $variant(#[from] $variant),
+                )*
+            }
+        )*
+    };
+}
+
+operations! {
+    /// Why a buffer was not allocated.
+    AllocateError { InvalidField, OutOfMemory, LimitReached }
+    /// Why a buffer was not freed.
+    FreeError { InvalidRange, NotAllocated, StillMapped }
+    /// Why the DMA API did not map.
+    DmaMapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached }
+    /// Why the DMA API did not unmap.
+    DmaUnmapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotMapped, SizeMismatch, DirectionMismatch }
+    /// Why the domain API did not map.
+    MapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
+    /// Why the domain API did not unmap.
+    UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
+    /// Why a domain was not created.
+    CreateDomainError { InvalidField, OutOfMemory, LimitReached }
+    /// Why a domain was not destroyed.
+    DestroyDomainError { UnknownDomain, NotYours, DomainInUse }
+    /// Why a device was not attached.
+    AttachError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, OutOfMemory, LimitReached }
+    /// Why a device was not detached.
+    DetachError { UnknownDevice, NotAttached, NotYours }
+    /// Why a device was not declared.
+    DeclareError { InvalidField, DeviceExists, UnknownOwner, LimitReached }
+    /// Why memory was not read or written.
+    MemoryError { InvalidRange, InvalidField, UnknownOwner, UnknownMachine, NotYours, NotOwned, NoMemory, LimitReached }
+    /// Why no interrupt was allocated.
+    InterruptError { UnknownDevice, NotYours, InvalidField, LimitReached }
+    /// Why a register of a device was not read or written.
+    MmioError { InvalidField, UnknownDevice, NotYours, DeviceAbsent, DeviceTimeout, MmioRefused, LimitReached }
+    /// Why no bare machine was created.
+    CreateMachineError { InvalidField, BadCapabilities, OutOfMemory, LimitReached }
+    /// Why a register of a bare machine's unit was not read or written.
+    RegisterError { UnknownMachine, NotYours, InvalidField, BadRegisterAccess }
+    /// Why a session was not opened.
+    SessionError { InvalidField, IdentityRefused, VersionMismatch, SessionExists, LimitReached, ShuttingDown }
+    /// What can befall any call, whatever it does: the session, the framing, the server.
+    CallError {
+        SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,
+        MessageTooLarge, UnknownMethod, ShuttingDown, StreamStalled, BadResumeToken, LimitReached, InvalidField, Internal,
+    }
+}

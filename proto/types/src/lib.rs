@@ -1,0 +1,30 @@
+//! The vocabulary of the IOMMU: addresses, ranges, identities, permissions, faults, errors.
+//!
+//! Every crate of the workspace speaks in these types, and none of them knows how it travels or where it is
+//! kept. A number that means something has a type of its own; address spaces do not convert into each other,
+//! and arithmetic is checked. Names are those of VT-d, PCIe and Linux.
+
+mod access;
+mod address;
+mod bare;
+mod device;
+pub mod errors;
+mod explain;
+mod fault;
+mod identity;
+mod invalidation;
+mod protection;
+mod range;
+mod register;
+
+pub use access::{Access, Direction, Permissions};
+pub use address::{Address, Gpa, Hpa, Iova, PAGE_SIZE_BYTES, PageSize};
+pub use bare::{AddressWidths, Capabilities, InvalidCapabilities};
+pub use device::{DeviceAddress, DomainId, ParseAddressError, Pasid, SourceId};
+pub use explain::{CacheState, Explanation, Outcome, Step, Structure, Translation};
+pub use fault::{DmaFault, Fault, FaultReason, FaultRecord, InterruptFault, Refusal, TranslationFault};
+pub use identity::{Generation, Identity, Owner, ParseOwnerError, RequestId, Role};
+pub use invalidation::{FunctionMask, Granularity, Invalidation};
+pub use protection::Protection;
+pub use range::{AddressRange, GpaRange, HpaRange, InvalidRange, IovaRange};
+pub use register::AccessWidth;
