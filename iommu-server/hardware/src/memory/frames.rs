@@ -155,9 +155,7 @@ impl FrameArray {
     }
 
     fn place_of_ours(&self, frame: Hpa) -> Hpa {
-        let place = self.place(frame);
-        assert!(place.is_some(), "only frames of RAM are counted: {frame}");
-        place.unwrap_or(self.base)
+        self.place(frame).unwrap_or_else(|| panic!("only frames of RAM are counted: {frame}"))
     }
 
     fn load(&self, at: Hpa) -> u64 {
@@ -223,16 +221,16 @@ mod tests {
 
     #[test]
     fn frames_beyond_the_hole_follow_those_before_it() {
-        let size_bytes = super::super::LOW_RAM_BYTES_MAX + (4 << 20);
-        let config = super::super::MemoryConfig { size_bytes, backing: super::super::Backing::Memfd };
+        let size_bytes = crate::memory::LOW_RAM_BYTES_MAX + (4 << 20);
+        let config = crate::memory::MemoryConfig { size_bytes, backing: crate::memory::Backing::Memfd };
         let memory = Arc::new(PhysicalMemory::new(&config).expect("memory"));
         assert_eq!(FrameArray::bytes_needed(&memory), size_bytes / 512);
         let frames = FrameArray::new(Arc::clone(&memory), Hpa::new(0));
-        let first_high = super::super::HIGH_RAM_BASE;
+        let first_high = crate::memory::HIGH_RAM_BASE;
         frames.transfer(first_high, OWNER_NONE, A).expect("free");
-        let place = Hpa::new(super::super::LOW_RAM_BYTES_MAX / PAGE * 8);
+        let place = Hpa::new(crate::memory::LOW_RAM_BYTES_MAX / PAGE * 8);
         assert_eq!(memory.load_u64(place), Ok(u64::from(A)));
-        assert_eq!(frames.state(Hpa::new(super::super::LOW_RAM_BYTES_MAX)), None);
+        assert_eq!(frames.state(Hpa::new(crate::memory::LOW_RAM_BYTES_MAX)), None);
         assert_eq!(frames.state(Hpa::new(first_high.get() + (4 << 20))), None);
     }
 

@@ -216,9 +216,8 @@ impl MappingRecords {
 }
 
 fn state_of(index: RecordIndex, head: u64) -> RecordState {
-    let state = RecordState::from_word(head);
-    assert!(state.is_some(), "only this module writes records, and {index:?} begins with {head:#018x}");
-    state.unwrap_or(RecordState::Free)
+    RecordState::from_word(head)
+        .unwrap_or_else(|| panic!("only this module writes records, and {index:?} begins with {head:#018x}"))
 }
 
 #[cfg(test)]
