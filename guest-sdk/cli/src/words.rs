@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use guest_sdk::types::{CacheState, Explanation, Fault, FaultRecord, Outcome, Step, Structure, Translation};
+use iommu_types::{CacheState, Explanation, Fault, FaultRecord, Outcome, Step, Structure, Translation};
 
 /// One fault record in one line.
 pub(crate) fn fault_line(record: &FaultRecord) -> String {
