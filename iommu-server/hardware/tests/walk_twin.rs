@@ -68,7 +68,7 @@ fn random_page(random: &mut Random, world: &World) -> (Iova, Hpa, PageSize) {
     let iova = region + (random.below(2) << 30) + (random.below(3) << 21) + (random.below(4) << 12);
     let hpa = if random.one_in(6) { 0xfee0_0000 + (random.below(512) << 12) } else { random.next() >> 18 };
     let align = !(size.bytes() - 1);
-    (Iova::new(iova % limit & align), Hpa::new(hpa & align), size)
+    (Iova::new((iova % limit) & align), Hpa::new(hpa & align), size)
 }
 
 fn build(random: &mut Random) -> (World, FlatTwin) {
