@@ -361,6 +361,20 @@ fn a_table_that_leads_to_itself_is_dumped_as_deep_as_there_are_levels() {
     assert_eq!(steps, 2, "without page tables only root and context");
 }
 
+/// What a dump shows below an entry is what a walk could meet there.
+#[test]
+fn an_entry_that_the_walk_refuses_is_dumped_but_not_followed() {
+    let mut world = World::mapped(4);
+    world.damage(3, 1 << 62);
+    let mut readings = Vec::new();
+    let _ = dump(&world.memory, &world.capabilities, world.root, world.source, false, &mut |step, _| {
+        readings.push(step.reading);
+        ControlFlow::Continue(())
+    });
+    assert_eq!(readings.len(), 4, "root, context, level 4, level 3: {readings:#?}");
+    assert!(readings[3].ends_with("reserved bits 0x4000000000000000 set"), "{}", readings[3]);
+}
+
 #[test]
 fn a_table_without_memory_is_dumped_as_one_unreadable_entry() {
     let mut world = World::mapped(4);
