@@ -266,7 +266,8 @@ impl Batch {
     }
 
     fn add_atomic(&mut self, kind: Kind, iova: Iova, size_bytes: u32, operands: &[AtomicValue]) -> &mut Self {
-        self.add(kind, iova, size_bytes, operands.iter().map(|operand| u64::from(operand.size_bytes())).sum());
+        let operand_bytes: u64 = operands.iter().map(|operand| u64::from(operand.size_bytes())).sum();
+        self.add(kind, iova, size_bytes, operand_bytes + u64::from(size_bytes));
         let payload = self.payload.joined();
         operands.iter().for_each(|operand| operand.put(payload));
         self
