@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use iommu_proto::model::RequestHeader;
 use iommu_proto::pb;
 use iommu_types::errors::{FreeError, MemoryError};
 use iommu_types::{Gpa, GpaRange, InvalidRange};
@@ -62,7 +63,7 @@ impl Buffer {
     /// Gives the buffer back. Refused while a device has any of it mapped, and then given back to the caller.
     pub async fn free(self) -> Result<(), (Self, SdkError<FreeError>)> {
         let gpa = self.gpa().get();
-        let message = |header| pb::FreeBufferRequest { header: Some(header.into()), gpa };
+        let message = |header: RequestHeader| pb::FreeBufferRequest { header: Some(header.into()), gpa };
         let answer = self
             .driver
             .mutate(message, |mut client, request| async move { client.free_buffer(request).await })

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use iommu_proto::model::RequestHeader;
 use iommu_proto::pb;
 use iommu_types::errors::{AttachError, DestroyDomainError, MapError, UnmapError};
 use iommu_types::{DomainId, Gpa, Iova, Permissions};
@@ -58,7 +59,7 @@ impl Domain {
         size_bytes: u64,
         permissions: Permissions,
     ) -> Result<(), SdkError<MapError>> {
-        let message = |header| pb::MapRequest {
+        let message = |header: RequestHeader| pb::MapRequest {
             header: Some(header.into()),
             domain_id: self.id.get().into(),
             iova: iova.get(),
@@ -73,7 +74,7 @@ impl Domain {
     /// Unmaps every mapping in the range, which may have holes; one that would be split refuses the whole. Answered after
     /// invalidation and drain, with the bytes of mappings removed.
     pub async fn unmap(&self, iova: Iova, size_bytes: u64) -> Result<u64, SdkError<UnmapError>> {
-        let message = |header| pb::UnmapRequest {
+        let message = |header: RequestHeader| pb::UnmapRequest {
             header: Some(header.into()),
             domain_id: self.id.get().into(),
             iova: iova.get(),
@@ -90,7 +91,7 @@ impl Domain {
 
     /// Destroys the domain with its mappings. Refused while a device is attached to it.
     pub async fn destroy(self) -> Result<(), SdkError<DestroyDomainError>> {
-        let message = |header| pb::DestroyDomainRequest { header: Some(header.into()), domain_id: self.id.get().into() };
+        let message = |header: RequestHeader| pb::DestroyDomainRequest { header: Some(header.into()), domain_id: self.id.get().into() };
         let call = |mut client: Client, request| async move { client.destroy_domain(request).await };
         self.driver.mutate(message, call).await.map(drop)
     }

@@ -6,7 +6,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use iommu_proto::errors::WireError;
-use iommu_proto::{model, pb};
+use iommu_proto::model::{self, RequestHeader};
+use iommu_proto::pb;
 use iommu_proto::pb::driver_service_client::DriverServiceClient;
 use iommu_types::errors::{AllocateError, CreateDomainError, DmaMapError};
 use iommu_types::{DeviceAddress, Direction, Generation, Gpa, GpaRange, Iova, Owner, Protection};
@@ -61,7 +62,7 @@ impl DriverCore {
     /// A mutating call: one request ID for all of its attempts.
     pub(crate) async fn mutate<E, M, T, F, A>(
         &self,
-        message: impl Fn(model::RequestHeader) -> M,
+        message: impl Fn(RequestHeader) -> M,
         call: F,
     ) -> Result<T, SdkError<E>>
     where
@@ -155,7 +156,7 @@ impl Driver {
 
     /// Allocates a buffer of at least `size_bytes` (at least 1), rounded up to whole 4 KiB pages and zeroed.
     pub async fn allocate(&self, size_bytes: u64) -> Result<Buffer, SdkError<AllocateError>> {
-        let message = |header| pb::AllocateBufferRequest { header: Some(header.into()), size_bytes };
+        let message = |header: RequestHeader| pb::AllocateBufferRequest { header: Some(header.into()), size_bytes };
         let answer = self
             .inner
             .mutate(message, |mut client, request| async move { client.allocate_buffer(request).await })
@@ -173,7 +174,7 @@ impl Driver {
         direction: Direction,
     ) -> Result<DmaMapping, SdkError<DmaMapError>> {
         let device_address = device.address();
-        let message = |header| -> pb::DmaMapRequest {
+        let message = |header: RequestHeader| -> pb::DmaMapRequest {
             model::DmaMap { header, device: device_address, range: memory, direction }.into()
         };
         let answer = self
@@ -206,7 +207,7 @@ impl Driver {
         device: &DeviceHandle,
         size_bytes: u64,
     ) -> Result<Coherent, SdkError<DmaMapError>> {
-        let message = |header| pb::AllocateCoherentRequest {
+        let message = |header: RequestHeader| pb::AllocateCoherentRequest {
             header: Some(header.into()),
             device: Some(device.address().into()),
             size_bytes,
@@ -230,7 +231,7 @@ impl Driver {
         protection: Protection,
         width: DomainWidth,
     ) -> Result<Domain, SdkError<CreateDomainError>> {
-        let message = |header| -> pb::CreateDomainRequest {
+        let message = |header: RequestHeader| -> pb::CreateDomainRequest {
             model::CreateDomain { header, protection, width_bits: width.bits() }.into()
         };
         let answer = self

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use iommu_proto::model::RequestHeader;
 use iommu_proto::pb;
 use iommu_types::errors::{AttachError, DetachError, InterruptError, MmioError};
 use iommu_types::{AccessWidth, DeviceAddress, DomainId, Iova};
@@ -82,7 +83,7 @@ impl DeviceHandle {
     /// Reads a 4-byte register of BAR 0.
     pub async fn read32(&self, offset: u64) -> Result<u32, SdkError<MmioError>> {
         let value = self.read(0, offset, AccessWidth::Bytes4).await?;
-        u32::try_from(value).map_err(bad_answer)
+        Ok(u32::try_from(value).map_err(bad_answer)?)
     }
 
     /// Reads an 8-byte register of BAR 0.
@@ -103,7 +104,7 @@ impl DeviceHandle {
     /// Allocates an interrupt: what to program into the device, and the vector with which it is delivered.
     pub async fn allocate_interrupt(&self) -> Result<MsiVector, SdkError<InterruptError>> {
         let message =
-            |header| pb::AllocateInterruptRequest { header: Some(header.into()), device: Some(self.address.into()) };
+            |header: RequestHeader| pb::AllocateInterruptRequest { header: Some(header.into()), device: Some(self.address.into()) };
         let call =
             |mut client: Client, request| async move { client.allocate_interrupt(request).await };
         let answer = self.driver.mutate(message, call).await?;
@@ -119,13 +120,13 @@ impl DeviceHandle {
     /// Detaches the device: every DMA of it is refused. Answered after invalidation and drain.
     pub async fn detach(&self) -> Result<(), SdkError<DetachError>> {
         let message =
-            |header| pb::DetachDeviceRequest { header: Some(header.into()), device: Some(self.address.into()) };
+            |header: RequestHeader| pb::DetachDeviceRequest { header: Some(header.into()), device: Some(self.address.into()) };
         let call = |mut client: Client, request| async move { client.detach_device(request).await };
         self.driver.mutate(message, call).await.map(drop)
     }
 
     pub(crate) async fn attach_to(&self, domain_id: Option<DomainId>) -> Result<DomainId, SdkError<AttachError>> {
-        let message = |header| pb::AttachDeviceRequest {
+        let message = |header: RequestHeader| pb::AttachDeviceRequest {
             header: Some(header.into()),
             device: Some(self.address.into()),
             domain_id: domain_id.map(|id| id.get().into()),

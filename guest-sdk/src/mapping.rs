@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use iommu_proto::model::RequestHeader;
 use iommu_proto::pb;
 use iommu_types::errors::DmaUnmapError;
 use iommu_types::{DeviceAddress, Direction, GpaRange, Iova};
@@ -67,7 +68,7 @@ impl DmaMapping {
     /// in flight (I1). The value is used up whatever comes; an error without an answer leaves the outcome unknown.
     pub async fn unmap(mut self) -> Result<(), SdkError<DmaUnmapError>> {
         self.mapped = false;
-        let message = |header| pb::DmaUnmapRequest {
+        let message = |header: RequestHeader| pb::DmaUnmapRequest {
             header: Some(header.into()),
             device: Some(self.device.into()),
             iova: self.iova.get(),
@@ -135,7 +136,7 @@ impl Coherent {
 
     /// Unmaps and frees (Linux `dma_free_coherent`).
     pub async fn free(self) -> Result<(), SdkError<DmaUnmapError>> {
-        let message = |header| pb::FreeCoherentRequest {
+        let message = |header: RequestHeader| pb::FreeCoherentRequest {
             header: Some(header.into()),
             device: Some(self.device.into()),
             gpa: self.range.base().get(),
