@@ -71,7 +71,7 @@ pub(crate) fn close(json: bool, name: &str, steps: &[Step], took: std::time::Dur
         return Ok(passed);
     }
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic).set_width(110);
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic).set_width(110);
     table.set_header(["step", "expected", "observed", ""]);
     for step in steps {
         table.add_row([&step.name, &step.expected, &step.observed, if step.passed { "✓" } else { "✗" }]);

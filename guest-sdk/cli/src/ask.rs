@@ -2,7 +2,8 @@
 
 use anyhow::bail;
 use guest_sdk::{
-    AccessQuestion, CacheCounters, DeviceAddress, DeviceState, DomainId, FaultFilter, Iova, Operator, Owner, WalkStep,
+    AccessQuestion, CacheCounters, DeviceAddress, DeviceState, DomainId, FaultFilter, Iova, Operator, Owner,
+    WalkStep,
 };
 use iommu_types::{Outcome, Pasid};
 use serde_json::{Value, json};
@@ -36,8 +37,18 @@ fn device_value(device: &DeviceState) -> Value {
     })
 }
 
-const DEVICE_HEAD: [&str; 10] =
-    ["device", "name", "owner", "domain", "connected", "session", "operations", "bytes", "faults", "refusals"];
+const DEVICE_HEAD: [&str; 10] = [
+    "device",
+    "name",
+    "owner",
+    "domain",
+    "connected",
+    "session",
+    "operations",
+    "bytes",
+    "faults",
+    "refusals",
+];
 
 fn device_row(device: &DeviceState) -> Vec<String> {
     vec![
@@ -91,7 +102,8 @@ pub(crate) async fn status(operator: &Operator, out: Output) -> anyhow::Result<(
                 domains.join(" "),
             ]
         });
-        let owners = table(&["owner", "name", "connected", "memory bytes", "mappings", "domains"], rows.collect());
+        let owners =
+            table(&["owner", "name", "connected", "memory bytes", "mappings", "domains"], rows.collect());
         let devices = table(&DEVICE_HEAD, topology.devices.iter().map(device_row).collect());
         let up = std::time::Duration::from_secs(topology.uptime_ms / 1000);
         format!(
@@ -163,7 +175,16 @@ pub(crate) async fn domains(operator: &Operator, out: Output, owner: Option<Owne
         ]
     });
     let head = [
-        "domain", "owner", "protection", "bits", "devices", "mappings", "mapped bytes", "table bytes", "maps", "unmaps",
+        "domain",
+        "owner",
+        "protection",
+        "bits",
+        "devices",
+        "mappings",
+        "mapped bytes",
+        "table bytes",
+        "maps",
+        "unmaps",
     ];
     out.table(&value, &head, rows.collect());
     Ok(())
@@ -228,10 +249,15 @@ fn ended(outcome: &Outcome) -> Ended {
 }
 
 /// `translate`: the outcome in one line.
-pub(crate) async fn translate(operator: &Operator, out: Output, access: &AccessArgs) -> anyhow::Result<Ended> {
+pub(crate) async fn translate(
+    operator: &Operator,
+    out: Output,
+    access: &AccessArgs,
+) -> anyhow::Result<Ended> {
     let explanation = explained(operator, access).await?;
     out.line(&json::outcome(&explanation.outcome), || {
-        let stale = if explanation.stale.is_some() { " (a cached entry says otherwise: explain it)" } else { "" };
+        let stale =
+            if explanation.stale.is_some() { " (a cached entry says otherwise: explain it)" } else { "" };
         format!("{}{stale}", words::outcome_words(&explanation.outcome))
     });
     Ok(ended(&explanation.outcome))
@@ -324,14 +350,20 @@ pub(crate) async fn counters(operator: &Operator, out: Output) -> anyhow::Result
     const NAMES: [&str; 5] = ["hits", "misses", "fills", "evictions", "outdated_fills"];
     let mut value = json!({});
     for (name, cache) in &caches {
-        value[*name] = NAMES.iter().zip(columns(cache)).map(|(name, number)| ((*name).to_owned(), json!(number))).collect();
+        value[*name] = NAMES
+            .iter()
+            .zip(columns(cache))
+            .map(|(name, number)| ((*name).to_owned(), json!(number)))
+            .collect();
     }
     for (name, number) in numbers {
         value[name] = json!(number);
     }
     out.page(&value, || {
         let rows = caches.iter().map(|(name, cache)| {
-            std::iter::once((*name).to_owned()).chain(columns(cache).map(|number| number.to_string())).collect()
+            std::iter::once((*name).to_owned())
+                .chain(columns(cache).map(|number| number.to_string()))
+                .collect()
         });
         let head: Vec<&str> = std::iter::once("cache").chain(NAMES).collect();
         let caches = table(&head, rows.collect());
@@ -381,7 +413,9 @@ pub(crate) async fn faults(operator: &Operator, out: Output, command: &FaultComm
                 let event = event?;
                 if event.missed_count > 0 {
                     let value = json!({ "missed_count": event.missed_count });
-                    out.line(&value, || format!("{} records were overwritten before they could be shown", event.missed_count));
+                    out.line(&value, || {
+                        format!("{} records were overwritten before they could be shown", event.missed_count)
+                    });
                 }
                 for record in event.records.iter().take(usize::try_from(left).unwrap_or(usize::MAX)) {
                     let mut value = json::fault(record);

@@ -62,7 +62,9 @@ async fn run(operator: &Operator, cli: &Cli) -> anyhow::Result<Ended> {
     match &cli.command {
         Command::Status => ask::status(operator, out).await?,
         Command::Domains { owner } => ask::domains(operator, out, *owner).await?,
-        Command::Mappings { domain, from, limit } => ask::mappings(operator, out, *domain, *from, *limit).await?,
+        Command::Mappings { domain, from, limit } => {
+            ask::mappings(operator, out, *domain, *from, *limit).await?
+        }
         Command::Translate(access) => return ask::translate(operator, out, access).await,
         Command::Explain(access) => return ask::explain(operator, out, access).await,
         Command::Tables { device, without_page_tables } => {

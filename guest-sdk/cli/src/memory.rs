@@ -42,7 +42,8 @@ pub(crate) async fn run(operator: &Operator, out: Output, command: &MemoryComman
             };
             let written_bytes = bytes.len();
             operator.memory(*owner).write(Gpa::new(*gpa), bytes).await?;
-            let value = json!({ "owner": owner.to_string(), "gpa": hex(*gpa), "written_bytes": written_bytes });
+            let value =
+                json!({ "owner": owner.to_string(), "gpa": hex(*gpa), "written_bytes": written_bytes });
             out.line(&value, || format!("wrote {written_bytes} bytes at gpa:{gpa:#x} of {owner}"));
             Ok(())
         }

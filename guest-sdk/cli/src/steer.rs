@@ -22,13 +22,14 @@ pub(crate) async fn device(operator: &Operator, out: Output, command: &DeviceCom
         }
         DeviceCommand::Remove { device } => {
             admin.remove_device(*device).await?;
-            out.line(&json!({ "device": device.to_string(), "removed": true }), || format!("removed {device}"));
+            out.line(&json!({ "device": device.to_string(), "removed": true }), || {
+                format!("removed {device}")
+            });
             Ok(())
         }
         DeviceCommand::Attach { device, owner, domain } => {
             let domain = admin.attach_to_owner(*device, *owner, domain.map(DomainId::new)).await?;
-            let value =
-                json!({ "device": device.to_string(), "owner": owner.to_string(), "domain_id": domain.get() });
+            let value = json!({ "device": device.to_string(), "owner": owner.to_string(), "domain_id": domain.get() });
             out.line(&value, || format!("{device} belongs to {owner} and is attached to domain {domain}"));
             Ok(())
         }
@@ -39,7 +40,9 @@ pub(crate) async fn device(operator: &Operator, out: Output, command: &DeviceCom
             });
             Ok(())
         }
-        DeviceCommand::Quarantine { device } => quarantine(operator, out, Peer::Device(*device), device.to_string()).await,
+        DeviceCommand::Quarantine { device } => {
+            quarantine(operator, out, Peer::Device(*device), device.to_string()).await
+        }
     }
 }
 
@@ -53,7 +56,9 @@ pub(crate) async fn owner(operator: &Operator, out: Output, command: &OwnerComma
             out.line(&value, || format!("declared {owner} as {owner_name}"));
             Ok(())
         }
-        OwnerCommand::Quarantine { owner } => quarantine(operator, out, Peer::Owner(*owner), owner.to_string()).await,
+        OwnerCommand::Quarantine { owner } => {
+            quarantine(operator, out, Peer::Owner(*owner), owner.to_string()).await
+        }
     }
 }
 
@@ -73,12 +78,16 @@ pub(crate) async fn mmio(operator: &Operator, out: Output, command: &MmioCommand
     match command {
         MmioCommand::Read(register) => {
             let width = width(register)?;
-            let value = operator.admin().mmio_read(register.device, register.bar, register.offset, width).await?;
+            let value =
+                operator.admin().mmio_read(register.device, register.bar, register.offset, width).await?;
             out.line(&json!({ "offset": hex(register.offset), "value": hex(value) }), || hex(value));
         }
         MmioCommand::Write { register, value } => {
             let width = width(register)?;
-            operator.admin().mmio_write(register.device, register.bar, register.offset, width, *value).await?;
+            operator
+                .admin()
+                .mmio_write(register.device, register.bar, register.offset, width, *value)
+                .await?;
             out.line(&json!({ "offset": hex(register.offset), "written": hex(*value) }), || {
                 format!("wrote {value:#x} to register {:#x} of {}", register.offset, register.device)
             });
