@@ -45,9 +45,15 @@ impl Device {
     }
 
     /// The same, with a policy of its own.
-    pub async fn attach_with(endpoint: &str, name: &str, address: DeviceAddress, reconnect: Reconnect) -> Self {
+    pub async fn attach_with(
+        endpoint: &str,
+        name: &str,
+        address: DeviceAddress,
+        reconnect: Reconnect,
+    ) -> Self {
         let stop = CancellationToken::new();
-        let agent = Agent::builder(endpoint, name, address).reconnect(reconnect).stop_on(stop.clone()).build();
+        let agent =
+            Agent::builder(endpoint, name, address).reconnect(reconnect).stop_on(stop.clone()).build();
         let dma = agent.dma();
         let agent = tokio::spawn(async move { agent.run(Plain).await });
         let connected = tokio::time::timeout(SOON, dma.connected()).await.expect("the session stands soon");
@@ -67,7 +73,9 @@ impl Device {
     pub async fn leave(mut self) {
         self.stop.cancel();
         let left = tokio::time::timeout(Duration::from_secs(5), &mut self.agent).await;
-        left.expect("the agent stops when asked").expect("the agent does not panic").expect("it was only asked to stop");
+        left.expect("the agent stops when asked")
+            .expect("the agent does not panic")
+            .expect("it was only asked to stop");
     }
 }
 

@@ -65,7 +65,11 @@ pub async fn call(channel: &Channel, method: &str, message: impl Into<Bytes>) ->
 }
 
 /// Calls a unary method and reads its answer.
-pub async fn ask<A: Message + Default>(channel: &Channel, method: &str, message: &impl Message) -> Result<A, Status> {
+pub async fn ask<A: Message + Default>(
+    channel: &Channel,
+    method: &str,
+    message: &impl Message,
+) -> Result<A, Status> {
     let answer = call(channel, method, message.encode_to_vec()).await?;
     Ok(A::decode(answer).expect("the server's answers decode"))
 }
@@ -100,6 +104,11 @@ pub fn hello(number: u32) -> pb::Hello {
     }
 }
 
+/// The same as the content of an envelope.
+pub fn hello_message(number: u32) -> pb::device_to_server::Message {
+    pb::device_to_server::Message::Hello(hello(number))
+}
+
 /// An envelope of a device.
 pub fn envelope(message: pb::device_to_server::Message) -> Bytes {
     pb::DeviceToServer { message: Some(message) }.encode_to_vec().into()
@@ -126,7 +135,8 @@ impl RawStream {
         let mut grpc = Grpc::new(channel.clone());
         grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
         let path = PathAndQuery::try_from(method).expect("a method is a path");
-        let down = grpc.streaming(Request::new(ReceiverStream::new(outbound)), path, BytesCodec).await?.into_inner();
+        let down =
+            grpc.streaming(Request::new(ReceiverStream::new(outbound)), path, BytesCodec).await?.into_inner();
         Ok(Self { up, down })
     }
 

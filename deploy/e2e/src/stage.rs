@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use guest_sdk::{
-    AccessQuestion, BareClient, Connection, DeviceState, DomainState, Driver, FaultFilter, Inspect, MappingState,
-    Observer, Operator, OwnerState,
+    AccessQuestion, BareClient, Connection, DeviceState, DomainState, Driver, FaultFilter, Inspect,
+    MappingState, Observer, Operator, OwnerState,
 };
 use iommu_launch::{AgentOptions, Binaries, Process, Server, ServerOptions};
 use iommu_types::{Access, DeviceAddress, Explanation, FaultRecord, Iova, Owner};
@@ -116,7 +116,8 @@ impl Stage {
         all.extend(arguments.iter().map(|argument| (*argument).to_owned()));
         let server = Server::start(binaries(), &ServerOptions { arguments: all }).await;
         let server = server.expect("the server starts");
-        let observer = Connection::to(server.endpoint()).observer("watcher").await.expect("an observer is admitted");
+        let observer =
+            Connection::to(server.endpoint()).observer("watcher").await.expect("an observer is admitted");
         let memory_free_bytes = observer.inspect().topology().await.expect("topology").memory_free_bytes;
         Self { server, observer, memory_free_bytes }
     }
@@ -242,7 +243,8 @@ impl Stage {
             let listed = inspect.mappings(domain.domain_id, Iova::new(0), 0).await.expect("mappings");
             mappings.extend(listed.mappings);
         }
-        let attachment = |state: &DeviceState| (state.device, state.owner, state.domain_id.map(|id| id.get()));
+        let attachment =
+            |state: &DeviceState| (state.device, state.owner, state.domain_id.map(|id| id.get()));
         let owners = topology.owners.into_iter().map(|owner| OwnerState { connected: false, ..owner });
         Holdings {
             memory_free_bytes: topology.memory_free_bytes,

@@ -1,7 +1,7 @@
 //! Bad input, each refused with its own typed error, and nothing changed by it.
 
 use bytes::{BufMut, Bytes, BytesMut};
-use iommu_e2e::raw::{self, ATTACH, RawStream, ask, call, envelope, hello, open_request, reason};
+use iommu_e2e::raw::{self, RawStream, ask, call, envelope, hello, open_request, reason};
 use iommu_e2e::stage::{Stage, address, owner, within};
 use iommu_proto::pb;
 use iommu_proto::pb::device_to_server::Message as FromDevice;
@@ -79,8 +79,9 @@ impl Ground {
             size_bytes: 100,
             direction: pb::Direction::ToDevice.into(),
         };
-        let single: pb::DmaMapResponse =
-            ask(&driver, "/iommu.v1.DriverService/DmaMap", &single).await.expect("the DMA API takes any offset");
+        let single: pb::DmaMapResponse = ask(&driver, "/iommu.v1.DriverService/DmaMap", &single)
+            .await
+            .expect("the DMA API takes any offset");
         assert_eq!(single.iova & 0xfff, (gpa + 0x123) & 0xfff, "the offset in the page is kept");
         let neighbour = raw::driver(stage.server.endpoint(), 1).await;
         let neighbours_domain_id = create_domain(&neighbour, 1).await;
@@ -157,34 +158,86 @@ async fn the_dma_api_refuses_each_nonsense_with_its_own_reason() {
             map("a range of nothing", &|r| (r.header, r.size_bytes) = (header(10), 0), "INVALID_RANGE"),
             map("a range that wraps", &|r| (r.header, r.gpa) = (header(11), u64::MAX - 10), "INVALID_RANGE"),
             map("memory of nobody", &|r| (r.header, r.gpa) = (header(12), 1 << 40), "NOT_OWNED"),
-            map("more than the buffer", &|r| (r.header, r.size_bytes) = (header(13), BUFFER_BYTES + 1), "NOT_OWNED"),
-            map("an undeclared device", &|r| (r.header, r.device) = (header(14), Some(undeclared.into())), "UNKNOWN_DEVICE"),
+            map(
+                "more than the buffer",
+                &|r| (r.header, r.size_bytes) = (header(13), BUFFER_BYTES + 1),
+                "NOT_OWNED",
+            ),
+            map(
+                "an undeclared device",
+                &|r| (r.header, r.device) = (header(14), Some(undeclared.into())),
+                "UNKNOWN_DEVICE",
+            ),
             map("the neighbour's device", &|r| (r.header, r.device) = (header(15), device(1)), "NOT_YOURS"),
             map("no direction", &|r| (r.header, r.direction) = (header(16), 0), "INVALID_FIELD"),
-            map("a direction of a newer schema", &|r| (r.header, r.direction) = (header(17), 99), "INVALID_FIELD"),
+            map(
+                "a direction of a newer schema",
+                &|r| (r.header, r.direction) = (header(17), 99),
+                "INVALID_FIELD",
+            ),
             map("no device", &|r| (r.header, r.device) = (header(18), None), "INVALID_FIELD"),
             map("no header", &|r| r.header = None, "INVALID_FIELD"),
-            map("a source beyond 16 bits", &|r| {
-                r.header = header(19);
-                r.device = Some(pb::DeviceAddress { segment: 0, source_id: 0x1_0000 });
-            }, "INVALID_FIELD"),
+            map(
+                "a source beyond 16 bits",
+                &|r| {
+                    r.header = header(19);
+                    r.device = Some(pb::DeviceAddress { segment: 0, source_id: 0x1_0000 });
+                },
+                "INVALID_FIELD",
+            ),
             map("a number used before for something else", &|r| r.header = header(4), "REQUEST_REUSED"),
             unmap("unmap of nothing", &|r| (r.header, r.size_bytes) = (header(20), 0), "INVALID_RANGE"),
             unmap("unmap that wraps", &|r| (r.header, r.iova) = (header(21), u64::MAX - 1), "INVALID_RANGE"),
-            unmap("unmap where nothing is", &|r| (r.header, r.iova) = (header(22), 0x7777_0000), "NOT_MAPPED"),
+            unmap(
+                "unmap where nothing is",
+                &|r| (r.header, r.iova) = (header(22), 0x7777_0000),
+                "NOT_MAPPED",
+            ),
             unmap("unmap of a part", &|r| (r.header, r.size_bytes) = (header(23), 50), "SIZE_MISMATCH"),
             unmap("unmap of more", &|r| (r.header, r.size_bytes) = (header(24), 101), "SIZE_MISMATCH"),
-            unmap("unmap the other way", &|r| (r.header, r.direction) = (header(25), 3), "DIRECTION_MISMATCH"),
-            unmap("unmap for the neighbour's device", &|r| (r.header, r.device) = (header(26), device(1)), "NOT_YOURS"),
+            unmap(
+                "unmap the other way",
+                &|r| (r.header, r.direction) = (header(25), 3),
+                "DIRECTION_MISMATCH",
+            ),
+            unmap(
+                "unmap for the neighbour's device",
+                &|r| (r.header, r.device) = (header(26), device(1)),
+                "NOT_YOURS",
+            ),
         ];
         let allocate = |id, size_bytes| pb::AllocateBufferRequest { header: header(id), size_bytes };
         rows.push(row("a buffer of nothing", DRIVER, "AllocateBuffer", &allocate(30, 0), "INVALID_FIELD"));
-        rows.push(row("more memory than there is", DRIVER, "AllocateBuffer", &allocate(31, 1 << 40), "OUT_OF_MEMORY"));
-        rows.push(row("a size that wraps when rounded", DRIVER, "AllocateBuffer", &allocate(32, u64::MAX), "OUT_OF_MEMORY"));
+        rows.push(row(
+            "more memory than there is",
+            DRIVER,
+            "AllocateBuffer",
+            &allocate(31, 1 << 40),
+            "OUT_OF_MEMORY",
+        ));
+        rows.push(row(
+            "a size that wraps when rounded",
+            DRIVER,
+            "AllocateBuffer",
+            &allocate(32, u64::MAX),
+            "OUT_OF_MEMORY",
+        ));
         let free = |id, gpa| pb::FreeBufferRequest { header: header(id), gpa };
         rows.push(row("a buffer that is none", DRIVER, "FreeBuffer", &free(33, 1 << 40), "NOT_ALLOCATED"));
-        rows.push(row("the middle of a buffer", DRIVER, "FreeBuffer", &free(34, ground.gpa + 0x1000), "NOT_ALLOCATED"));
-        rows.push(row("a buffer that is mapped", DRIVER, "FreeBuffer", &free(35, ground.gpa), "STILL_MAPPED"));
+        rows.push(row(
+            "the middle of a buffer",
+            DRIVER,
+            "FreeBuffer",
+            &free(34, ground.gpa + 0x1000),
+            "NOT_ALLOCATED",
+        ));
+        rows.push(row(
+            "a buffer that is mapped",
+            DRIVER,
+            "FreeBuffer",
+            &free(35, ground.gpa),
+            "STILL_MAPPED",
+        ));
         ground.check(rows).await;
     })
     .await;
@@ -228,14 +281,26 @@ async fn the_domain_api_refuses_each_nonsense_with_its_own_reason() {
             map("unaligned memory", &|r| r.gpa += 0x10, "UNALIGNED"),
             map("an unaligned size", &|r| r.size_bytes = 0x1001, "UNALIGNED"),
             map("a range of nothing", &|r| r.size_bytes = 0, "INVALID_RANGE"),
-            map("a range that wraps", &|r| (r.iova, r.size_bytes) = (u64::MAX & !0xfff, 0x2000), "INVALID_RANGE"),
-            map("memory that wraps", &|r| (r.gpa, r.size_bytes) = (u64::MAX & !0xfff, 0x2000), "INVALID_RANGE"),
+            map(
+                "a range that wraps",
+                &|r| (r.iova, r.size_bytes) = (u64::MAX & !0xfff, 0x2000),
+                "INVALID_RANGE",
+            ),
+            map(
+                "memory that wraps",
+                &|r| (r.gpa, r.size_bytes) = (u64::MAX & !0xfff, 0x2000),
+                "INVALID_RANGE",
+            ),
             map("the very mapping", &|r| r.iova = FIXED, "RANGE_OVERLAPS"),
             map("the last page of a mapping", &|r| r.iova = last_page, "RANGE_OVERLAPS"),
             map("around a mapping", &|r| (r.iova, r.size_bytes) = (FIXED - 0x1000, 0x6000), "RANGE_OVERLAPS"),
             map("page 0", &|r| r.iova = 0, "RESERVED_RANGE"),
             map("the interrupt range", &|r| r.iova = 0xfee0_1000, "RESERVED_RANGE"),
-            map("into the interrupt range", &|r| (r.iova, r.size_bytes) = (0xfedf_f000, 0x2000), "RESERVED_RANGE"),
+            map(
+                "into the interrupt range",
+                &|r| (r.iova, r.size_bytes) = (0xfedf_f000, 0x2000),
+                "RESERVED_RANGE",
+            ),
             map("beyond 48 bits", &|r| r.iova = 1 << 48, "BEYOND_WIDTH"),
             map("memory of nobody", &|r| r.gpa = 1 << 40, "NOT_OWNED"),
             map("an unknown domain", &|r| r.domain_id = 60_000, "UNKNOWN_DOMAIN"),
@@ -255,23 +320,38 @@ async fn the_domain_api_refuses_each_nonsense_with_its_own_reason() {
             domain("a width that is none", 40, 1, "INVALID_FIELD"),
             domain("no protection", 48, 0, "INVALID_FIELD"),
             domain("a protection of a newer schema", 48, 77, "INVALID_FIELD"),
-            row("a domain in use", DRIVER, "DestroyDomain", &pb::DestroyDomainRequest {
-                header: next(),
-                domain_id: ground.default_domain_id,
-            }, "DOMAIN_IN_USE"),
-            row("an unknown domain", DRIVER, "DestroyDomain", &pb::DestroyDomainRequest {
-                header: next(),
-                domain_id: 60_000,
-            }, "UNKNOWN_DOMAIN"),
-            row("attach to the neighbour's domain", DRIVER, "AttachDevice", &pb::AttachDeviceRequest {
-                header: next(),
-                device: device(0),
-                domain_id: Some(ground.neighbours_domain_id),
-            }, "NOT_YOURS"),
-            row("detach the neighbour's device", DRIVER, "DetachDevice", &pb::DetachDeviceRequest {
-                header: next(),
-                device: device(1),
-            }, "NOT_YOURS"),
+            row(
+                "a domain in use",
+                DRIVER,
+                "DestroyDomain",
+                &pb::DestroyDomainRequest { header: next(), domain_id: ground.default_domain_id },
+                "DOMAIN_IN_USE",
+            ),
+            row(
+                "an unknown domain",
+                DRIVER,
+                "DestroyDomain",
+                &pb::DestroyDomainRequest { header: next(), domain_id: 60_000 },
+                "UNKNOWN_DOMAIN",
+            ),
+            row(
+                "attach to the neighbour's domain",
+                DRIVER,
+                "AttachDevice",
+                &pb::AttachDeviceRequest {
+                    header: next(),
+                    device: device(0),
+                    domain_id: Some(ground.neighbours_domain_id),
+                },
+                "NOT_YOURS",
+            ),
+            row(
+                "detach the neighbour's device",
+                DRIVER,
+                "DetachDevice",
+                &pb::DetachDeviceRequest { header: next(), device: device(1) },
+                "NOT_YOURS",
+            ),
         ];
         ground.check(rows).await;
     })
@@ -329,20 +409,28 @@ async fn registers_memory_and_inspection_refuse_each_nonsense_with_its_own_reaso
             explain("more than a page", &|r| r.size_bytes = 4097, "INVALID_FIELD"),
             explain("a PASID beyond 20 bits", &|r| r.pasid = Some(1 << 20), "INVALID_FIELD"),
             explain("the neighbour's device", &|r| r.device = device(1), "NOT_YOURS"),
-            row("the neighbour's mappings", INSPECT, "ListMappings", &pb::ListMappingsRequest {
-                domain_id: ground.neighbours_domain_id,
-                from_iova: 0,
-                limit: 0,
-            }, "NOT_YOURS"),
+            row(
+                "the neighbour's mappings",
+                INSPECT,
+                "ListMappings",
+                &pb::ListMappingsRequest { domain_id: ground.neighbours_domain_id, from_iova: 0, limit: 0 },
+                "NOT_YOURS",
+            ),
             row("a resume token of no log", "/iommu.v1.FaultService/", "Watch", &watch, "BAD_RESUME_TOKEN"),
-            row("a driver that declares devices", "/iommu.v1.AdminService/", "RemoveDevice", &pb::RemoveDeviceRequest {
-                device: device(0),
-            }, "ROLE_REFUSED"),
-            row("a driver that makes machines", "/iommu.v1.BareMachineService/", "Create", &pb::CreateMachineRequest {
-                memory_bytes: 1 << 20,
-                capabilities: None,
-                devices: Vec::new(),
-            }, "ROLE_REFUSED"),
+            row(
+                "a driver that declares devices",
+                "/iommu.v1.AdminService/",
+                "RemoveDevice",
+                &pb::RemoveDeviceRequest { device: device(0) },
+                "ROLE_REFUSED",
+            ),
+            row(
+                "a driver that makes machines",
+                "/iommu.v1.BareMachineService/",
+                "Create",
+                &pb::CreateMachineRequest { memory_bytes: 1 << 20, capabilities: None, devices: Vec::new() },
+                "ROLE_REFUSED",
+            ),
         ];
         ground.check(rows).await;
     })
@@ -365,9 +453,13 @@ async fn bytes_that_are_no_message_and_methods_that_are_none_are_typed_too() {
             raw("a message of a byte too many", &map, &oversized, "MESSAGE_TOO_LARGE"),
             raw("a method of a newer schema", "/iommu.v1.DriverService/Teleport", &[], "UNKNOWN_METHOD"),
             raw("a service of a newer schema", "/iommu.v2.DriverService/DmaMap", &[], "UNKNOWN_METHOD"),
-            raw("a second Open", OPEN, &open_request("driver0", Role::Driver(pb::DriverRole {
-                owner: Some(owner(0).into()),
-            })).encode_to_vec(), "SESSION_EXISTS"),
+            raw(
+                "a second Open",
+                OPEN,
+                &open_request("driver0", Role::Driver(pb::DriverRole { owner: Some(owner(0).into()) }))
+                    .encode_to_vec(),
+                "SESSION_EXISTS",
+            ),
         ];
         ground.check(rows).await;
 
@@ -414,7 +506,11 @@ async fn a_stream_of_maps_refuses_batches_over_the_limits_and_of_unknown_kinds()
         newer.extend_from_slice(&unknown_field());
         let rows: Vec<(&str, Bytes, &str)> = vec![
             ("too many operations", batch(10, too_many, vec![64]).encode_to_vec().into(), "LIMIT_REACHED"),
-            ("columns that do not add up", batch(11, 3, vec![64, 64]).encode_to_vec().into(), "INVALID_FIELD"),
+            (
+                "columns that do not add up",
+                batch(11, 3, vec![64, 64]).encode_to_vec().into(),
+                "INVALID_FIELD",
+            ),
             ("no batch", absent.encode_to_vec().into(), "INVALID_FIELD"),
             ("a batch of a newer schema", newer.into(), "INVALID_FIELD"),
             ("no message", Bytes::from_static(&[0xff; 11]), "MALFORMED_MESSAGE"),
@@ -434,8 +530,10 @@ async fn a_stream_of_maps_refuses_batches_over_the_limits_and_of_unknown_kinds()
         if let Some(pb::dma_stream_request::Batch::Map(map)) = &mut mixed.batch {
             map.gpa[1] = 1 << 40;
         }
-        let mut stream = RawStream::open(&ground.driver, stream, mixed.encode_to_vec().into()).await.expect("a stream");
-        let answer = pb::DmaStreamResponse::decode(stream.hear().await.expect("an answer")).expect("it decodes");
+        let mut stream =
+            RawStream::open(&ground.driver, stream, mixed.encode_to_vec().into()).await.expect("a stream");
+        let answer =
+            pb::DmaStreamResponse::decode(stream.hear().await.expect("an answer")).expect("it decodes");
         assert_eq!((answer.request_id, answer.iova.len(), answer.errors.len()), (20, 3, 1));
         assert_eq!((answer.errors[0].index, answer.errors[0].reason.as_str()), (1, "NOT_OWNED"));
         assert_eq!(answer.iova[1], u64::MAX, "DMA_MAPPING_ERROR");
@@ -457,10 +555,26 @@ async fn i8_who_a_client_is_is_checked_once_and_nobody_else_is_let_in() {
             ("an owner of nobody", open_request("driver0", of(99)), "IDENTITY_REFUSED"),
             ("no name", open_request("", of(0)), "INVALID_FIELD"),
             ("a name that is none", open_request("a b", of(0)), "INVALID_FIELD"),
-            ("no role, or one of a newer schema", pb::OpenRequest { role: None, ..good.clone() }, "INVALID_FIELD"),
-            ("no owner", open_request("driver0", Role::Driver(pb::DriverRole { owner: None })), "INVALID_FIELD"),
-            ("a token of half the length", pb::OpenRequest { resume_token: vec![1; 8].into(), ..good.clone() }, "INVALID_FIELD"),
-            ("a token that was guessed", pb::OpenRequest { resume_token: vec![1; 16].into(), ..good.clone() }, "IDENTITY_REFUSED"),
+            (
+                "no role, or one of a newer schema",
+                pb::OpenRequest { role: None, ..good.clone() },
+                "INVALID_FIELD",
+            ),
+            (
+                "no owner",
+                open_request("driver0", Role::Driver(pb::DriverRole { owner: None })),
+                "INVALID_FIELD",
+            ),
+            (
+                "a token of half the length",
+                pb::OpenRequest { resume_token: vec![1; 8].into(), ..good.clone() },
+                "INVALID_FIELD",
+            ),
+            (
+                "a token that was guessed",
+                pb::OpenRequest { resume_token: vec![1; 16].into(), ..good.clone() },
+                "IDENTITY_REFUSED",
+            ),
         ];
         for (claim, open, expected) in rows {
             let channel = raw::connect(stage.server.endpoint()).await;
@@ -490,20 +604,30 @@ async fn a_device_that_breaks_the_rules_of_its_stream_ends_its_own_session_and_i
             envelope(FromDevice::Hello(hello))
         };
         let dma = |change: &dyn Fn(&mut pb::DmaBatch)| {
-            let mut batch =
-                pb::DmaBatch { first_tag: 1, iova: vec![FIXED; 2], size_bytes: vec![8], ..pb::DmaBatch::default() };
+            let mut batch = pb::DmaBatch {
+                first_tag: 1,
+                iova: vec![FIXED; 2],
+                size_bytes: vec![8],
+                ..pb::DmaBatch::default()
+            };
             change(&mut batch);
             Some(envelope(FromDevice::Dma(batch)))
         };
         let undeclared: DeviceAddress = "00:1e.0".parse().expect("an address");
         let too_many = iommu_proto::limits::BATCH_OPERATIONS_MAX as usize + 1;
         let oversized = Bytes::from(vec![0; iommu_proto::limits::MESSAGE_BYTES_MAX + 1]);
-        let completion = pb::MmioCompletion { tag: 77, outcome: Some(pb::mmio_completion::Outcome::Value(1)) };
+        let completion =
+            pb::MmioCompletion { tag: 77, outcome: Some(pb::mmio_completion::Outcome::Value(1)) };
         let garbage = || Bytes::from_static(&[0xff; 12]);
         let rows = vec![
             DeviceRow("a newer schema", greet(&|h| h.schema_version = 2), None, "VERSION_MISMATCH"),
             DeviceRow("another name", greet(&|h| h.name = "engine1".into()), None, "IDENTITY_REFUSED"),
-            DeviceRow("an undeclared address", greet(&|h| h.address = Some(undeclared.into())), None, "IDENTITY_REFUSED"),
+            DeviceRow(
+                "an undeclared address",
+                greet(&|h| h.address = Some(undeclared.into())),
+                None,
+                "IDENTITY_REFUSED",
+            ),
             DeviceRow("no address", greet(&|h| h.address = None), None, "INVALID_FIELD"),
             DeviceRow("no credit", greet(&|h| h.mmio_credits = 0), None, "INVALID_FIELD"),
             DeviceRow("too much credit", greet(&|h| h.mmio_credits = 257), None, "INVALID_FIELD"),
@@ -514,12 +638,37 @@ async fn a_device_that_breaks_the_rules_of_its_stream_ends_its_own_session_and_i
             DeviceRow("a second Hello", good(), Some(good()), "PROTOCOL_VIOLATION"),
             DeviceRow("an envelope of a newer schema", good(), Some(unknown_field()), "PROTOCOL_VIOLATION"),
             DeviceRow("an oversized message", good(), Some(oversized), "MESSAGE_TOO_LARGE"),
-            DeviceRow("columns that do not add up", good(), dma(&|b| b.size_bytes = vec![8; 3]), "PROTOCOL_VIOLATION"),
-            DeviceRow("payload without a write", good(), dma(&|b| b.payload = vec![1].into()), "PROTOCOL_VIOLATION"),
-            DeviceRow("a PASID beyond 20 bits", good(), dma(&|b| b.pasid = Some(1 << 20)), "PROTOCOL_VIOLATION"),
+            DeviceRow(
+                "columns that do not add up",
+                good(),
+                dma(&|b| b.size_bytes = vec![8; 3]),
+                "PROTOCOL_VIOLATION",
+            ),
+            DeviceRow(
+                "payload without a write",
+                good(),
+                dma(&|b| b.payload = vec![1].into()),
+                "PROTOCOL_VIOLATION",
+            ),
+            DeviceRow(
+                "a PASID beyond 20 bits",
+                good(),
+                dma(&|b| b.pasid = Some(1 << 20)),
+                "PROTOCOL_VIOLATION",
+            ),
             DeviceRow("tags that wrap", good(), dma(&|b| b.first_tag = u64::MAX), "PROTOCOL_VIOLATION"),
-            DeviceRow("too many operations", good(), dma(&|b| b.iova = vec![FIXED; too_many]), "PROTOCOL_VIOLATION"),
-            DeviceRow("an answer to nothing", good(), Some(envelope(FromDevice::Mmio(completion))), "PROTOCOL_VIOLATION"),
+            DeviceRow(
+                "too many operations",
+                good(),
+                dma(&|b| b.iova = vec![FIXED; too_many]),
+                "PROTOCOL_VIOLATION",
+            ),
+            DeviceRow(
+                "an answer to nothing",
+                good(),
+                Some(envelope(FromDevice::Mmio(completion))),
+                "PROTOCOL_VIOLATION",
+            ),
         ];
         let bystander = ground.stage.device(1).await;
         let before = ground.stage.holdings().await;
@@ -547,7 +696,8 @@ async fn a_device_that_breaks_the_rules_of_its_stream_ends_its_own_session_and_i
         prost::encoding::encode_key(1, prost::encoding::WireType::LengthDelimited, &mut first);
         prost::encoding::encode_varint(hello.len() as u64, &mut first);
         first.put_slice(&hello);
-        let mut stream = RawStream::attach(ground.stage.server.endpoint(), first.freeze()).await.expect("a stream");
+        let mut stream =
+            RawStream::attach(ground.stage.server.endpoint(), first.freeze()).await.expect("a stream");
         stream.hear_device().await.expect("unknown fields are ignored");
     })
     .await;
@@ -567,9 +717,10 @@ async fn an_operation_that_is_nonsense_is_refused_in_the_answer_and_the_ones_aro
         let _: pb::AttachDeviceResponse =
             ask(&ground.driver, "/iommu.v1.DriverService/AttachDevice", &attach).await.expect("attached");
         let before = ground.stage.holdings().await;
-        let mut stream = RawStream::attach(ground.stage.server.endpoint(), envelope(FromDevice::Hello(hello(0))))
-            .await
-            .expect("a stream");
+        let mut stream =
+            RawStream::attach(ground.stage.server.endpoint(), envelope(FromDevice::Hello(hello(0))))
+                .await
+                .expect("a stream");
         stream.hear_device().await.expect("welcome");
         // Operation 1 of three reads becomes nonsense; 0 and 2 stay what they are.
         let rows: Vec<(&str, u8, u32, u64, usize, u32)> = vec![
@@ -614,5 +765,4 @@ async fn an_operation_that_is_nonsense_is_refused_in_the_answer_and_the_ones_aro
         assert!(matches!(reading.outcome, iommu_types::Outcome::Translated(_)), "{}", reading.conclusion);
     })
     .await;
-    let _ = ATTACH;
 }

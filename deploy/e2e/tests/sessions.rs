@@ -33,7 +33,8 @@ async fn the_other_pair_works(stage: &Stage, device: &Device) {
     let driver = stage.driver(1).await;
     let buffer = driver.allocate(4096).await.expect("memory");
     let handle = driver.device(address(1));
-    let mapping = driver.dma_map_single(&handle, buffer.range(), Direction::Bidirectional).await.expect("a mapping");
+    let mapping =
+        driver.dma_map_single(&handle, buffer.range(), Direction::Bidirectional).await.expect("a mapping");
     device.dma.write(mapping.iova(), &b"still here"[..]).await.expect("a mapped write");
     assert_eq!(buffer.read(0, 10).await.expect("a read")[..], b"still here"[..]);
     assert_eq!(device.dma.read(mapping.iova(), 10).await.expect("a mapped read")[..], b"still here"[..]);
@@ -48,12 +49,17 @@ async fn an_agent_killed_in_the_middle_of_a_batch_leaves_the_server_and_its_driv
         let driver = stage.driver(0).await;
         let buffer = driver.allocate(4096).await.expect("memory");
         let handle = driver.device(address(0));
-        let mapping =
-            driver.dma_map_single(&handle, buffer.range(), Direction::Bidirectional).await.expect("a mapping");
+        let mapping = driver
+            .dma_map_single(&handle, buffer.range(), Direction::Bidirectional)
+            .await
+            .expect("a mapping");
         let other = stage.device(1).await;
 
         let mut actor = hammer(&stage, mapping.iova()).await;
-        assert_eq!(handle.read32(0).await.expect("its register"), u32::try_from(mapping.iova().get()).expect("low"));
+        assert_eq!(
+            handle.read32(0).await.expect("its register"),
+            u32::try_from(mapping.iova().get()).expect("low")
+        );
         actor.process.kill().await.expect("the agent is killed");
 
         stage.device_gone(0, SOON).await;
@@ -126,12 +132,18 @@ async fn a_driver_that_comes_back_within_the_grace_has_its_mappings_again() {
         let driver = stage.driver_over(&link.endpoint(), 0).await;
         let buffer = driver.allocate(8192).await.expect("memory");
         let handle = driver.device(address(0));
-        let mapping =
-            driver.dma_map_single(&handle, buffer.range(), Direction::Bidirectional).await.expect("a mapping");
+        let mapping = driver
+            .dma_map_single(&handle, buffer.range(), Direction::Bidirectional)
+            .await
+            .expect("a mapping");
         let before = driver.generation();
         link.cut();
         // The next call finds the connection lost, comes back with its token, and goes on.
-        device.dma.write(mapping.iova(), &b"meanwhile"[..]).await.expect("the mapping outlives the connection");
+        device
+            .dma
+            .write(mapping.iova(), &b"meanwhile"[..])
+            .await
+            .expect("the mapping outlives the connection");
         assert_eq!(buffer.read(0, 9).await.expect("the session goes on")[..], b"meanwhile"[..]);
         assert!(driver.generation() > before, "it is a later session of the same identity");
         // Beyond the grace that began with the cut, everything is still there: somebody came back for it.
@@ -150,8 +162,10 @@ async fn a_stopped_agent_loses_its_session_and_the_others_go_on() {
         let driver = stage.driver(0).await;
         let buffer = driver.allocate(4096).await.expect("memory");
         let handle = driver.device(address(0));
-        let mapping =
-            driver.dma_map_single(&handle, buffer.range(), Direction::Bidirectional).await.expect("a mapping");
+        let mapping = driver
+            .dma_map_single(&handle, buffer.range(), Direction::Bidirectional)
+            .await
+            .expect("a mapping");
         let other = stage.device(1).await;
         let actor = hammer(&stage, mapping.iova()).await;
         let session = stage.device_state(0).await.generation;
@@ -172,10 +186,7 @@ async fn a_stopped_agent_loses_its_session_and_the_others_go_on() {
         let told = stage.log_says(&["00:01.0", "device session", "reason="]).await;
         assert!(told.contains("WARN"), "the reason of the end stands in the log: {told}");
         // The driver is not held up by its device, and its unmap is answered.
-        assert!(matches!(
-            handle.read32(0).await,
-            Err(SdkError::Refused(MmioError::DeviceAbsent(_)))
-        ));
+        assert!(matches!(handle.read32(0).await, Err(SdkError::Refused(MmioError::DeviceAbsent(_)))));
         actor.process.signal(Signal::CONT).expect("the agent goes on");
         stage.device_connected(0, session.0 + 1).await;
         mapping.unmap().await.expect("an unmap while the device hammers");
@@ -190,8 +201,10 @@ async fn a_device_that_never_reads_its_stream_is_stalled_out() {
         let driver = stage.driver(0).await;
         let buffer = driver.allocate(64 << 10).await.expect("memory");
         let handle = driver.device(address(0));
-        let mapping =
-            driver.dma_map_single(&handle, buffer.range(), Direction::Bidirectional).await.expect("a mapping");
+        let mapping = driver
+            .dma_map_single(&handle, buffer.range(), Direction::Bidirectional)
+            .await
+            .expect("a mapping");
         let other = stage.device(1).await;
 
         let mut stream = RawStream::attach(stage.server.endpoint(), raw::envelope(Message::Hello(hello(0))))
@@ -234,8 +247,10 @@ async fn a_second_agent_of_an_address_fences_the_first() {
         let driver = stage.driver(0).await;
         let buffer = driver.allocate(4096).await.expect("memory");
         let handle = driver.device(address(0));
-        let mapping =
-            driver.dma_map_single(&handle, buffer.range(), Direction::Bidirectional).await.expect("a mapping");
+        let mapping = driver
+            .dma_map_single(&handle, buffer.range(), Direction::Bidirectional)
+            .await
+            .expect("a mapping");
 
         let first = stage.device(0).await;
         first.dma.write(mapping.iova(), &b"first"[..]).await.expect("the first one is the device");
@@ -246,7 +261,10 @@ async fn a_second_agent_of_an_address_fences_the_first() {
             Err(EndReason::Fenced(fenced)) => assert_eq!(fenced.by_generation, 2),
             other => panic!("SESSION_FENCED was expected: {other:?}"),
         }
-        assert!(dma.write(mapping.iova(), &b"ghost"[..]).await.is_err(), "the first one does no DMA any more");
+        assert!(
+            dma.write(mapping.iova(), &b"ghost"[..]).await.is_err(),
+            "the first one does no DMA any more"
+        );
         second.dma.write(mapping.iova(), &b"second"[..]).await.expect("the second one is the device");
         assert_eq!(buffer.read(0, 6).await.expect("a read")[..], b"second"[..]);
         stage.log_says(&["00:01.0", "fenced"]).await;
@@ -272,7 +290,8 @@ async fn a_second_driver_of_an_owner_fences_the_first_and_starts_afresh() {
         let first = stage.driver(0).await;
         let buffer = first.allocate(4096).await.expect("memory");
         let handle = first.device(address(0));
-        let mapping = first.dma_map_single(&handle, buffer.range(), Direction::FromDevice).await.expect("a mapping");
+        let mapping =
+            first.dma_map_single(&handle, buffer.range(), Direction::FromDevice).await.expect("a mapping");
         let iova = mapping.leave_mapped();
         device.dma.write(iova, &b"mine"[..]).await.expect("mapped");
         let second = stage.driver(0).await;
