@@ -87,12 +87,14 @@ pub(super) struct Shared<A: Atomics> {
     attached: Attached<A>,
 }
 
-impl<A: Atomics> Drains<A> {
+impl Drains {
     /// For at most `slots_max` devices at a time.
     pub fn new(slots_max: u16) -> Self {
         Self::with_sizes(DrainSizes { slots: slots_max, generation_words: 1024, list_stripes: 64 })
     }
+}
 
+impl<A: Atomics> Drains<A> {
     pub(crate) fn with_sizes(sizes: DrainSizes) -> Self {
         Self {
             shared: Arc::new(Shared {
