@@ -1,7 +1,8 @@
 //! What the IOTLB costs, beside vm-memory's `Iotlb` in the same run.
 //!
-//! Hits: random keys, capacity at least the number of mappings, all of them cached, permission check included. Both hold the same pages
-//! with the same frames, in an order in which no two neighbours could be merged into one range.
+//! Hits: random keys, capacity at least the number of mappings, all of them cached, permission check
+//! included. Both hold the same pages with the same frames, in an order in which no two neighbours could be
+//! merged into one range.
 
 use std::hint::black_box;
 
@@ -108,7 +109,7 @@ fn changes(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("iotlb_change");
     let drains = Drains::new(64);
     let iotlb = filled(&drains, 1_024);
-    let paging = PagingStructureCache::new(CacheGeometry { sets: 64, ways: 4 });
+    let paging: PagingStructureCache = PagingStructureCache::new(CacheGeometry { sets: 64, ways: 4 });
     let slot = drains.claim_slot().expect("a slot");
     drains.register(slot, DOMAIN);
     let range = |index: u64| IovaRange::new(Iova::new(iova(index)), 4096).expect("a page");

@@ -1,5 +1,10 @@
 //! Fills, lookups and invalidations under every interleaving of two or three threads.
 
+#![expect(
+    clippy::arc_with_non_send_sync,
+    reason = "loom's cell is the race detector; loom runs its threads one at a time"
+)]
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 

@@ -1,5 +1,5 @@
-//! What the IOTLB and the paging-structure cache have in common: entries that cover an aligned span of one domain's addresses, in
-//! three sizes.
+//! What the IOTLB and the paging-structure cache have in common: entries that cover an aligned span of one
+//! domain's addresses, in three sizes.
 //!
 //! ```text
 //!  tag    63    62      47 46     45 44                        0
@@ -8,16 +8,18 @@
 //!        [ host-physical address                |   0    | W | R ]
 //! ```
 //!
-//! **Where an entry stands.** Span numbers are cut into blocks of as many spans as there are sets. Within a block neighbouring spans stand in
-//! neighbouring sets, so a contiguous region fills all sets evenly. Each block of each domain and size is turned by an offset of its own:
+//! **Where an entry stands.** Span numbers are cut into blocks of as many spans as there are sets. Within a
+//! block neighbouring spans stand in neighbouring sets, so a contiguous region fills all sets evenly. Each
+//! block of each domain and size is turned by an offset of its own:
 //!
 //! ```text
 //!  set = span number + (block * BLOCK_STEP + (domain, size) * DOMAIN_STEP) / 2^64 * sets      (mod sets)
 //! ```
 //!
-//! The two steps are those of the R2 sequence (the powers of the inverse plastic number), the two-dimensional kin of Fibonacci
-//! hashing: whatever the stride between blocks, domains or both, their offsets are spread evenly. It matters because allocators give
-//! every tenant the same addresses and because buffers are aligned; neither may pile up in a few sets.
+//! The two steps are those of the R2 sequence (the powers of the inverse plastic number), the two-dimensional
+//! kin of Fibonacci hashing: whatever the stride between blocks, domains or both, their offsets are spread
+//! evenly. It matters because allocators give every tenant the same addresses and because buffers are
+//! aligned; neither may pile up in a few sets.
 
 use std::sync::atomic::Ordering;
 
@@ -104,12 +106,14 @@ impl<A: Atomics> Spans<A> {
         assert!(span.base.get() >> ADDRESS_BITS == 0, "a walk checks the width first: {span:?}");
         assert!(number << self.shifts[span.size] == span.base.get(), "a span is aligned: {span:?}");
         assert!(span.target.get() & !HPA_MASK == 0, "a walk checks reserved bits first: {span:?}");
-        // Before the lock, and so before the fence behind it: an invalidation whose move of the generation this fill does not see, sees this.
+        // Before the lock, and so before the fence behind it: an invalidation whose move of the generation
+        // this fill does not see, sees this.
         let bit = 1 << span.size;
         if self.filled.load(Ordering::Relaxed) & bit == 0 {
             self.filled.fetch_or(bit, Ordering::Relaxed);
         }
-        let (index, tag) = (self.index(span.domain, span.size, number), self.tag(span.domain, span.size, number));
+        let (index, tag) =
+            (self.index(span.domain, span.size, number), self.tag(span.domain, span.size, number));
         let data = span.target.get() | u64::from(span.permissions);
         self.sets.insert(index, tag, data, || drains.is_current(span.domain, walked_under))
     }
@@ -157,7 +161,8 @@ impl<A: Atomics> Spans<A> {
     /// See the module. The caches' sets take the number modulo their own.
     #[inline]
     fn index(&self, domain: DomainId, size: usize, number: u64) -> usize {
-        let (block, space) = (number >> self.index_bits, u64::from(domain.get()) * SIZES as u64 + size as u64);
+        let (block, space) =
+            (number >> self.index_bits, u64::from(domain.get()) * SIZES as u64 + size as u64);
         let turn = block.wrapping_mul(BLOCK_STEP).wrapping_add(space.wrapping_mul(DOMAIN_STEP));
         // Two shifts, because one of 64 is none.
         let offset = turn >> (u64::BITS - 1 - self.index_bits) >> 1;

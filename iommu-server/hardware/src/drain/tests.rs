@@ -119,7 +119,8 @@ fn of_two_drains_of_one_slot_the_later_counts() {
     drains.leave(red);
     drains.enter(red);
     let later = drains.drain(Scope::Slot(red));
-    let pending = earlier.and(later).try_complete().expect_err("the device is in the epoch before the later one");
+    let pending =
+        earlier.and(later).try_complete().expect_err("the device is in the epoch before the later one");
     drains.leave(red);
     assert!(pending.try_complete().is_ok());
 }
