@@ -72,14 +72,20 @@ fn the_bytes_of_a_batch_and_of_its_answer_do_not_change() {
 
 #[test]
 fn one_element_stands_for_all_and_no_kinds_are_reads() {
-    check_parse(batch(&[0x1000, 0x2000], &[64], &[], &[]), expect![[r#"
+    check_parse(
+        batch(&[0x1000, 0x2000], &[64], &[], &[]),
+        expect![[r#"
         Operation { index: 0, iova: iova:0x1000, size_bytes: 64, action: Read }
         Operation { index: 1, iova: iova:0x2000, size_bytes: 64, action: Read }
-    "#]]);
-    check_parse(batch(&[0x1000, 0x2000], &[1, 2], &[1], b"abc"), expect![[r#"
+    "#]],
+    );
+    check_parse(
+        batch(&[0x1000, 0x2000], &[1, 2], &[1], b"abc"),
+        expect![[r#"
         Operation { index: 0, iova: iova:0x1000, size_bytes: 1, action: Write { data: [97], posted: false } }
         Operation { index: 1, iova: iova:0x2000, size_bytes: 2, action: Write { data: [98, 99], posted: false } }
-    "#]]);
+    "#]],
+    );
     check_parse(batch(&[], &[64], &[], &[]), expect![[""]]);
 }
 
@@ -87,41 +93,80 @@ fn one_element_stands_for_all_and_no_kinds_are_reads() {
 fn atomics_carry_their_operands_in_little_endian() {
     let operands =
         [&1_u32.to_le_bytes()[..], &2_u64.to_le_bytes(), &3_u32.to_le_bytes(), &4_u32.to_le_bytes()];
-    check_parse(batch(&[0, 8, 16], &[4, 8, 4], &[3, 4, 5], &operands.concat()), expect![[r#"
+    check_parse(
+        batch(&[0, 8, 16], &[4, 8, 4], &[3, 4, 5], &operands.concat()),
+        expect![[r#"
         Operation { index: 0, iova: iova:0x0, size_bytes: 4, action: Atomic(FetchAdd32(1)) }
         Operation { index: 1, iova: iova:0x8, size_bytes: 8, action: Atomic(Swap64(2)) }
         Operation { index: 2, iova: iova:0x10, size_bytes: 4, action: Atomic(Cas32 { compare: 3, new: 4 }) }
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn an_operation_that_is_nonsense_is_refused_alone() {
     let kinds = [9, 1, 3, 0];
-    check_parse(batch(&[0, 1, 2, 3], &[64, 0, 3, 1], &kinds, b"abc"), expect![[r#"
+    check_parse(
+        batch(&[0, 1, 2, 3], &[64, 0, 3, 1], &kinds, b"abc"),
+        expect![[r#"
         Operation { index: 0, iova: iova:0x0, size_bytes: 64, action: Malformed }
         Operation { index: 1, iova: iova:0x1, size_bytes: 0, action: Malformed }
         Operation { index: 2, iova: iova:0x2, size_bytes: 3, action: Malformed }
         Operation { index: 3, iova: iova:0x3, size_bytes: 1, action: Read }
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn columns_that_do_not_add_up_are_the_peers_fault() {
-    check_parse(batch(&[0, 1], &[1, 2, 3], &[], &[]), expect!["columns: dma.size_bytes: has 3 elements; needs one for each of 2 addresses, or one"]);
-    check_parse(batch(&[0, 1], &[], &[], &[]), expect!["columns: dma.size_bytes: has 0 elements; needs one for each of 2 addresses, or one"]);
-    check_parse(batch(&[0, 1, 2], &[1], &[0, 0], &[]), expect!["columns: dma.kind: has 2 elements; needs one for each of 3 addresses, or one"]);
-    check_parse(batch(&[0], &[4], &[1], b"abc"), expect!["columns: dma.payload: has 3 bytes; the operations take 4"]);
-    check_parse(batch(&[0], &[4], &[0], b"abc"), expect!["columns: dma.payload: has 3 bytes; the operations take 0"]);
-    check_parse(pb::DmaBatch { pasid: Some(1 << 20), ..batch(&[0], &[4], &[], &[]) }, expect!["columns: dma.pasid: 1048576 needs more than 20 bits"]);
-    check_parse(pb::DmaBatch { first_tag: u64::MAX, ..batch(&[0], &[4], &[], &[]) }, expect!["columns: dma.first_tag: 1 tags from 18446744073709551615 wrap"]);
+    check_parse(
+        batch(&[0, 1], &[1, 2, 3], &[], &[]),
+        expect!["columns: dma.size_bytes: has 3 elements; needs one for each of 2 addresses, or one"],
+    );
+    check_parse(
+        batch(&[0, 1], &[], &[], &[]),
+        expect!["columns: dma.size_bytes: has 0 elements; needs one for each of 2 addresses, or one"],
+    );
+    check_parse(
+        batch(&[0, 1, 2], &[1], &[0, 0], &[]),
+        expect!["columns: dma.kind: has 2 elements; needs one for each of 3 addresses, or one"],
+    );
+    check_parse(
+        batch(&[0], &[4], &[1], b"abc"),
+        expect!["columns: dma.payload: has 3 bytes; the operations take 4"],
+    );
+    check_parse(
+        batch(&[0], &[4], &[0], b"abc"),
+        expect!["columns: dma.payload: has 3 bytes; the operations take 0"],
+    );
+    check_parse(
+        pb::DmaBatch { pasid: Some(1 << 20), ..batch(&[0], &[4], &[], &[]) },
+        expect!["columns: dma.pasid: 1048576 needs more than 20 bits"],
+    );
+    check_parse(
+        pb::DmaBatch { first_tag: u64::MAX, ..batch(&[0], &[4], &[], &[]) },
+        expect!["columns: dma.first_tag: 1 tags from 18446744073709551615 wrap"],
+    );
 }
 
 #[test]
 fn a_batch_over_its_limits_says_which() {
-    check_parse(batch(&[0; 9], &[1], &[], &[]), expect!["operations: the limit batch_operations_max of 8 is reached"]);
-    check_parse(batch(&[0; 8], &[33], &[], &[]), expect!["bytes: the limit batch_bytes_max of 256 is reached"]);
-    check_parse(batch(&[0; 2], &[u32::MAX], &[], &[]), expect!["bytes: the limit batch_bytes_max of 256 is reached"]);
-    check_parse(batch(&[0; 2], &[129], &[1, 0], &[0; 129]), expect!["bytes: the limit batch_bytes_max of 256 is reached"]);
+    check_parse(
+        batch(&[0; 9], &[1], &[], &[]),
+        expect!["operations: the limit batch_operations_max of 8 is reached"],
+    );
+    check_parse(
+        batch(&[0; 8], &[33], &[], &[]),
+        expect!["bytes: the limit batch_bytes_max of 256 is reached"],
+    );
+    check_parse(
+        batch(&[0; 2], &[u32::MAX], &[], &[]),
+        expect!["bytes: the limit batch_bytes_max of 256 is reached"],
+    );
+    check_parse(
+        batch(&[0; 2], &[129], &[1, 0], &[0; 129]),
+        expect!["bytes: the limit batch_bytes_max of 256 is reached"],
+    );
 }
 
 #[test]
@@ -163,20 +208,47 @@ fn check_results(change: impl FnOnce(&mut pb::DmaCompletions), expected: Expect)
 
 #[test]
 fn an_answer_that_does_not_fit_its_batch_is_named() {
-    check_results(|_| (), expect![[r#"
+    check_results(
+        |_| (),
+        expect![[r#"
         Err(DmaFault { done_bytes: 0, iova: iova:0x1000, reason: Err(Fenced) })
         Err(DmaFault { done_bytes: 0, iova: iova:0x2000, reason: Err(Fenced) })
         Err(DmaFault { done_bytes: 0, iova: iova:0x3000, reason: Err(Fenced) })
-    "#]]);
+    "#]],
+    );
     check_results(|answer| answer.first_tag = 8, expect!["dma.first_tag: is 8; the oldest batch has 9"]);
-    check_results(|answer| answer.fault_iova.clear(), expect!["dma.fault_iova: has 0 elements; fault_index has 3"]);
-    check_results(|answer| answer.fault_index = vec![0, 1, 3], expect!["dma.fault_index: 3 is not an operation of the batch, or not in order"]);
-    check_results(|answer| answer.fault_index = vec![0, 2, 1], expect!["dma.fault_index: 1 is not an operation of the batch, or not in order"]);
-    check_results(|answer| answer.fault_index = vec![0, 1, 1], expect!["dma.fault_index: 1 is not an operation of the batch, or not in order"]);
-    check_results(|answer| answer.fault_reason[1] = 0x2000, expect!["dma.fault_reason: 0x2000 is not a reason of this version"]);
-    check_results(|answer| answer.fault_done_bytes[0] = 5, expect!["dma.fault_done_bytes: operation 0 did 5 of 4 bytes"]);
-    check_results(|answer| answer.fault_done_bytes[0] = 3, expect!["dma.payload: has 0 bytes; the operations give 3"]);
-    check_results(|answer| answer.payload = Bytes::from_static(b"x"), expect!["dma.payload: has 1 bytes; the operations give 0"]);
+    check_results(
+        |answer| answer.fault_iova.clear(),
+        expect!["dma.fault_iova: has 0 elements; fault_index has 3"],
+    );
+    check_results(
+        |answer| answer.fault_index = vec![0, 1, 3],
+        expect!["dma.fault_index: 3 is not an operation of the batch, or not in order"],
+    );
+    check_results(
+        |answer| answer.fault_index = vec![0, 2, 1],
+        expect!["dma.fault_index: 1 is not an operation of the batch, or not in order"],
+    );
+    check_results(
+        |answer| answer.fault_index = vec![0, 1, 1],
+        expect!["dma.fault_index: 1 is not an operation of the batch, or not in order"],
+    );
+    check_results(
+        |answer| answer.fault_reason[1] = 0x2000,
+        expect!["dma.fault_reason: 0x2000 is not a reason of this version"],
+    );
+    check_results(
+        |answer| answer.fault_done_bytes[0] = 5,
+        expect!["dma.fault_done_bytes: operation 0 did 5 of 4 bytes"],
+    );
+    check_results(
+        |answer| answer.fault_done_bytes[0] = 3,
+        expect!["dma.payload: has 0 bytes; the operations give 3"],
+    );
+    check_results(
+        |answer| answer.payload = Bytes::from_static(b"x"),
+        expect!["dma.payload: has 1 bytes; the operations give 0"],
+    );
 }
 
 /// An operation as a test asks it, and how the server is to end it.
@@ -260,19 +332,26 @@ proptest! {
         iova in proptest::collection::vec(any::<u64>(), 0..10),
         size_bytes in proptest::collection::vec(prop_oneof![0_u32..20, Just(u32::MAX)], 0..10),
         kind in proptest::collection::vec(0_u8..8, 0..10),
-        payload in proptest::collection::vec(any::<u8>(), 0..60),
+        shared in any::<[bool; 2]>(),
+        surplus_bytes in prop_oneof![3 => Just(0_u128), 1 => 1_u128..3],
     ) {
-        let batch = batch(&iova, &size_bytes, &kind, &payload);
         let count = iova.len();
-        let size_at = |index: usize| u128::from(if size_bytes.len() == 1 { size_bytes[0] } else { size_bytes[index] });
-        let kind_at = |index: usize| match kind.len() { 0 => 0, 1 => kind[0], _ => kind[index] };
+        // Most columns are cut to a length that parses.
+        let size_bytes = if shared[0] { vec![3] } else { size_bytes[..size_bytes.len().min(count)].to_vec() };
+        let kind = if shared[1] { vec![1] } else { kind[..kind.len().min(count)].to_vec() };
         let lengths = (size_bytes.len() == count || size_bytes.len() == 1)
             && (kind.len() <= 1 || kind.len() == count);
-        let sums = |weights: [u128; 8]| (0..count).map(|index| size_at(index) * weights[kind_at(index) as usize]).sum::<u128>();
-        let parses = count <= 8 && lengths && {
-            let taken = sums([0, 1, 1, 1, 1, 2, 0, 0]);
-            taken == payload.len() as u128 && taken + sums([1, 0, 0, 1, 1, 1, 0, 0]) <= 256
+        let size_at = |index: usize| u128::from(if size_bytes.len() == 1 { size_bytes[0] } else { size_bytes[index] });
+        let kind_at = |index: usize| match kind.len() { 0 => 0, 1 => kind[0], _ => kind[index] };
+        let sums = |weights: [u128; 8]| -> u128 {
+            let weighted = |index: usize| size_at(index) * weights[usize::from(kind_at(index))];
+            if lengths { (0..count).map(weighted).sum() } else { 0 }
         };
+        let (taken, given) = (sums([0, 1, 1, 1, 1, 2, 0, 0]), sums([1, 0, 0, 1, 1, 1, 0, 0]));
+        // What does not fit a test's memory is over the limit anyway.
+        let payload = vec![0x5a; (taken + surplus_bytes).min(1024) as usize];
+        let batch = batch(&iova, &size_bytes, &kind, &payload);
+        let parses = count <= 8 && lengths && taken == payload.len() as u128 && taken + given <= 256;
         let parsed = BatchView::parse(&batch, LIMITS);
         prop_assert_eq!(parsed.is_ok(), parses, "{:?}", parsed);
         if let Ok(view) = parsed {
