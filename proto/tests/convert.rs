@@ -170,27 +170,54 @@ fn address(segment: u32, source_id: u32) -> Option<pb::DeviceAddress> {
 
 #[test]
 fn what_is_wrong_is_named_by_its_path() {
-    wrong::<_, FromDevice>(pb::DeviceToServer { message: None }, expect!["message: is absent, or of a kind that this version does not know"]);
+    wrong::<_, FromDevice>(
+        pb::DeviceToServer { message: None },
+        expect!["message: is absent, or of a kind that this version does not know"],
+    );
     let hello =
         pb::Hello { schema_version: 1, name: "x".to_owned(), address: address(0, 65536), mmio_credits: 1 };
     let envelope = |hello| pb::DeviceToServer { message: Some(pb::device_to_server::Message::Hello(hello)) };
-    wrong::<_, FromDevice>(envelope(hello.clone()), expect!["hello.address.source_id: 65536 is more than 65535"]);
-    wrong::<_, Hello>(pb::Hello { address: None, ..hello.clone() }, expect!["address: is absent, or of a kind that this version does not know"]);
-    wrong::<_, Hello>(pb::Hello { address: address(0, 8), mmio_credits: 0, ..hello.clone() }, expect!["mmio_credits: 0 is not between 1 and 256"]);
-    wrong::<_, Hello>(pb::Hello { address: address(0, 8), name: "a b".to_owned(), ..hello }, expect!["name: needs 1 to 64 letters, digits, dots, dashes or underscores"]);
-    wrong::<_, Owner>(pb::Owner { kind: None }, expect!["kind: is absent, or of a kind that this version does not know"]);
-    wrong::<_, Quarantine>(pb::QuarantineRequest { peer: None }, expect!["peer: is absent, or of a kind that this version does not know"]);
+    wrong::<_, FromDevice>(
+        envelope(hello.clone()),
+        expect!["hello.address.source_id: 65536 is more than 65535"],
+    );
+    wrong::<_, Hello>(
+        pb::Hello { address: None, ..hello.clone() },
+        expect!["address: is absent, or of a kind that this version does not know"],
+    );
+    wrong::<_, Hello>(
+        pb::Hello { address: address(0, 8), mmio_credits: 0, ..hello.clone() },
+        expect!["mmio_credits: 0 is not between 1 and 256"],
+    );
+    wrong::<_, Hello>(
+        pb::Hello { address: address(0, 8), name: "a b".to_owned(), ..hello },
+        expect!["name: needs 1 to 64 letters, digits, dots, dashes or underscores"],
+    );
+    wrong::<_, Owner>(
+        pb::Owner { kind: None },
+        expect!["kind: is absent, or of a kind that this version does not know"],
+    );
+    wrong::<_, Quarantine>(
+        pb::QuarantineRequest { peer: None },
+        expect!["peer: is absent, or of a kind that this version does not know"],
+    );
     let open = pb::OpenRequest { name: "x".to_owned(), ..Default::default() };
     wrong::<_, Open>(open.clone(), expect!["role: is absent, or of a kind that this version does not know"]);
     let role = Some(pb::open_request::Role::Driver(pb::DriverRole { owner: None }));
-    wrong::<_, Open>(pb::OpenRequest { role, ..open.clone() }, expect!["role.driver.owner: is absent, or of a kind that this version does not know"]);
+    wrong::<_, Open>(
+        pb::OpenRequest { role, ..open.clone() },
+        expect!["role.driver.owner: is absent, or of a kind that this version does not know"],
+    );
     let role = Some(pb::open_request::Role::Bare(pb::BareRole {}));
     wrong::<_, Open>(
         pb::OpenRequest { role, resume_token: Bytes::from_static(b"short"), ..open },
         expect!["resume_token: has 5 bytes; needs 16"],
     );
     let records = vec![pb::FaultRecord { device: address(0, 8), ..Default::default() }];
-    wrong::<_, FaultList>(pb::ListFaultsResponse { records, ..Default::default() }, expect!["records[0].fault: is absent, or of a kind that this version does not know"]);
+    wrong::<_, FaultList>(
+        pb::ListFaultsResponse { records, ..Default::default() },
+        expect!["records[0].fault: is absent, or of a kind that this version does not know"],
+    );
 }
 
 #[test]
@@ -202,22 +229,48 @@ fn unknown_enum_values_are_named() {
         size_bytes: 1,
         direction: 0,
     };
-    wrong::<_, DmaMap>(map.clone(), expect!["direction: is not given"]);
-    wrong::<_, DmaMap>(pb::DmaMapRequest { direction: 77, ..map.clone() }, expect!["direction: 77 is a value that this version does not know"]);
-    wrong::<_, DmaMap>(pb::DmaMapRequest { size_bytes: 0, ..map.clone() }, expect!["range at gpa:0x0 is empty; its size must be at least one byte"]);
-    wrong::<_, DmaMap>(pb::DmaMapRequest { gpa: u64::MAX, size_bytes: 2, ..map.clone() }, expect!["range at gpa:0xffffffffffffffff of 0x2 bytes wraps around the end of the address space"]);
+    wrong::<_, DmaMap>(map, expect!["direction: is not given"]);
+    wrong::<_, DmaMap>(
+        pb::DmaMapRequest { direction: 77, ..map },
+        expect!["direction: 77 is a value that this version does not know"],
+    );
+    wrong::<_, DmaMap>(
+        pb::DmaMapRequest { size_bytes: 0, ..map },
+        expect!["range at gpa:0x0 is empty; its size must be at least one byte"],
+    );
+    wrong::<_, DmaMap>(
+        pb::DmaMapRequest { gpa: u64::MAX, size_bytes: 2, ..map },
+        expect!["range at gpa:0xffffffffffffffff of 0x2 bytes wraps around the end of the address space"],
+    );
     let reused = pb::RequestHeader { request_id: 4, acknowledged_through: 4 };
-    wrong::<_, DmaMap>(pb::DmaMapRequest { header: Some(reused), ..map }, expect!["header.acknowledged_through: is not below request_id: the answer to this request cannot have been seen yet"]);
-    wrong::<_, WalkStep>(pb::WalkStep { structure: 9, ..Default::default() }, expect!["structure: 9 is a value that this version does not know"]);
-    wrong::<_, WalkStep>(pb::WalkStep { structure: 3, level: 6, ..Default::default() }, expect!["level: 6 is not between 1 and 5"]);
+    wrong::<_, DmaMap>(
+        pb::DmaMapRequest { header: Some(reused), ..map },
+        expect![
+            "header.acknowledged_through: is not below request_id: the answer to this request cannot have been seen yet"
+        ],
+    );
+    wrong::<_, WalkStep>(
+        pb::WalkStep { structure: 9, ..Default::default() },
+        expect!["structure: 9 is a value that this version does not know"],
+    );
+    wrong::<_, WalkStep>(
+        pb::WalkStep { structure: 3, level: 6, ..Default::default() },
+        expect!["level: 6 is not between 1 and 5"],
+    );
 }
 
 #[test]
 fn register_accesses_fit_their_width_and_bar() {
     let read = pb::MmioReadRequest { device: address(0, 8), bar: 0, offset: 6, width_bytes: 4 };
     wrong::<_, Mmio>(read, expect!["offset: 0x6 is not a multiple of the width, 4"]);
-    wrong::<_, Mmio>(pb::MmioReadRequest { bar: 6, width_bytes: 2, ..read }, expect!["bar: 6 is more than 5"]);
-    wrong::<_, Mmio>(pb::MmioReadRequest { width_bytes: 3, ..read }, expect!["width_bytes: 3 is not a width; use 1, 2, 4 or 8"]);
+    wrong::<_, Mmio>(
+        pb::MmioReadRequest { bar: 6, width_bytes: 2, ..read },
+        expect!["bar: 6 is more than 5"],
+    );
+    wrong::<_, Mmio>(
+        pb::MmioReadRequest { width_bytes: 3, ..read },
+        expect!["width_bytes: 3 is not a width; use 1, 2, 4 or 8"],
+    );
     let write =
         pb::MmioWriteRequest { device: address(0, 8), bar: 0, offset: 6, width_bytes: 2, value: 65536 };
     wrong::<_, Mmio>(write, expect!["value: 0x10000 does not fit 2 bytes"]);
@@ -250,9 +303,11 @@ fn a_range_of_a_stream_that_is_none_fails_alone() {
     let refused = |wire, operations_max| {
         DmaStreamRequest::parse(wire, operations_max).expect_err("refused").to_string()
     };
-    expect!["map.size_bytes: has 2 elements; needs one for each of 3 in gpa, or one"].assert_eq(&refused(stream(&[16, 16]), 3));
+    expect!["map.size_bytes: has 2 elements; needs one for each of 3 in gpa, or one"]
+        .assert_eq(&refused(stream(&[16, 16]), 3));
     expect!["the limit batch_operations_max of 2 is reached"].assert_eq(&refused(stream(&[16]), 2));
-    expect!["batch: is absent, or of a kind that this version does not know"].assert_eq(&refused(pb::DmaStreamRequest { batch: None, ..stream(&[1]) }, 3));
+    expect!["batch: is absent, or of a kind that this version does not know"]
+        .assert_eq(&refused(pb::DmaStreamRequest { batch: None, ..stream(&[1]) }, 3));
 }
 
 #[test]
@@ -280,9 +335,12 @@ fn an_answer_of_a_stream_that_does_not_fit_is_named() {
         errors,
     };
     expect!["iova: has 1 elements; 2 mappings were asked for"].assert_eq(&error(response(&[1], vec![]), 2));
-    expect!["errors: no error says why mapping 0 failed"].assert_eq(&error(response(&[DMA_MAPPING_ERROR], vec![]), 1));
+    expect!["errors: no error says why mapping 0 failed"]
+        .assert_eq(&error(response(&[DMA_MAPPING_ERROR], vec![]), 1));
     let beyond = operation_error(1, &NotAttached { device: device() });
-    expect!["errors[0].index: 1 is not an operation of the batch, or named twice"].assert_eq(&error(response(&[DMA_MAPPING_ERROR], vec![beyond]), 1));
+    expect!["errors[0].index: 1 is not an operation of the batch, or named twice"]
+        .assert_eq(&error(response(&[DMA_MAPPING_ERROR], vec![beyond]), 1));
     let other = operation_error(0, &NotMapped { iova: Iova::new(1) });
-    expect![[r#"errors[0].reason: "NOT_MAPPED" is not a reason of this operation, or lacks facts"#]].assert_eq(&error(response(&[DMA_MAPPING_ERROR], vec![other]), 1));
+    expect![[r#"errors[0].reason: "NOT_MAPPED" is not a reason of this operation, or lacks facts"#]]
+        .assert_eq(&error(response(&[DMA_MAPPING_ERROR], vec![other]), 1));
 }
