@@ -78,10 +78,18 @@ fn check_range(base: u64, size_bytes: u64, expected: Expect) {
 fn a_range_is_not_empty_and_does_not_wrap_and_reaches_the_last_byte() {
     check_range(0, 0, expect!["range at iova:0x0 is empty; its size must be at least one byte"]);
     check_range(u64::MAX, 1, expect!["iova:0xffffffffffffffff..=0xffffffffffffffff"]);
-    check_range(u64::MAX, 2, expect!["range at iova:0xffffffffffffffff of 0x2 bytes wraps around the end of the address space"]);
+    check_range(
+        u64::MAX,
+        2,
+        expect!["range at iova:0xffffffffffffffff of 0x2 bytes wraps around the end of the address space"],
+    );
     check_range(0, u64::MAX, expect!["iova:0x0..=0xfffffffffffffffe"]);
     check_range(1, u64::MAX, expect!["iova:0x1..=0xffffffffffffffff"]);
-    check_range(2, u64::MAX, expect!["range at iova:0x2 of 0xffffffffffffffff bytes wraps around the end of the address space"]);
+    check_range(
+        2,
+        u64::MAX,
+        expect!["range at iova:0x2 of 0xffffffffffffffff bytes wraps around the end of the address space"],
+    );
     let last_page = IovaRange::new(Iova::new(!0xfff), 0x1000).expect("the last page");
     assert_eq!((last_page.last(), last_page.pages_touched()), (Iova::new(u64::MAX), 1));
     assert!(last_page.is_aligned(0x1000) && last_page.contains(Iova::new(u64::MAX)));
