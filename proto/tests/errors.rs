@@ -239,7 +239,7 @@ fn the_bytes_of_an_error_do_not_change() {
     let status = NotMapped { iova: Iova::new(0x1000) }.into_status();
     let text: String =
         status.details().iter().flat_map(|byte| std::ascii::escape_default(*byte)).map(char::from).collect();
-    expect![[""]].assert_eq(&text);
+    expect![[r#"\x08\x05\x12 nothing is mapped at iova:0x1000\x1aR\n(type.googleapis.com/google.rpc.ErrorInfo\x12&\n\nNOT_MAPPED\x12\x08iommu.v1\x1a\x0e\n\x04iova\x12\x060x1000\x1ag\n+type.googleapis.com/google.rpc.ResourceInfo\x128\n\x07mapping\x12\x0biova:0x1000\" nothing is mapped at iova:0x1000"#]].assert_eq(&text);
 }
 
 #[test]
