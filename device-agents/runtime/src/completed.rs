@@ -67,10 +67,15 @@ impl Completed {
         for (&index, ((&reason, &iova), &done_bytes)) in answer.fault_index.iter().zip(columns) {
             let at = index as usize;
             if at >= shape.count || faults.last().is_some_and(|&(before, _)| before >= index) {
-                return Err(format!("fault_index {index} is out of order or beyond {} operations", shape.count));
+                return Err(format!(
+                    "fault_index {index} is out of order or beyond {} operations",
+                    shape.count
+                ));
             }
             if done_bytes > shape.size_bytes(at) {
-                return Err(format!("fault_done_bytes {done_bytes} is more than operation {index} asked for"));
+                return Err(format!(
+                    "fault_done_bytes {done_bytes} is more than operation {index} asked for"
+                ));
             }
             let reason = reason_from_code(reason)
                 .ok_or_else(|| format!("fault_reason {reason:#x} is unknown to this version"))?;

@@ -56,8 +56,7 @@ pub(crate) async fn serve<M: DeviceModel>(
     established();
     let (work, queue) = device_task::work_queue();
     let dma = Dma::new(Arc::clone(link));
-    let mut device =
-        tokio::spawn(device_task::run(Arc::clone(model), dma, Arc::clone(&session), queue));
+    let mut device = tokio::spawn(device_task::run(Arc::clone(model), dma, Arc::clone(&session), queue));
     let reason = tokio::select! {
         reason = read(&session, &mut inbound, &work) => reason,
         reason = stop_gracefully(&session, stop) => reason,
@@ -133,8 +132,7 @@ async fn read(
 /// Takes one message. `Err` says which rule it breaks.
 fn take(session: &Session, work: &mpsc::Sender<Work>, message: pb::ServerToDevice) -> Result<(), String> {
     let queue = |item| {
-        work.try_send(item)
-            .map_err(|_| format!("more than {MMIO_CREDITS} register accesses unanswered"))
+        work.try_send(item).map_err(|_| format!("more than {MMIO_CREDITS} register accesses unanswered"))
     };
     match ToDevice::try_from(message).map_err(|error| error.to_string())? {
         ToDevice::Dma(completions) => session.completed(completions),
@@ -157,7 +155,9 @@ async fn stop_gracefully(session: &Session, stop: &CancellationToken) -> EndReas
         }
     };
     if tokio::time::timeout(STOP_GRACE, quiet).await.is_err() {
-        tracing::warn!("batches are still in flight after {STOP_GRACE:?}; the session ends without their answers");
+        tracing::warn!(
+            "batches are still in flight after {STOP_GRACE:?}; the session ends without their answers"
+        );
     }
     EndReason::Cancelled
 }
