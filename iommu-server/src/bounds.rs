@@ -2,26 +2,15 @@
 
 use std::time::Duration;
 
-/// Major version of the schema that this server speaks.
-pub const SCHEMA_VERSION: u32 = 1;
+use iommu_proto::dma::BatchLimits;
+use iommu_proto::limits;
 
-// ---- messages
+// ---- messages: what the wire contract fixes stands in iommu_proto::limits
 
-/// Most bytes of one batch: data written, operands and bytes to be read, together. Also the most one memory message moves.
-/// A 1 MiB DMA and its operands fit twice; a batch holds a device's epoch in pieces, so that size does not delay a drain.
-pub const BATCH_BYTES_MAX: usize = 2 << 20;
-/// Most operations in one batch: what a burst of a fast device queues at once; its columns stay below 64 KiB.
-pub const BATCH_OPERATIONS_MAX: usize = 4096;
-/// Largest message either way: a full batch with its columns (17 bytes an operation) and room for the frame.
-pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
-const _: () = assert!(BATCH_BYTES_MAX + BATCH_OPERATIONS_MAX * 32 < MESSAGE_BYTES_MAX);
+/// What one batch may be: all that the contract allows. A session's memory holds one batch and its answer at a time.
+pub const BATCH: BatchLimits = BatchLimits::CONTRACT;
 /// Most bytes of one piece of a bulk read: small enough to share a connection, large enough to be cheap.
 pub const BULK_PIECE_BYTES: usize = 256 << 10;
-/// Longest name of a device or an owner in bytes, as the schema says.
-pub const NAME_BYTES_MAX: usize = 64;
-/// Longest reason with which a device refuses a register access, as the schema says.
-pub const REFUSAL_TEXT_BYTES_MAX: usize = 256;
-
 // ---- connections and streams
 
 /// Connections at once. Each costs its HTTP/2 state and windows; 64 agents, 64 drivers and their tools fit many times.
@@ -62,8 +51,6 @@ pub const ACCEPTED_QUEUE_MAX: usize = 16;
 
 /// DMA batches that a device may have unanswered. They are carried out one after the other, so memory holds one.
 pub const DMA_CREDITS: u32 = 64;
-/// Most MMIO credits that an agent may offer, as the schema says.
-pub const MMIO_CREDITS_MAX: u32 = 256;
 /// MMIO calls that wait for a credit of the device; one more is refused.
 pub const MMIO_WAITING_MAX: usize = 256;
 /// How long a driver waits for its device to answer a register access, time for a credit included.
@@ -107,7 +94,8 @@ pub const INTERRUPTS_QUEUED_MAX: usize = 1024;
 pub const FEED_DEPTH: usize = 4;
 /// Items (fault records, mappings, IOTLB entries, table entries) in one message; one takes less than 512 bytes.
 pub const ITEMS_PER_MESSAGE_MAX: usize = 2048;
-const _: () = assert!(ITEMS_PER_MESSAGE_MAX * 512 < MESSAGE_BYTES_MAX);
+const _: () = assert!(ITEMS_PER_MESSAGE_MAX * 512 < limits::MESSAGE_BYTES_MAX);
+const _: () = assert!(BULK_PIECE_BYTES < limits::BATCH_BYTES_MAX as usize);
 /// Table entries in one dump: more than a million mappings have.
 pub const DUMP_ENTRIES_MAX: usize = 4 << 20;
 
@@ -123,8 +111,19 @@ pub const MACHINE_MEMORY_BYTES_MAX: u64 = 1 << 30;
 pub const MACHINE_MEMORY_PER_CLIENT_BYTES_MAX: u64 = 2 << 30;
 /// Devices of one bare machine.
 pub const MACHINE_DEVICES_MAX: usize = 64;
-/// Invalidation queue descriptors that a bare unit carries out before other work of the runtime gets its turn.
-pub const QUEUE_DESCRIPTORS_PER_TURN: u32 = 64;
+/// Names under which clients of bare machines are known at once.
+pub const BARE_CLIENTS_MAX: usize = 64;
+/// Sets of four ways in the IOTLB of a bare unit.
+pub const MACHINE_IOTLB_SETS: u32 = 256;
+
+// ---- the managed unit
+
+/// Sets of four ways in the IOTLB: 16,384 translations.
+pub const IOTLB_SETS: u32 = 4096;
+/// Sets of four ways in the context cache: all devices that fit the ports.
+pub const CONTEXT_CACHE_SETS: u32 = 1024;
+/// Sets of four ways in the paging-structure cache.
+pub const PAGING_STRUCTURE_CACHE_SETS: u32 = 1024;
 
 // ---- log
 

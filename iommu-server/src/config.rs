@@ -154,7 +154,7 @@ pub fn parse_size(text: &str) -> Option<u64> {
 
 /// Whether a name is 1 to 64 letters, digits, dots, dashes or underscores.
 pub fn is_name(name: &str) -> bool {
-    (1..=bounds::NAME_BYTES_MAX).contains(&name.len())
+    (1..=iommu_proto::limits::NAME_BYTES_MAX).contains(&name.len())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b))
 }
 
