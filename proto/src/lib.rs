@@ -7,8 +7,28 @@
 //! The schema is `proto/iommu/v1`; its comments and `proto/README.md` are enough to write a client in another language.
 
 pub mod codec;
+mod convert;
+pub mod dma;
 pub mod errors;
 pub mod framing;
+pub mod limits;
+
+/// What messages mean: the types of `iommu-types` where they have one, and these where they do not.
+///
+/// Receiving is `TryFrom` the message of [`pb`], sending is `From` the type. Errors name the path of the field.
+pub mod model {
+    pub use crate::convert::admin::*;
+    pub use crate::convert::bare::*;
+    pub use crate::convert::device::*;
+    pub use crate::convert::driver::*;
+    pub use crate::convert::explain::*;
+    pub use crate::convert::fault::*;
+    pub use crate::convert::inspect::*;
+    pub use crate::convert::memory::*;
+    pub use crate::convert::session::*;
+    pub use crate::convert::stream::*;
+    pub use crate::convert::types::*;
+}
 
 /// The generated messages, clients and servers of package `iommu.v1`. Checked in; `cargo gen` writes them again.
 #[allow(

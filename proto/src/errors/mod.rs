@@ -4,7 +4,7 @@
 //! and beside it the standard detail for its kind (`BadRequest`, `ResourceInfo`, …). The message is for people. A client
 //! gets back the very enum that the core returned; a status without our details gives `None` and is the transport's.
 //!
-//! Codes, reasons and details stand in one table ([`facts`](self), `table.rs`); `proto/README.md` prints it.
+//! Codes, reasons and details stand in one table, [`REASONS`] (`table.rs`); `proto/README.md` prints it.
 
 mod operations;
 mod table;

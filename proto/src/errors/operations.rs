@@ -8,6 +8,7 @@ use tonic::Code;
 use tonic_types::ErrorDetails;
 
 use super::WireError;
+use crate::model::{InvalidBatch, InvalidRequest};
 
 macro_rules! operations {
     ($($name:ident { $($variant:ident),* $(,)? })*) => { $(
@@ -58,4 +59,6 @@ operations! {
         SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,
         MessageTooLarge, UnknownMethod, ShuttingDown, StreamStalled, BadResumeToken, LimitReached, InvalidField, Internal,
     }
+    InvalidRequest { InvalidField, InvalidRange }
+    InvalidBatch { InvalidField, LimitReached }
 }
