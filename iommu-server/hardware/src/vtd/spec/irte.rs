@@ -82,9 +82,10 @@ impl Irte {
     pub const fn destination(self, extended_mode: bool) -> u32 {
         if extended_mode { self.destination_field() } else { self.destination_field() >> 8 & 0xff }
     }
-    /// The bits that must be zero in a present entry of remapped format. Outside extended mode the destination has 8 bits.
+    /// The bits that must be zero in a present entry: IM too, because posting is not built, and outside extended mode all of
+    /// the destination but its 8 bits.
     pub const fn reserved_bits(extended_mode: bool) -> u128 {
-        let always = u128::MAX << 84 | 0xff00_7000;
+        let always = u128::MAX << 84 | 0xff00_f000;
         if extended_mode { always } else { always | 0xffff_00ffu128 << 32 }
     }
 }
