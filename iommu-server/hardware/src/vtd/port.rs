@@ -6,13 +6,15 @@
 
 use std::sync::Arc;
 
-use iommu_types::{Access, DomainId, Fault, FaultReason, Hpa, InterruptFault, Iova, Pasid, SourceId};
+use iommu_types::{Access, DomainId, Fault, FaultReason, Generation, Hpa, InterruptFault, Iova, Pasid, SourceId};
 use iommu_types::{Permissions, TranslationFault};
 
 use super::counters::SlotTally;
 use super::interrupt::{DeliveredInterrupt, remap};
 use super::unit::{PortsExhausted, Unit};
-use super::walk::{Leaf, Trace, WalkFault, walk_context, walk_second_stage};
+use super::walk::{
+    Leaf, NoTrace, Trace, WalkFault, check_table_mode, is_interrupt_range, walk_context, walk_second_stage,
+};
 use crate::cache::{CachedContext, ContextTranslation, IotlbEntry, PagingEntry};
 use crate::drain::SlotIndex;
 
@@ -47,7 +49,7 @@ impl Request {
     /// Whether the request is an access to the interrupt range FEEx_xxxx, which is never remapped as DMA.
     #[inline]
     pub(super) fn is_in_interrupt_range(&self) -> bool {
-        self.iova.get() >> 20 == 0xfee && self.pasid.is_none()
+        is_interrupt_range(self.iova.get()) && self.pasid.is_none()
     }
     /// Whether the request is an interrupt: an aligned 4-byte write without PASID to FEEx_xxxx.
     pub(crate) fn is_interrupt(&self) -> bool {
@@ -124,15 +126,14 @@ impl Port {
     fn tally(&self) -> &SlotTally {
         self.unit.tally(self.slot)
     }
-    /// The context of the source, from the cache or the tables.
-    fn look_up_context(&self) -> Result<CachedContext, WalkFault> {
+    /// The context of the source, from the cache or the tables. `generation` was taken before (I4).
+    fn look_up_context(&self, generation: Generation) -> Result<CachedContext, WalkFault> {
         let (unit, tally) = (&*self.unit, self.tally());
         if let Some(context) = unit.contexts.lookup(self.source_id) {
             tally.context_cache.hits.add(1);
             return Ok(context);
         }
         tally.context_cache.misses.add(1);
-        let generation = unit.drains.context_generation();
         let mut reads = CountReads(0);
         let walked = walk_context(
             &**unit.memory(),
@@ -170,8 +171,8 @@ enum Place {
     Untranslated,
     /// The source has no usable context entry.
     Refused(WalkFault),
-    /// Translated as the context says.
-    Inside(CachedContext),
+    /// Translated as the context says, which was looked up under a generation of contexts.
+    Inside(CachedContext, Generation),
 }
 
 impl Burst<'_> {
@@ -216,13 +217,14 @@ impl Burst<'_> {
                 self.place = Place::Untranslated;
                 return;
             }
-            match self.port.look_up_context() {
+            let generation = self.port.unit.drains.context_generation();
+            match self.port.look_up_context(generation) {
                 Err(fault) => {
                     self.place = Place::Refused(fault);
                     return;
                 }
                 Ok(context) if self.port.registered == Some(context.domain_id) => {
-                    self.place = Place::Inside(context);
+                    self.place = Place::Inside(context, generation);
                     return;
                 }
                 Ok(context) => {
@@ -239,7 +241,7 @@ impl Burst<'_> {
             request.iova.page_offset() + u64::from(request.size_bytes) <= iommu_types::PAGE_SIZE_BYTES,
             "a request is split at 4 KiB pages before it comes here"
         );
-        if let Place::Inside(context) = self.place
+        if let Place::Inside(context, _) = self.place
             && let ContextTranslation::SecondStage { .. } = context.translation
             && request.pasid.is_none()
             && !request.is_in_interrupt_range()
@@ -265,24 +267,33 @@ impl Burst<'_> {
                 self.resolve(request)
             }
             Place::Untranslated => Ok(Hpa::new(request.iova.get())),
-            Place::Refused(fault) if fault.reason == FaultReason::TABLE_MODE_INVALID => Err(fault),
+            // The table mode is checked first (30), then PASID (31), then everything that the context look-up found.
             _ if request.pasid.is_some() => {
-                Err(WalkFault { reason: FaultReason::PASID_IN_LEGACY_MODE, suppressed: false })
+                let fault = check_table_mode(self.unit().root_table(), request.pasid).err();
+                Err(fault.expect("no table mode that is built takes a PASID"))
             }
             Place::Refused(fault) => Err(fault),
-            Place::Inside(context) => match context.translation {
-                ContextTranslation::PassThrough => pass_through(self.unit(), &context, request.iova),
-                ContextTranslation::SecondStage { .. } => self.miss(&context, request),
+            Place::Inside(context, generation) => match context.translation {
+                ContextTranslation::PassThrough => {
+                    let leaf = walk_tables(self.unit(), &context, None, request, &mut NoTrace, |_| {})?;
+                    Ok(within_page(leaf.hpa, leaf.size.bytes(), request.iova))
+                }
+                ContextTranslation::SecondStage { .. } => self.miss(&context, generation, request),
             },
         }
     }
     /// Walks and fills. The generation is taken before anything is read that the walk depends on (I4).
-    fn miss(&mut self, context: &CachedContext, request: &Request) -> Result<Hpa, WalkFault> {
+    fn miss(
+        &mut self,
+        context: &CachedContext,
+        context_generation: Generation,
+        request: &Request,
+    ) -> Result<Hpa, WalkFault> {
         let (unit, tally) = (&*self.port.unit, self.port.tally());
         let domain = context.domain_id;
         tally.iotlb.misses.add(1);
         tally.walks.add(1);
-        let generation = unit.drains.generation(domain);
+        let generation = unit.drains.generation(domain, context_generation);
         let start = unit.paging.lookup(domain, request.iova);
         let paging = &tally.paging_structure_cache;
         if start.is_some() { paging.hits.add(1) } else { paging.misses.add(1) }
@@ -325,15 +336,6 @@ impl Drop for Burst<'_> {
 /// The fault of a request: common facts and a reason, put together in this one place.
 pub(super) fn refusal(source_id: SourceId, request: &Request, reason: FaultReason) -> TranslationFault {
     TranslationFault { source_id, pasid: request.pasid, iova: request.iova, access: request.access, reason }
-}
-
-/// The address behind a pass-through context: itself, unless no physical address is that wide.
-pub(super) fn pass_through(unit: &Unit, context: &CachedContext, iova: Iova) -> Result<Hpa, WalkFault> {
-    if iova.get() >> unit.capabilities().host_width_bits == 0 {
-        return Ok(Hpa::new(iova.get()));
-    }
-    let reason = FaultReason::ADDRESS_BEYOND_WIDTH;
-    Err(WalkFault { reason, suppressed: context.fault_processing_disable && reason.is_qualified() })
 }
 
 /// The second-stage walk of a request, for the shipping path and for Explain alike.

@@ -128,7 +128,7 @@ impl Unit {
     /// Turns translation on or off. DMA admitted before is drained; what comes after is treated the new way at once.
     pub fn set_translation(&self, enabled: bool) -> PendingDrain {
         self.latch(Gsts::new().with_translation(true), enabled);
-        self.drain(Scope::Everything)
+        self.drains.drain(Scope::Everything)
     }
     /// Latches the interrupt remapping table.
     pub fn set_interrupt_table(&self, table: InterruptTable) {
@@ -143,7 +143,7 @@ impl Unit {
     /// Turns interrupt remapping on or off. Interrupts accepted before are drained.
     pub fn set_interrupt_remapping(&self, enabled: bool) -> PendingDrain {
         self.latch(Gsts::new().with_interrupt_remapping(true), enabled);
-        self.drain(Scope::Everything)
+        self.drains.drain(Scope::Everything)
     }
     /// Lets compatibility-format interrupts pass or blocks them.
     pub fn set_compatibility_interrupts(&self, allowed: bool) {
@@ -165,20 +165,17 @@ impl Unit {
                 self.paging.invalidate_domain(domain);
             }),
             Invalidation::ContextGlobal => {
-                self.forget_contexts(|| self.contexts.invalidate_all());
-                self.drain_counted(Scope::Everything)
+                self.forget_contexts(Scope::Everything, || self.contexts.invalidate_all())
             }
             Invalidation::ContextDomain(domain) => {
-                self.forget_contexts(|| self.contexts.invalidate_domain(domain));
-                self.drain_counted(Scope::Domain(domain))
+                self.forget_contexts(Scope::Domain(domain), || self.contexts.invalidate_domain(domain))
             }
             Invalidation::ContextDevice { source_id, function_mask, .. } => {
-                self.forget_contexts(|| self.contexts.invalidate_device(source_id, function_mask));
-                self.drain_sources(source_id, function_mask)
+                self.forget_contexts_of(source_id, function_mask)
             }
             // Entries of the interrupt table are not cached, so there is nothing to clear; interrupts in flight are drained.
             Invalidation::InterruptGlobal | Invalidation::InterruptIndex { .. } => {
-                self.drain_counted(Scope::Everything)
+                self.counted(self.drains.drain(Scope::Everything))
             }
         }
     }
@@ -244,13 +241,10 @@ impl Unit {
     }
     pub(super) fn root_table(&self) -> RootTable {
         let register = Rtaddr::from_bits(self.latches.root.load(Ordering::Acquire));
-        let mode = match register.table_mode() {
-            0 => RootMode::Legacy,
-            1 => RootMode::Scalable,
-            2 => RootMode::Reserved,
-            _ => RootMode::AbortDma,
-        };
-        RootTable { base: Hpa::new(register.frame() << 12), mode }
+        RootTable {
+            base: Hpa::new(register.frame() << 12),
+            mode: RootMode::from_ttm(register.table_mode()),
+        }
     }
     pub(super) fn interrupt_state(&self) -> InterruptState {
         let status = self.status();
@@ -301,17 +295,22 @@ impl Unit {
         }
     }
     fn forget(&self, scope: Scope, clear: impl FnOnce()) -> PendingDrain {
-        self.drains.move_generation(scope);
+        let invalidating = self.drains.move_generation(scope);
         clear();
-        self.drain_counted(scope)
+        self.counted(invalidating.drain())
     }
-    fn forget_contexts(&self, clear: impl FnOnce()) {
-        self.drains.move_context_generation();
+    fn forget_contexts(&self, scope: Scope, clear: impl FnOnce()) -> PendingDrain {
+        let invalidating = self.drains.move_context_generation(scope);
         clear();
+        self.counted(invalidating.drain())
     }
-    /// Drains every slot whose source is meant. A port that comes later looks its context up after the clearing, because
-    /// both go through the lock of the sources.
-    fn drain_sources(&self, target: SourceId, mask: FunctionMask) -> PendingDrain {
+    /// Forgets contexts of sources and drains every slot of such a source. A port that comes later looks its context up
+    /// after the clearing, because both go through the lock of the sources.
+    fn forget_contexts_of(&self, target: SourceId, mask: FunctionMask) -> PendingDrain {
+        let invalidating = self.drains.move_context_generation(Scope::Everything);
+        self.contexts.invalidate_device(target, mask);
+        // The drains below are narrower than the scope named above, which only the drain of `invalidating` would use.
+        drop(invalidating);
         let meant: Vec<SlotIndex> = (0u16..)
             .zip(self.lock_sources().iter())
             .filter(|(_, source)| source.is_some_and(|source| mask.matches(target, source)))
@@ -323,10 +322,6 @@ impl Unit {
             .fold(PendingDrain::none(), PendingDrain::and);
         self.counted(pending)
     }
-    fn drain_counted(&self, scope: Scope) -> PendingDrain {
-        let pending = self.drain(scope);
-        self.counted(pending)
-    }
     fn counted(&self, pending: PendingDrain) -> PendingDrain {
         self.invalidations.fetch_add(1, Ordering::Relaxed);
         match pending.try_complete() {
@@ -336,8 +331,5 @@ impl Unit {
                 pending
             }
         }
-    }
-    fn drain(&self, scope: Scope) -> PendingDrain {
-        self.drains.drain(scope)
     }
 }

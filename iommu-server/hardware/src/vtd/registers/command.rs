@@ -53,13 +53,10 @@ impl RegisterFile {
             return;
         }
         let written = Rtaddr::from_bits(state.root_address);
-        let mode = match written.table_mode() {
+        let mode = match RootMode::from_ttm(written.table_mode()) {
             // SSIRWE has no meaning in legacy mode: the table mode as a whole is invalid.
-            0 if written.second_stage_ir_iw() => RootMode::Reserved,
-            0 => RootMode::Legacy,
-            1 => RootMode::Scalable,
-            2 => RootMode::Reserved,
-            _ => RootMode::AbortDma,
+            RootMode::Legacy if written.second_stage_ir_iw() => RootMode::Reserved,
+            mode => mode,
         };
         state.status.set_set_root_table(false);
         self.unit.set_root_table(RootTable { base: Hpa::new(written.frame() << 12), mode });
