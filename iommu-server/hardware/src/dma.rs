@@ -1,6 +1,6 @@
 //! DMA operations over a port: page by page, stopping at the first fault, in bounded bursts.
 
-use iommu_types::{Access, DmaFault, FaultReason, Iova, PAGE_SIZE_BYTES, Pasid, Refusal};
+use iommu_types::{Access, DmaFault, FaultReason, Hpa, Iova, PAGE_SIZE_BYTES, Pasid, Refusal};
 
 use crate::memory::{AtomicOperation, NoMemoryAt, PhysicalMemory};
 use crate::vtd::interrupt::DeliveredInterrupt;
@@ -126,11 +126,10 @@ impl<'p> Run<'p> {
     fn reach<R>(
         &mut self,
         request: Request,
-        op: impl FnOnce(&PhysicalMemory, iommu_types::Hpa) -> Result<R, NoMemoryAt>,
+        op: impl FnOnce(&PhysicalMemory, Hpa) -> Result<R, NoMemoryAt>,
     ) -> Result<R, Reason> {
         self.make_room(request.size_bytes);
-        let memory = std::sync::Arc::clone(self.burst.unit().memory());
-        match self.burst.translate(request, |lent| op(&memory, lent.hpa)) {
+        match self.burst.reach(request, op) {
             Ok(Ok(done)) => Ok(done),
             Ok(Err(NoMemoryAt { .. })) => Err(Err(Refusal::NoMemory)),
             Err(fault) => Err(Ok(fault.reason)),

@@ -17,6 +17,7 @@ use super::walk::{
 };
 use crate::cache::{CachedContext, ContextTranslation, IotlbEntry, PagingEntry};
 use crate::drain::SlotIndex;
+use crate::memory::PhysicalMemory;
 
 /// Operations that one burst covers at most, so that the wait for an epoch is bounded (DESIGN.md §4).
 pub const BURST_OPERATIONS_MAX: u32 = 128;
@@ -186,6 +187,18 @@ impl Burst<'_> {
             Err(fault) => Err(self.refuse(&request, fault)),
         }
     }
+    /// As [`translate`](Self::translate), with the memory that the address is in.
+    #[inline]
+    pub(crate) fn reach<R>(
+        &mut self,
+        request: Request,
+        op: impl FnOnce(&PhysicalMemory, Hpa) -> R,
+    ) -> Result<R, TranslationFault> {
+        match self.resolve(&request) {
+            Ok(hpa) => Ok(op(self.port.unit.memory(), hpa)),
+            Err(fault) => Err(self.refuse(&request, fault)),
+        }
+    }
     /// An interrupt request in the course of a burst.
     pub(crate) fn interrupt(&mut self, address: u64, data: u32) -> Result<DeliveredInterrupt, InterruptFault> {
         match self.place {
@@ -202,8 +215,7 @@ impl Burst<'_> {
         self.port.tally().iotlb.hits.add(std::mem::take(&mut self.hit_count));
         self.port.unit.drains.leave(self.port.slot);
     }
-    /// The unit of the port.
-    pub(crate) fn unit(&self) -> &Unit {
+    fn unit(&self) -> &Unit {
         &self.port.unit
     }
 
