@@ -38,7 +38,11 @@ fn check_unmap(maps: &[(u64, u64)], unmap: (u64, u64), expected: Result<&[u64], 
         let is_left = left.contains(first);
         for page in *first..=*last {
             let iova = Iova::new(BASE + page * PAGE);
-            assert_eq!(tenant.device_reads(iova, 8).is_ok(), is_left, "{maps:?} unmap {unmap:?}: page {page}");
+            assert_eq!(
+                tenant.device_reads(iova, 8).is_ok(),
+                is_left,
+                "{maps:?} unmap {unmap:?}: page {page}"
+            );
         }
     }
 }
@@ -97,10 +101,7 @@ fn a_refused_map_names_the_reason_and_changes_nothing() {
     );
     check_map_refused(|map| at(map, 0x1001, PAGE), expect!["iova: 0x1001 is not a multiple of 0x1000"]);
     check_map_refused(|map| at(map, 0x1000, 100), expect!["size_bytes: 0x64 is not a multiple of 0x1000"]);
-    check_map_refused(
-        |map| map.gpa = Gpa::new(0x1800),
-        expect!["gpa: 0x1800 is not a multiple of 0x1000"],
-    );
+    check_map_refused(|map| map.gpa = Gpa::new(0x1800), expect!["gpa: 0x1800 is not a multiple of 0x1000"]);
     check_map_refused(
         |map| at(map, 0, PAGE),
         expect!["iova:0x0 is reserved: page 0 and FEE0_0000 to FEEF_FFFF are never mapped"],
@@ -117,10 +118,7 @@ fn a_refused_map_names_the_reason_and_changes_nothing() {
         |map| at(map, (1 << 39) - PAGE, 2 * PAGE),
         expect!["iova:0x8000000fff is beyond the 39-bit address width of the domain"],
     );
-    check_map_refused(
-        |map| map.gpa = Gpa::new(0x9000),
-        expect!["gpa:0x9000 is not memory of this owner"],
-    );
+    check_map_refused(|map| map.gpa = Gpa::new(0x9000), expect!["gpa:0x9000 is not memory of this owner"]);
     check_map_refused(
         |map| map.permissions = Permissions::empty(),
         expect!["permissions: must allow reading, writing or both"],
@@ -136,7 +134,11 @@ fn the_first_and_the_last_page_of_every_width_translate() {
         for iova in [PAGE, 0xfedf_f000, 0xfef0_0000, (1 << 32) - PAGE, (1 << width_bits) - PAGE] {
             tenant.map(iova, buffer.base(), 1);
             tenant.device_writes(Iova::new(iova), &iova.to_le_bytes()).expect("mapped");
-            assert_eq!(tenant.cpu_reads(buffer.base(), 8), iova.to_le_bytes(), "{width_bits} bits, {iova:#x}");
+            assert_eq!(
+                tenant.cpu_reads(buffer.base(), 8),
+                iova.to_le_bytes(),
+                "{width_bits} bits, {iova:#x}"
+            );
         }
         let all = iova_range(Iova::new(0), u64::MAX - PAGE + 1);
         let pending = tenant.domain.unmap(&kernel, all).expect("unmap");
