@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use iommu_hardware::cache::CacheGeometry;
+use iommu_hardware::dma::{Run, Transfer};
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
-use iommu_hardware::vtd::UnitConfig;
+use iommu_hardware::vtd::{Port, UnitConfig};
 use iommu_kernel::{
     DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory, PendingUnmap,
 };
@@ -49,11 +50,15 @@ impl Host {
         Self { kernel, account, memory, buffer }
     }
     /// A domain with a device that has used it, so that every drain looks at a slot.
-    fn domain(&self, source: u16) -> (Domain, iommu_hardware::vtd::Port) {
-        let domain = self.kernel.create_domain(&self.account, Protection::Strict, 48).expect("domain");
+    fn domain(&self, source: u16) -> (Domain, Port) {
+        let mut domain = self.kernel.create_domain(&self.account, Protection::Strict, 48).expect("domain");
         let source = SourceId::new(source);
         self.kernel.attach(source, &domain).expect("attach");
-        (domain, self.kernel.unit().port(source).expect("port"))
+        let mut port = self.kernel.unit().port(source).expect("port");
+        let range = self.map(&mut domain, 0, PAGE);
+        device_reads(&mut port, range);
+        self.unmap(&mut domain, range);
+        (domain, port)
     }
     fn map(&self, domain: &mut Domain, page: u64, size_bytes: u64) -> IovaRange {
         let gpa = self.buffer.base().checked_add(page * PAGE).expect("inside");
@@ -75,6 +80,12 @@ impl Host {
     }
 }
 
+fn device_reads(port: &mut Port, range: IovaRange) {
+    let mut bytes = [0; 64];
+    let done = Run::new(port).execute(range.base(), None, Transfer::Read(&mut bytes));
+    black_box(done).expect("mapped");
+}
+
 fn one_pair(c: &mut Criterion) {
     let host = Host::new();
     let (mut domain, mut port) = host.domain(8);
@@ -91,10 +102,7 @@ fn one_pair(c: &mut Criterion) {
     group.bench_function("4096 with a DMA between", |b| {
         b.iter(|| {
             let range = host.map(&mut domain, 0, PAGE);
-            let mut bytes = [0; 64];
-            let transfer = iommu_hardware::dma::Transfer::Read(&mut bytes);
-            let done = iommu_hardware::dma::Run::new(&mut port).execute(range.base(), None, transfer);
-            black_box(done).expect("mapped");
+            device_reads(&mut port, range);
             host.unmap(&mut domain, range);
         });
     });

@@ -157,12 +157,9 @@ fn i7_interrupt_entries_and_vectors_run_out_by_name() {
     let owners = 4096 / 224;
     for vm in 1..=owners {
         let account = kernel.account(Owner::Vm(vm));
-        while let Err(error) =
-            (0..224).try_for_each(|_| kernel.allocate_interrupt(&account, source).map(|_| ()))
-        {
-            assert_eq!((vm, error.limit.as_str()), (owners, "interrupts"));
-            break;
-        }
+        let mut allocated = (0..224).map(|_| kernel.allocate_interrupt(&account, source).map(|_| ()));
+        let refused = allocated.find_map(Result::err).map(|error| error.limit);
+        assert_eq!(refused.as_deref(), (vm == owners).then_some("interrupts"), "owner {vm}");
     }
     let _quiet = kernel.free_interrupts(source).wait_blocking();
     assert_eq!(account.interrupts(), 0);
