@@ -165,15 +165,22 @@ fn i7_each_limit_of_an_owner_refuses_by_name_and_leaves_nothing() {
         let kernel = kernel_with(16 << 20, limits);
         let mut tenant = Tenant::new(&kernel, 1, 48);
         let buffer = tenant.buffer(200);
-        for pages in first_pages {
-            tenant.dma_map(gpa_range(buffer.base(), 0, pages * PAGE), Direction::ToDevice);
-        }
+        let refused_bytes = refused_pages * PAGE;
+        let next = tenant.dma_map(gpa_range(buffer.base(), 0, refused_bytes), Direction::ToDevice);
+        tenant.dma_unmap(next, refused_bytes, Direction::ToDevice);
+        let map = |pages: &u64| tenant.dma_map(gpa_range(buffer.base(), 0, pages * PAGE), Direction::ToDevice);
+        let live: Vec<Iova> = first_pages.iter().map(map).collect();
         let before = (tenant.domain.counters(), held(&kernel, &tenant.account));
         let request = dma_map(gpa_range(buffer.base(), 0, refused_pages * PAGE), Direction::ToDevice);
         let error = tenant.domain.dma_map(&kernel, &tenant.memory, request).expect_err("refused");
         let (limit, allowed) = expected;
         assert_eq!(error, DmaMapError::LimitReached(LimitReached { limit: limit.to_owned(), allowed }));
         assert_eq!((tenant.domain.counters(), held(&kernel, &tenant.account)), before);
+        for (iova, pages) in live.iter().zip(first_pages).rev() {
+            tenant.dma_unmap(*iova, pages * PAGE, Direction::ToDevice);
+        }
+        let again = tenant.dma_map(gpa_range(buffer.base(), 0, refused_bytes), Direction::ToDevice);
+        assert_eq!(again, next, "the refused map gave its address back");
     };
     check(limits, &[1, 1], 1, ("mappings_per_owner", 2));
     check(limits, &[60], 41, ("mapped_bytes_per_owner", 100 * PAGE));

@@ -168,6 +168,29 @@ fn superpages_are_used_where_address_frame_and_length_allow() {
 }
 
 #[test]
+fn a_1_gib_page_stands_in_the_top_table_of_39_bits() {
+    let limits = OwnerLimits { mapped_bytes: 1 << 32, memory_bytes: 1 << 31, ..LIMITS };
+    let kernel = kernel_with(5 << 29, limits);
+    let mut tenant = Tenant::new(&kernel, 1, 39);
+    let buffer = tenant.buffer(1 << 18);
+    for _ in 0..2 {
+        tenant.map(7 << 30, buffer.base(), 1 << 18);
+        assert_eq!(tenant.domain.counters().table_bytes, PAGE, "the top alone");
+        tenant.device_writes(Iova::new((7 << 30) + 0x1234_5678), b"far").expect("mapped");
+        assert_eq!(tenant.cpu_reads(Gpa::new(buffer.base().get() + 0x1234_5678), 3), b"far");
+        assert_eq!(tenant.unmap(7 << 30, 1 << 18), 1 << 30);
+        assert!(tenant.device_reads(Iova::new(7 << 30), 1).is_err());
+    }
+    // The top table stays, however many tables come and go.
+    for n in 1..40 {
+        tenant.map(n << 30, buffer.base(), 1);
+        tenant.unmap(n << 30, 1);
+    }
+    tenant.map(1 << 30, buffer.base(), 1);
+    tenant.device_reads(Iova::new(1 << 30), 1).expect("mapped");
+}
+
+#[test]
 fn a_page_mapped_where_an_empty_table_stands_translates() {
     let kernel = kernel_with(64 << 20, LIMITS);
     let mut tenant = Tenant::new(&kernel, 1, 48);
@@ -196,8 +219,16 @@ fn i1_i4_tables_come_and_go_without_a_stale_walk() {
         tenant.map(iova, buffer.base(), 1);
         tenant.device_writes(Iova::new(iova), &n.to_le_bytes()).expect("mapped");
         tenant.unmap(iova, 1);
-        assert!(tenant.device_reads(Iova::new(iova), 8).is_err(), "round {n}");
-        assert!(tenant.device_reads(Iova::new((n - 1) << 30), 8).is_err(), "round {n}, the one before");
+        // With a frame used again too early, an old address would lead through a cached table to the page of a new one.
+        for old in 1..=n {
+            assert!(tenant.device_reads(Iova::new(old << 30), 8).is_err(), "round {n}: {old}");
+        }
+        tenant.map(iova + PAGE, buffer.base(), 1);
+        for old in 1..n {
+            let stale = tenant.device_reads(Iova::new((old << 30) + PAGE), 8);
+            assert!(stale.is_err(), "round {n}: {old} reaches the mapping of another address");
+        }
+        tenant.unmap(iova + PAGE, 1);
         most = most.max(tenant.domain.counters().table_bytes);
     }
     assert!(most - start <= 50 * PAGE, "tables are bounded: {} pages", (most - start) / PAGE);

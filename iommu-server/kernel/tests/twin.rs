@@ -181,14 +181,14 @@ impl Run {
             _ => {}
         }
         let result = self.tenant.domain.dma_unmap(&self.tenant.kernel, request);
-        let as_expected = match (&result, mapping.direction, wrong) {
-            (Err(DmaUnmapError::NotMapped(_)), None, _) => true,
-            (Err(DmaUnmapError::SizeMismatch(_)), Some(_), 0) => true,
-            (Err(DmaUnmapError::NotMapped(_)), Some(_), 1) => true,
-            (Err(DmaUnmapError::DirectionMismatch(_)), Some(_), 2) => true,
-            (Ok(_), Some(_), 3..) => true,
-            _ => false,
-        };
+        let as_expected = matches!(
+            (&result, mapping.direction, wrong),
+            (Err(DmaUnmapError::NotMapped(_)), None, _)
+                | (Err(DmaUnmapError::SizeMismatch(_)), Some(_), 0)
+                | (Err(DmaUnmapError::NotMapped(_)), Some(_), 1)
+                | (Err(DmaUnmapError::DirectionMismatch(_)), Some(_), 2)
+                | (Ok(_), Some(_), 3..)
+        );
         prop_assert!(as_expected, "{:?} {}: {:?}", mapping, wrong, result);
         if let Ok(pending) = result {
             self.pending.push(pending);

@@ -305,9 +305,8 @@ impl Tables {
         if leaf_key(first) == leaf_key(last) {
             return in_region(leaf_key(first), self.nodes.get(&leaf_key(first))?);
         }
-        let is_near = |(key, _): &(&Key, &Node)| {
-            level_of(**key) == 1 && (leaf_key(first)..=leaf_key(last)).contains(*key)
-        };
+        // Only leaf tables have slots, so keys of other levels do no harm.
+        let is_near = |(key, _): &(&Key, &Node)| (leaf_key(first)..=leaf_key(last)).contains(*key);
         let near = self.nodes.iter().filter(is_near);
         near.filter_map(|(key, node)| in_region(*key, node)).min_by_key(|(page, _)| *page)
     }
