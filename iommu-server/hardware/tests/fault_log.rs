@@ -243,7 +243,7 @@ fn as_many_recording_registers_as_there_can_be() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(machine::cases(24))]
     /// Every refused DMA is recorded, collapsed, overflowed or suppressed: exactly one of them.
     #[test]
     fn i6_every_refused_dma_is_accounted_for(
