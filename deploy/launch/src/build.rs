@@ -1,0 +1,67 @@
+//! Asks cargo for the binaries.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, bail};
+use cargo_metadata::Message;
+
+/// Where the freshly built binaries are.
+#[derive(Clone, Debug)]
+pub struct Binaries {
+    /// `iommu-server`.
+    pub server: PathBuf,
+    /// `dma-engine`.
+    pub dma_engine: PathBuf,
+    /// `iommuctl`.
+    pub iommuctl: PathBuf,
+}
+
+/// Packages whose binary is wanted; each has one of the same name.
+const PACKAGES: [&str; 3] = ["iommu-server", "dma-engine", "iommuctl"];
+
+/// Builds the binaries in the profile of the running program and says where they are. Blocks; cargo's progress goes to standard error.
+pub fn binaries() -> anyhow::Result<Binaries> {
+    let profile = own_profile()?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.args(["build", "--quiet", "--bins", "--message-format=json-render-diagnostics", "--profile", &profile]);
+    for package in PACKAGES {
+        command.args(["--package", package]);
+    }
+    let output = command
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("run cargo to build the binaries; is cargo on the PATH?")?;
+    if !output.status.success() {
+        bail!("cargo could not build the binaries ({}); its messages stand above", output.status);
+    }
+    let mut built = Vec::new();
+    for message in Message::parse_stream(output.stdout.as_slice()) {
+        if let Message::CompilerArtifact(artifact) = message.context("read cargo's messages")? {
+            built.extend(artifact.executable.map(|path| (artifact.target.name, path.into_std_path_buf())));
+        }
+    }
+    let find = |name: &str| {
+        built
+            .iter()
+            .find(|(target, _)| target == name)
+            .map(|(_, path)| path.clone())
+            .with_context(|| format!("cargo built no binary {name}"))
+    };
+    Ok(Binaries { server: find("iommu-server")?, dma_engine: find("dma-engine")?, iommuctl: find("iommuctl")? })
+}
+
+/// The profile that this program was built in, from the directory that cargo put it into.
+fn own_profile() -> anyhow::Result<String> {
+    let own = std::env::current_exe().context("find this program's own path")?;
+    let mut directory = own.parent();
+    if directory.and_then(|d| d.file_name()).is_some_and(|name| name == "deps") {
+        directory = directory.and_then(|d| d.parent());
+    }
+    let name = directory.and_then(|d| d.file_name()).and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} is not in a cargo target directory", own.display()))?;
+    Ok(if name == "debug" { "dev".to_owned() } else { name.to_owned() })
+}

@@ -1,0 +1,300 @@
+//! The command line: what can be asked, and how it is explained.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use iommu_types::{Access, DeviceAddress, Owner};
+
+/// See and steer an IOMMU server.
+///
+/// Everything is read-only unless its help says otherwise. Addresses may be written in hexadecimal (0x1000) or decimal; devices as
+/// bus:device.function (00:01.0), with a segment for those of bare machines (0001:00:01.0); owners as driver:0 or vm:1.
+#[derive(Debug, Parser)]
+#[command(name = "iommuctl", version, max_term_width = 110, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    /// Where the server listens: http://HOST:PORT or unix:///PATH.
+    #[arg(long, global = true, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7450", value_name = "URL")]
+    pub(crate) server: String,
+    /// Name under which this session opens; the server's configuration may restrict operators by name.
+    #[arg(long, global = true, env = "IOMMU_NAME", default_value = "iommuctl", value_name = "NAME")]
+    pub(crate) name: String,
+    /// Print JSON: one document, or one line per record where records follow each other.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 the server refused or failed; 2 wrong usage; 3 the access would be refused \
+(translate, explain); 69 the server cannot be reached.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Server, memory, owners and devices at a glance.
+    Status,
+    /// Devices: list, declare, attach, detach.
+    #[command(subcommand)]
+    Device(DeviceCommand),
+    /// Owners: list them, declare a driver.
+    #[command(subcommand)]
+    Owner(OwnerCommand),
+    /// Domains with their devices and counters.
+    Domains {
+        /// Only those of this owner.
+        #[arg(long)]
+        owner: Option<Owner>,
+    },
+    /// Mappings of a domain, in the order of their addresses.
+    Mappings {
+        /// The domain.
+        domain: u16,
+        /// Only those that end above this address.
+        #[arg(long, value_parser = number, default_value = "0", value_name = "IOVA")]
+        from: u64,
+        /// At most so many.
+        #[arg(long, default_value_t = 1000)]
+        limit: u32,
+    },
+    /// Where an address of a device leads, in one line. Records no fault.
+    Translate(AccessArgs),
+    /// What would happen to one access and why: every table entry, every cache, the reason in words. Records no fault.
+    ///
+    /// Example: iommuctl explain 00:01.0 0xfffff000 --access write
+    Explain(AccessArgs),
+    /// Root, context and page-table entries of a device, raw and in words.
+    Tables {
+        /// The device.
+        device: DeviceAddress,
+        /// Root and context entries only.
+        #[arg(long)]
+        without_page_tables: bool,
+    },
+    /// What the IOTLB holds now.
+    Iotlb {
+        /// Only of this domain.
+        #[arg(long)]
+        domain: Option<u16>,
+        /// At most so many entries.
+        #[arg(long, default_value_t = 1000)]
+        limit: u32,
+    },
+    /// Counters of the unit: caches, walks, invalidations, faults.
+    Counters,
+    /// Faults: list what is kept, or follow what comes.
+    #[command(subcommand)]
+    Fault(FaultCommand),
+    /// Memory of an owner as its processor sees it. Operators only.
+    #[command(subcommand)]
+    Memory(MemoryCommand),
+    /// Registers of a device. Operators only; for debugging beside its driver.
+    #[command(subcommand)]
+    Mmio(MmioCommand),
+    /// Prints a completion script for a shell.
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeviceCommand {
+    /// Every declared device.
+    List,
+    /// Declares a device, so that an agent may connect for it. Changes the server.
+    Declare {
+        /// Where it sits.
+        device: DeviceAddress,
+        /// Name with which its agent says Hello.
+        #[arg(long)]
+        device_name: String,
+        /// Owner to give it to; attached to that owner's default domain.
+        #[arg(long)]
+        owner: Option<Owner>,
+    },
+    /// Detaches a device, ends its session and forgets it. Changes the server.
+    Remove {
+        /// Which.
+        device: DeviceAddress,
+    },
+    /// Gives a device to an owner and attaches it to a domain of that owner. Changes the server.
+    Attach {
+        /// Which.
+        device: DeviceAddress,
+        /// To whom.
+        #[arg(long)]
+        owner: Owner,
+        /// To which domain; without it the owner's default domain of the device.
+        #[arg(long)]
+        domain: Option<u16>,
+    },
+    /// Detaches a device; every DMA of it is refused until it is attached again. Changes the server.
+    Detach {
+        /// Which.
+        device: DeviceAddress,
+    },
+    /// Ends the session of a device's agent at once. Changes the server.
+    Quarantine {
+        /// Which.
+        device: DeviceAddress,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum OwnerCommand {
+    /// Every declared owner.
+    List,
+    /// Declares a driver, so that it may connect. Changes the server.
+    Declare {
+        /// driver:NUMBER.
+        owner: Owner,
+        /// Name with which it opens its session.
+        #[arg(long)]
+        owner_name: String,
+    },
+    /// Ends the session of an owner's driver at once and reclaims what it held. Changes the server.
+    Quarantine {
+        /// Which.
+        owner: Owner,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AccessArgs {
+    /// By which device.
+    pub(crate) device: DeviceAddress,
+    /// At which I/O virtual address.
+    #[arg(value_parser = number)]
+    pub(crate) iova: u64,
+    /// What is asked.
+    #[arg(long, value_enum, default_value_t = AccessKind::Read)]
+    pub(crate) access: AccessKind,
+    /// Size in bytes; 0 is a zero-length read.
+    #[arg(long, default_value_t = 1, value_name = "BYTES")]
+    pub(crate) size: u32,
+    /// PASID of the request.
+    #[arg(long)]
+    pub(crate) pasid: Option<u32>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum AccessKind {
+    /// A memory read.
+    Read,
+    /// A memory write.
+    Write,
+    /// A PCIe AtomicOp.
+    Atomic,
+}
+
+impl From<AccessKind> for Access {
+    fn from(kind: AccessKind) -> Self {
+        match kind {
+            AccessKind::Read => Self::Read,
+            AccessKind::Write => Self::Write,
+            AccessKind::Atomic => Self::Atomic,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FaultFilter {
+    /// Only of this owner's devices.
+    #[arg(long)]
+    pub(crate) owner: Option<Owner>,
+    /// Only of this device.
+    #[arg(long)]
+    pub(crate) device: Option<DeviceAddress>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FaultCommand {
+    /// The records that are kept, oldest first.
+    List {
+        #[command(flatten)]
+        filter: FaultFilter,
+        /// At most so many, the newest.
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+    },
+    /// New records as they come, until interrupted.
+    Follow {
+        #[command(flatten)]
+        filter: FaultFilter,
+        /// Go on after this resume token (printed by list and follow with --json).
+        #[arg(long, default_value = "", value_name = "TOKEN")]
+        from: String,
+        /// End after so many records.
+        #[arg(long, value_name = "COUNT")]
+        count: Option<u64>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MemoryCommand {
+    /// Reads memory; prints a hex dump unless --output is given.
+    Read {
+        /// Whose memory.
+        owner: Owner,
+        /// First byte.
+        #[arg(value_parser = number)]
+        gpa: u64,
+        /// How many bytes.
+        #[arg(value_parser = number)]
+        size: u64,
+        /// Write the bytes to this file; - for standard output.
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Writes memory. Changes the owner's memory.
+    Write {
+        /// Whose memory.
+        owner: Owner,
+        /// First byte.
+        #[arg(value_parser = number)]
+        gpa: u64,
+        /// The bytes in hexadecimal.
+        #[arg(long, conflicts_with = "input", required_unless_present = "input")]
+        hex: Option<String>,
+        /// Take the bytes from this file; - for standard input.
+        #[arg(long, value_name = "FILE")]
+        input: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MmioCommand {
+    /// Reads a register.
+    Read(RegisterArgs),
+    /// Writes a register. Changes the device.
+    Write {
+        #[command(flatten)]
+        register: RegisterArgs,
+        /// The value.
+        #[arg(value_parser = number)]
+        value: u64,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RegisterArgs {
+    /// Of which device.
+    pub(crate) device: DeviceAddress,
+    /// Offset in the BAR.
+    #[arg(value_parser = number)]
+    pub(crate) offset: u64,
+    /// Base address register.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) bar: u8,
+    /// Width in bytes: 1, 2, 4 or 8.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) width: u32,
+}
+
+/// Reads 0x-prefixed hexadecimal or decimal.
+pub(crate) fn number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|error| format!("{error}; write 0x1000 or 4096"))
+}
