@@ -70,11 +70,8 @@ fn write_tables(memory: &PhysicalMemory) {
             }
             table = entry.address();
         }
-        let leaf = SecondStageEntry::leaf(
-            Hpa::new(DATA + page * 4096),
-            PageSize::Size4K,
-            Permissions::READ_WRITE,
-        );
+        let leaf =
+            SecondStageEntry::leaf(Hpa::new(DATA + page * 4096), PageSize::Size4K, Permissions::READ_WRITE);
         let at = entry_address(table, iova, 1).expect("inside memory");
         memory.store_u64(at, leaf.into_bits()).expect("inside memory");
     }

@@ -238,7 +238,8 @@ fn i1_a_device_that_changed_its_domain_is_drained_with_the_new_one() {
     machine.attach(DEVICE, OTHER_DOMAIN, table);
     machine.invalidate(Invalidation::ContextGlobal);
     let dma = HeldDma::begin(port, PAGE);
-    let (pending, drain) = is_pending(machine.bare.unit().invalidate(Invalidation::IotlbDomain(OTHER_DOMAIN)));
+    let (pending, drain) =
+        is_pending(machine.bare.unit().invalidate(Invalidation::IotlbDomain(OTHER_DOMAIN)));
     assert!(pending);
     let (of_old, _) = is_pending(machine.bare.unit().invalidate(Invalidation::IotlbDomain(DOMAIN)));
     assert!(!of_old, "the device has left the list of its old domain");
@@ -283,7 +284,8 @@ fn i4_a_fill_that_an_invalidation_overtook_is_not_served() {
         for round in 1..=ROUNDS {
             machine.store(frames[(round % 2) as usize], round);
             machine.store(entry, leaf(round));
-            let _drained = machine.bare.unit().invalidate_pages(DOMAIN, &[page_range()], true).wait_blocking();
+            let _drained =
+                machine.bare.unit().invalidate_pages(DOMAIN, &[page_range()], true).wait_blocking();
             assert_eq!(read(&mut port), round, "the invalidation was answered");
         }
         over.store(true, Ordering::Relaxed);

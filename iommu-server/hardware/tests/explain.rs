@@ -53,9 +53,11 @@ fn word() -> impl Strategy<Value = u64> {
 }
 
 fn context_word() -> impl Strategy<Value = u128> {
-    let sound = (proptest::sample::select(&TABLES[..]), 1..4u128, 0..3u128, any::<bool>()).prop_map(|(table, width, domain, fpd)| {
-        u128::from(table) | 1 | u128::from(fpd) << 1 | width << 64 | domain << 72
-    });
+    let sound = (proptest::sample::select(&TABLES[..]), 1..4u128, 0..3u128, any::<bool>()).prop_map(
+        |(table, width, domain, fpd)| {
+            u128::from(table) | 1 | u128::from(fpd) << 1 | width << 64 | domain << 72
+        },
+    );
     let pass_through = Just(1 | 2 << 2 | 3 << 64 | 5 << 72);
     prop_oneof![8 => sound, 1 => pass_through, 1 => any::<u128>(), 1 => Just(2)]
 }
@@ -179,7 +181,10 @@ fn a_refused_access_is_explained_step_by_step() {
     .assert_eq(&steps.join("\n"));
     expect!["The write at iova:0x7008 by 03:02.0 is refused: 0x05 the tables give no write permission."]
         .assert_eq(&explanation.conclusion);
-    assert_eq!(explanation.steps.last().map(|step| step.structure), Some(Structure::SecondStage { level: 1 }));
+    assert_eq!(
+        explanation.steps.last().map(|step| step.structure),
+        Some(Structure::SecondStage { level: 1 })
+    );
     assert_eq!(machine.bare.unit().counters().faults, 0);
 }
 

@@ -3,7 +3,7 @@
 mod machine;
 
 use iommu_hardware::vtd::EventMessage;
-use iommu_hardware::vtd::spec::registers::{Fsts, Gcmd, Iectl, Ics, offset};
+use iommu_hardware::vtd::spec::registers::{Fsts, Gcmd, Ics, Iectl, offset};
 use iommu_types::{Access, Capabilities, Fault, FaultReason, SourceId};
 use machine::{Machine, RW};
 use proptest::prelude::*;
@@ -61,75 +61,87 @@ const fn fri(index: u32) -> u32 {
 
 #[test]
 fn the_first_fault_raises_an_event_and_later_ones_do_not() {
-    check(4, false, &[
-        (Refused(1), PENDING, 1),
-        (Refused(2), PENDING, 0),
-        (Refused(3), PENDING, 0),
-    ]);
+    check(4, false, &[(Refused(1), PENDING, 1), (Refused(2), PENDING, 0), (Refused(3), PENDING, 0)]);
 }
 
 #[test]
 fn fri_changes_only_when_ppf_rises() {
-    check(4, false, &[
-        (Refused(1), PENDING, 1),
-        (Refused(2), PENDING, 0),
-        (ClearRecord(0), PENDING, 0),
-        (ClearRecord(1), 0, 0),
-        (Refused(3), PENDING | fri(2), 1),
-        (Refused(4), PENDING | fri(2), 0),
-        (ClearRecord(2), PENDING | fri(2), 0),
-        (Refused(5), PENDING | fri(2), 0),
-        (ClearRecord(3), PENDING | fri(2), 0),
-        (ClearRecord(0), fri(2), 0),
-        (Refused(6), PENDING | fri(1), 1),
-    ]);
+    check(
+        4,
+        false,
+        &[
+            (Refused(1), PENDING, 1),
+            (Refused(2), PENDING, 0),
+            (ClearRecord(0), PENDING, 0),
+            (ClearRecord(1), 0, 0),
+            (Refused(3), PENDING | fri(2), 1),
+            (Refused(4), PENDING | fri(2), 0),
+            (ClearRecord(2), PENDING | fri(2), 0),
+            (Refused(5), PENDING | fri(2), 0),
+            (ClearRecord(3), PENDING | fri(2), 0),
+            (ClearRecord(0), fri(2), 0),
+            (Refused(6), PENDING | fri(1), 1),
+        ],
+    );
 }
 
 #[test]
 fn a_fault_without_room_sets_overflow_and_everything_is_dropped_until_it_is_cleared() {
-    check(2, false, &[
-        (Refused(1), PENDING, 1),
-        (Refused(2), PENDING, 0),
-        (Refused(3), PENDING | OVERFLOW, 0),
-        (ClearRecord(0), PENDING | OVERFLOW, 0),
-        (Refused(4), PENDING | OVERFLOW, 0),
-        (ClearRecord(1), OVERFLOW, 0),
-        // Dropped although there is room: PFO is set.
-        (Refused(5), OVERFLOW, 0),
-        (ClearOverflow, 0, 0),
-        (Refused(6), PENDING, 1),
-    ]);
+    check(
+        2,
+        false,
+        &[
+            (Refused(1), PENDING, 1),
+            (Refused(2), PENDING, 0),
+            (Refused(3), PENDING | OVERFLOW, 0),
+            (ClearRecord(0), PENDING | OVERFLOW, 0),
+            (Refused(4), PENDING | OVERFLOW, 0),
+            (ClearRecord(1), OVERFLOW, 0),
+            // Dropped although there is room: PFO is set.
+            (Refused(5), OVERFLOW, 0),
+            (ClearOverflow, 0, 0),
+            (Refused(6), PENDING, 1),
+        ],
+    );
 }
 
 #[test]
 fn a_pending_record_collapses_later_faults_of_its_source() {
-    check(2, false, &[
-        (Refused(1), PENDING, 1),
-        (Refused(1), PENDING, 0),
-        (Refused(1), PENDING, 0),
-        (Refused(2), PENDING, 0),
-        (Refused(1), PENDING, 0),
-        (ClearRecord(0), PENDING, 0),
-        (Refused(1), PENDING, 0),
-        (Refused(3), PENDING | OVERFLOW, 0),
-    ]);
+    check(
+        2,
+        false,
+        &[
+            (Refused(1), PENDING, 1),
+            (Refused(1), PENDING, 0),
+            (Refused(1), PENDING, 0),
+            (Refused(2), PENDING, 0),
+            (Refused(1), PENDING, 0),
+            (ClearRecord(0), PENDING, 0),
+            (Refused(1), PENDING, 0),
+            (Refused(3), PENDING | OVERFLOW, 0),
+        ],
+    );
 }
 
 #[test]
 fn a_masked_event_is_sent_when_it_is_unmasked() {
-    check(4, true, &[
-        (Refused(1), PENDING, 0),
-        (Refused(2), PENDING, 0),
-        (Unmask, PENDING, 1),
-        (Unmask, PENDING, 0),
-        (Mask, PENDING, 0),
-        (ClearRecord(0), PENDING, 0),
-        (ClearRecord(1), 0, 0),
-        (Refused(3), PENDING | fri(2), 0),
-        // Everything dealt with before it is unmasked: nothing is left to say.
-        (ClearRecord(2), fri(2), 0),
-        (Unmask, fri(2), 0),
-    ]);
+    check(
+        4,
+        true,
+        &[
+            (Refused(1), PENDING, 0),
+            (Refused(2), PENDING, 0),
+            (Unmask, PENDING, 1),
+            (Unmask, PENDING, 0),
+            (Mask, PENDING, 0),
+            (ClearRecord(0), PENDING, 0),
+            (ClearRecord(1), 0, 0),
+            (Refused(3), PENDING | fri(2), 0),
+            // Everything dealt with before it is unmasked: nothing is left to say.
+            (ClearRecord(2), fri(2), 0),
+            (Unmask, fri(2), 0),
+        ],
+    );
 }
 
 #[test]

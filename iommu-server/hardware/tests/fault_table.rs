@@ -74,10 +74,15 @@ fn root_rows() -> Vec<Row> {
             sound(machine, table, fpd);
             machine.set_root(NOWHERE);
         }),
-        row("1: the root entry is not present", FaultReason::ROOT_NOT_PRESENT, false, |machine, table, fpd| {
-            sound(machine, table, fpd);
-            machine.store_wide(Hpa::new(ROOT.get() + 16 * u64::from(DEVICE.bus())), 0xabc0);
-        }),
+        row(
+            "1: the root entry is not present",
+            FaultReason::ROOT_NOT_PRESENT,
+            false,
+            |machine, table, fpd| {
+                sound(machine, table, fpd);
+                machine.store_wide(Hpa::new(ROOT.get() + 16 * u64::from(DEVICE.bus())), 0xabc0);
+            },
+        ),
         row("a: reserved bits 11:1", FaultReason::ROOT_RESERVED, false, |machine, table, fpd| {
             sound(machine, table, fpd);
             let at = Hpa::new(ROOT.get() + 16 * u64::from(DEVICE.bus()));
@@ -96,10 +101,15 @@ fn root_rows() -> Vec<Row> {
             sound(machine, table, fpd);
             machine.set_root(ROOT.get() | 2 << 10);
         }),
-        row("30: scalable mode is not built", FaultReason::TABLE_MODE_INVALID, false, |machine, table, fpd| {
-            sound(machine, table, fpd);
-            machine.set_root(ROOT.get() | 1 << 10);
-        }),
+        row(
+            "30: scalable mode is not built",
+            FaultReason::TABLE_MODE_INVALID,
+            false,
+            |machine, table, fpd| {
+                sound(machine, table, fpd);
+                machine.set_root(ROOT.get() | 1 << 10);
+            },
+        ),
         row("30: SSIRWE in legacy mode", FaultReason::TABLE_MODE_INVALID, false, |machine, table, fpd| {
             sound(machine, table, fpd);
             machine.set_root(ROOT.get() | 1 << 7);
@@ -111,10 +121,15 @@ fn root_rows() -> Vec<Row> {
         .on(Attempt::WithPasid(PAGE)),
         row("31: a PASID in legacy mode", FaultReason::PASID_IN_LEGACY_MODE, false, sound)
             .on(Attempt::WithPasid(PAGE)),
-        row("31: comes before the root entry", FaultReason::PASID_IN_LEGACY_MODE, false, |machine, table, fpd| {
-            sound(machine, table, fpd);
-            machine.set_root(NOWHERE);
-        })
+        row(
+            "31: comes before the root entry",
+            FaultReason::PASID_IN_LEGACY_MODE,
+            false,
+            |machine, table, fpd| {
+                sound(machine, table, fpd);
+                machine.set_root(NOWHERE);
+            },
+        )
         .on(Attempt::WithPasid(PAGE)),
     ]
 }
@@ -126,9 +141,14 @@ fn context_rows() -> Vec<Row> {
         row("9: the context table is nowhere", FaultReason::CONTEXT_ACCESS, false, |machine, _, _| {
             machine.store(Hpa::new(ROOT.get() + 16 * u64::from(DEVICE.bus())), NOWHERE | 1);
         }),
-        row("2: not present, FPD counts even so", FaultReason::CONTEXT_NOT_PRESENT, true, |machine, table, fpd| {
-            context(machine, table, |entry| entry.with_is_present(false).into_bits(), fpd);
-        }),
+        row(
+            "2: not present, FPD counts even so",
+            FaultReason::CONTEXT_NOT_PRESENT,
+            true,
+            |machine, table, fpd| {
+                context(machine, table, |entry| entry.with_is_present(false).into_bits(), fpd);
+            },
+        ),
         row("b: reserved bits 11:4", FaultReason::CONTEXT_RESERVED, true, |machine, table, fpd| {
             context(machine, table, |entry| entry.into_bits() | 1 << 4, fpd);
         }),
@@ -151,16 +171,31 @@ fn context_rows() -> Vec<Row> {
         row("3: TT=11", FaultReason::CONTEXT_INVALID, true, |machine, table, fpd| {
             context(machine, table, |entry| entry.into_bits() | 3 << 2, fpd);
         }),
-        row("3: pass-through where it is not built", FaultReason::CONTEXT_INVALID, true, |machine, table, fpd| {
-            context(machine, table, |_| ContextEntry::pass_through(5, DOMAIN).into_bits(), fpd);
-        })
+        row(
+            "3: pass-through where it is not built",
+            FaultReason::CONTEXT_INVALID,
+            true,
+            |machine, table, fpd| {
+                context(machine, table, |_| ContextEntry::pass_through(5, DOMAIN).into_bits(), fpd);
+            },
+        )
         .with(no_pass_through),
-        row("3: pass-through of less than the widest width", FaultReason::CONTEXT_INVALID, true, |machine, table, fpd| {
-            context(machine, table, |_| ContextEntry::pass_through(4, DOMAIN).into_bits(), fpd);
-        }),
-        row("3: the top-level table is nowhere", FaultReason::CONTEXT_INVALID, true, |machine, table, fpd| {
-            context(machine, Table { top: Hpa::new(NOWHERE), ..table }, ContextEntry::into_bits, fpd);
-        }),
+        row(
+            "3: pass-through of less than the widest width",
+            FaultReason::CONTEXT_INVALID,
+            true,
+            |machine, table, fpd| {
+                context(machine, table, |_| ContextEntry::pass_through(4, DOMAIN).into_bits(), fpd);
+            },
+        ),
+        row(
+            "3: the top-level table is nowhere",
+            FaultReason::CONTEXT_INVALID,
+            true,
+            |machine, table, fpd| {
+                context(machine, Table { top: Hpa::new(NOWHERE), ..table }, ContextEntry::into_bits, fpd);
+            },
+        ),
         row("4: pass-through beyond HAW", FaultReason::ADDRESS_BEYOND_WIDTH, true, |machine, table, fpd| {
             context(machine, table, |_| ContextEntry::pass_through(5, DOMAIN).into_bits(), fpd);
         })
@@ -194,10 +229,15 @@ fn table_rows() -> Vec<Row> {
             sound(machine, table, fpd);
             entry(machine, table, 3, 0x20_0000 | 1 << 7 | 3);
         }),
-        row("c: a 2 MiB page that the unit lacks", FaultReason::TABLE_RESERVED, true, |machine, table, fpd| {
-            sound(machine, table, fpd);
-            entry(machine, table, 2, 1 << 7 | 3);
-        })
+        row(
+            "c: a 2 MiB page that the unit lacks",
+            FaultReason::TABLE_RESERVED,
+            true,
+            |machine, table, fpd| {
+                sound(machine, table, fpd);
+                entry(machine, table, 2, 1 << 7 | 3);
+            },
+        )
         .with(no_large),
         row("c: a frame beyond HAW", FaultReason::TABLE_RESERVED, true, |machine, table, fpd| {
             sound(machine, table, fpd);
@@ -246,15 +286,25 @@ fn table_rows() -> Vec<Row> {
             machine.map_new(table, PAGE, Permissions::WRITE);
         })
         .on(Attempt::Atomic(PAGE)),
-        row("e: the page lies in the interrupt range", FaultReason::RESULT_IN_INTERRUPT_RANGE, true, |machine, table, fpd| {
-            sound(machine, table, fpd);
-            machine.map(table, PAGE, Hpa::new(0xfee0_0000), RW);
-        }),
-        row("e: a part of a large page does", FaultReason::RESULT_IN_INTERRUPT_RANGE, true, |machine, table, fpd| {
-            sound(machine, table, fpd);
-            let base = 0x7_c000_0000;
-            machine.map_size(table, base, Hpa::new(0xc000_0000), PageSize::Size1G, RW);
-        })
+        row(
+            "e: the page lies in the interrupt range",
+            FaultReason::RESULT_IN_INTERRUPT_RANGE,
+            true,
+            |machine, table, fpd| {
+                sound(machine, table, fpd);
+                machine.map(table, PAGE, Hpa::new(0xfee0_0000), RW);
+            },
+        ),
+        row(
+            "e: a part of a large page does",
+            FaultReason::RESULT_IN_INTERRUPT_RANGE,
+            true,
+            |machine, table, fpd| {
+                sound(machine, table, fpd);
+                let base = 0x7_c000_0000;
+                machine.map_size(table, base, Hpa::new(0xc000_0000), PageSize::Size1G, RW);
+            },
+        )
         .on(Attempt::Write(0x7_fee1_2340)),
         row("29: a read of the interrupt range", FaultReason::IR_INVALID_ACCESS, false, sound)
             .on(Attempt::Read(0xfee0_1000)),
@@ -373,10 +423,7 @@ fn interrupt_rows() -> Vec<InterruptRow> {
             index: Some(4),
             ..interrupt_row("21: index beyond the table", FaultReason::IR_INDEX_BEYOND_TABLE, false)
         },
-        InterruptRow {
-            entry: 0,
-            ..interrupt_row("22: not present", FaultReason::IR_NOT_PRESENT, true)
-        },
+        InterruptRow { entry: 0, ..interrupt_row("22: not present", FaultReason::IR_NOT_PRESENT, true) },
         InterruptRow {
             table_at: Hpa::new(NOWHERE),
             ..interrupt_row("23: the table is nowhere", FaultReason::IR_ACCESS, false)
@@ -388,7 +435,11 @@ fn interrupt_rows() -> Vec<InterruptRow> {
         InterruptRow {
             address: InterruptAddress::new().with_prefix(0xfee),
             index: None,
-            ..interrupt_row("25: compatibility format in extended mode", FaultReason::IR_COMPATIBILITY_BLOCKED, false)
+            ..interrupt_row(
+                "25: compatibility format in extended mode",
+                FaultReason::IR_COMPATIBILITY_BLOCKED,
+                false,
+            )
         },
         InterruptRow {
             entry: sound.with_source_field(DEVICE.get() ^ 1).into_bits(),
@@ -409,9 +460,8 @@ fn check_interrupt(row: &InterruptRow, fpd: u128) {
     machine.command(Gcmd::new().with_interrupt_remapping(true));
     let mut port = machine.port(DEVICE);
     let iova = Iova::new(row.address.into_bits().into());
-    let fault = Run::new(&mut port)
-        .execute(iova, None, Transfer::Write(&row.data.to_le_bytes()))
-        .expect_err(&name);
+    let fault =
+        Run::new(&mut port).execute(iova, None, Transfer::Write(&row.data.to_le_bytes())).expect_err(&name);
     assert_eq!(fault.reason, Ok(row.reason), "{name}");
     let counters = machine.bare.unit().counters();
     let record = machine.fault_record(0).into_bits();

@@ -166,13 +166,24 @@ struct Flat {
 
 impl Flat {
     /// Byte by byte until one is refused: how many were done, and why it ended.
-    fn run(&mut self, at: u64, size: usize, access: Access, mut each: impl FnMut(usize, &mut u8)) -> Result<(), DmaFault> {
+    fn run(
+        &mut self,
+        at: u64,
+        size: usize,
+        access: Access,
+        mut each: impl FnMut(usize, &mut u8),
+    ) -> Result<(), DmaFault> {
         for done in 0..size {
             let offset = at + done as u64;
             let page = self.pages.get(&(offset / 4096)).filter(|(_, may)| may.allow(access));
             let Some((frame, _)) = page else {
-                let reason = if access == Access::Read { FaultReason::READ_DENIED } else { FaultReason::WRITE_DENIED };
-                return Err(DmaFault { done_bytes: done as u32, iova: Iova::new(BASE + offset), reason: Ok(reason) });
+                let reason =
+                    if access == Access::Read { FaultReason::READ_DENIED } else { FaultReason::WRITE_DENIED };
+                return Err(DmaFault {
+                    done_bytes: done as u32,
+                    iova: Iova::new(BASE + offset),
+                    reason: Ok(reason),
+                });
             };
             each(done, &mut self.frames[*frame][(offset % 4096) as usize]);
         }
@@ -253,9 +264,8 @@ fn check_operation(iova: u64, transfer: Transfer<'_>, expected: Result<Done, Dma
 
 #[test]
 fn malformed_operations_and_missing_memory_are_refusals_without_a_code() {
-    let refused = |done_bytes, iova, refusal| {
-        Err(DmaFault { done_bytes, iova: Iova::new(iova), reason: Err(refusal) })
-    };
+    let refused =
+        |done_bytes, iova, refusal| Err(DmaFault { done_bytes, iova: Iova::new(iova), reason: Err(refusal) });
     let wraps = u64::MAX - 2;
     check_operation(wraps, Transfer::Write(&[0; 4]), refused(0, wraps, Refusal::Malformed));
     check_operation(wraps, Transfer::Read(&mut [0; 4]), refused(0, wraps, Refusal::Malformed));

@@ -217,7 +217,8 @@ fn iotlb_command(machine: &Machine, address: Iva, command: Iotlb) -> u8 {
 fn register_based_invalidation_says_what_it_did() {
     let near = Iva::new().with_page_number(NEAR >> 12);
     let iotlb = |granularity| Iotlb::new().with_domain_id(DOMAIN).with_granularity(granularity);
-    let context = |granularity| Ccmd::new().with_domain_id(DOMAIN).with_source_id(DEVICE).with_granularity(granularity);
+    let context =
+        |granularity| Ccmd::new().with_domain_id(DOMAIN).with_source_id(DEVICE).with_granularity(granularity);
     for (address, command, done, seen) in [
         (near, iotlb(3), 3, [NEW, OLD, NEW, OLD]),
         (near, iotlb(2), 2, [NEW, NEW, NEW, OLD]),
