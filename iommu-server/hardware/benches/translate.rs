@@ -77,14 +77,26 @@ fn write_tables(memory: &PhysicalMemory) {
     }
 }
 
-/// Page numbers below `pages` in an order without a pattern.
-fn shuffled(pages: u64) -> impl FnMut() -> u64 {
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state % pages
+/// Pages below `pages` in an order without a pattern, drawn before anything is measured.
+struct Shuffled {
+    pages: Vec<u16>,
+    at: usize,
+}
+
+impl Shuffled {
+    fn new(pages: u64) -> Self {
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        let mut draw = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % pages) as u16
+        };
+        Self { pages: (0..8192).map(|_| draw()).collect(), at: 0 }
+    }
+    fn next(&mut self) -> u64 {
+        self.at = (self.at + 1) % self.pages.len();
+        self.pages[self.at].into()
     }
 }
 
@@ -92,10 +104,10 @@ fn read(page: u64) -> Request {
     Request { iova: Iova::new(page * 4096), size_bytes: 64, access: Access::Read, pasid: None }
 }
 
-fn round(port: &mut Port, next: &mut impl FnMut() -> u64) {
+fn round(port: &mut Port, pages: &mut Shuffled) {
     let mut burst = port.burst();
     for _ in 0..OPERATIONS {
-        let _hpa = black_box(burst.translate(black_box(read(next())), |lent| lent.hpa));
+        let _hpa = black_box(burst.translate(black_box(read(pages.next())), |lent| lent.hpa));
     }
 }
 
@@ -105,16 +117,16 @@ fn translate(criterion: &mut Criterion) {
 
     // 1,024 pages in an IOTLB of 4,096: every lookup hits.
     let mut warm = port(1024, 64);
-    let mut next = shuffled(1024);
-    (0..200).for_each(|_| round(&mut warm, &mut next));
-    group.bench_function("hit", |bencher| bencher.iter(|| round(&mut warm, &mut next)));
+    let mut pages = Shuffled::new(1024);
+    (0..200).for_each(|_| round(&mut warm, &mut pages));
+    group.bench_function("hit", |bencher| bencher.iter(|| round(&mut warm, &mut pages)));
 
     group.bench_function("hit and copy of 64 bytes", |bencher| {
         let mut into = [0; 64];
         bencher.iter(|| {
             let mut run = Run::new(&mut warm);
             for _ in 0..OPERATIONS {
-                let iova = Iova::new(next() * 4096);
+                let iova = Iova::new(pages.next() * 4096);
                 let _done = black_box(run.execute(iova, None, Transfer::Read(&mut into)));
             }
         });
@@ -122,16 +134,16 @@ fn translate(criterion: &mut Criterion) {
 
     // An IOTLB of one set, so that nearly every lookup misses; the paging-structure cache of one set misses with it.
     let mut cold = port(1, 1);
-    let mut next = shuffled(PAGES);
+    let mut pages = Shuffled::new(PAGES);
     group.bench_function("miss: walk of 4 levels and fill", |bencher| {
-        bencher.iter(|| round(&mut cold, &mut next));
+        bencher.iter(|| round(&mut cold, &mut pages));
     });
 
     // The same with a paging-structure cache that knows the level-1 tables.
     let mut half_cold = port(1, 64);
-    let mut next = shuffled(PAGES);
+    let mut pages = Shuffled::new(PAGES);
     group.bench_function("miss: level-1 table cached", |bencher| {
-        bencher.iter(|| round(&mut half_cold, &mut next));
+        bencher.iter(|| round(&mut half_cold, &mut pages));
     });
     group.finish();
 }

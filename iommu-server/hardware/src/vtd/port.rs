@@ -275,7 +275,7 @@ impl Burst<'_> {
         }
         self.resolve_slowly(request)
     }
-    #[cold]
+    #[inline(never)]
     fn resolve_slowly(&mut self, request: &Request) -> Result<Hpa, WalkFault> {
         if request.is_in_interrupt_range() {
             if request.is_zero_length_read() {
@@ -324,11 +324,9 @@ impl Burst<'_> {
             paging.misses.add(1)
         }
         let mut reads = CountReads(0);
-        let mut walk = |start| {
-            let passed =
-                |table: PagingEntry| paging.filled(unit.paging.fill(&unit.drains, generation, table));
-            walk_tables(unit, context, start, request, &mut reads, passed)
-        };
+        let mut deepest = None;
+        let mut walk =
+            |start| walk_tables(unit, context, start, request, &mut reads, |table| deepest = Some(table));
         let walked = match walk(start) {
             // A cached table may be stale; a fault never comes from it alone.
             Err(_) if start.is_some() => walk(None),
@@ -336,6 +334,10 @@ impl Burst<'_> {
         };
         tally.walk_reads.add(reads.0);
         let leaf = walked?;
+        // Of the tables passed only the deepest is kept: reading the entries above it again costs less than filling them.
+        if let Some(table) = deepest {
+            paging.filled(unit.paging.fill(&unit.drains, generation, table));
+        }
         let entry = IotlbEntry {
             domain_id: domain,
             iova: Iova::new(request.iova.get() & !(leaf.size.bytes() - 1)),
