@@ -9,14 +9,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use iommu_hardware::memory::{FrameArray, PhysicalMemory};
+use iommu_hardware::memory::{FrameArray, OWNER_NONE, OWNER_SERVER, PhysicalMemory};
 use iommu_types::errors::OutOfMemory;
 use iommu_types::{Hpa, HpaRange, PAGE_SIZE_BYTES};
 
-/// Tag of free frames in the frame array.
-const FREE: u32 = 0;
-/// Tag of the server's own frames: tables, records, the frame array.
-pub(crate) const SERVER: u32 = 1;
 /// Frames in a 2 MiB page.
 const FRAMES_2M: u64 = 512;
 /// Frames in a 1 GiB page.
@@ -60,7 +56,7 @@ impl FrameAllocator {
         }
         free.take(reserved.base.page_number(), reserved.frames);
         let allocator = Self { memory, array, free: Mutex::new(free) };
-        allocator.hand_over(reserved, FREE, SERVER);
+        allocator.hand_over(reserved, OWNER_NONE, OWNER_SERVER);
         allocator
     }
     pub(crate) fn array(&self) -> &FrameArray {
@@ -72,10 +68,9 @@ impl FrameAllocator {
     /// Frames for `tag`, in as few runs as there are; zeroed.
     pub(crate) fn allocate(&self, frames: u64, tag: u32) -> Result<Vec<FrameRun>, OutOfMemory> {
         let runs = self.lock().take_runs(frames);
-        let runs =
-            runs.ok_or(OutOfMemory { size_bytes: frames.saturating_mul(PAGE_SIZE_BYTES) })?;
+        let runs = runs.ok_or(OutOfMemory { size_bytes: frames.saturating_mul(PAGE_SIZE_BYTES) })?;
         for run in &runs {
-            self.hand_over(*run, FREE, tag);
+            self.hand_over(*run, OWNER_NONE, tag);
         }
         Ok(runs)
     }
@@ -83,21 +78,23 @@ impl FrameAllocator {
     pub(crate) fn allocate_table(&self) -> Result<Hpa, OutOfMemory> {
         let number = self.lock().take_highest().ok_or(OutOfMemory { size_bytes: PAGE_SIZE_BYTES })?;
         let base = Hpa::new(number * PAGE_SIZE_BYTES);
-        self.hand_over(FrameRun { base, frames: 1 }, FREE, SERVER);
+        self.hand_over(FrameRun { base, frames: 1 }, OWNER_NONE, OWNER_SERVER);
         Ok(base)
     }
     /// Wipes the frames and makes them free. They must have no pins (I9).
     pub(crate) fn free(&self, run: FrameRun, tag: u32) {
         self.memory.zero(run.range()).expect("frames of ours lie in memory");
-        self.hand_over(run, tag, FREE);
+        self.hand_over(run, tag, OWNER_NONE);
         self.lock().give(run.base.page_number(), run.frames);
     }
     pub(crate) fn free_table(&self, table: Hpa) {
-        self.free(FrameRun { base: table, frames: 1 }, SERVER);
+        self.free(FrameRun { base: table, frames: 1 }, OWNER_SERVER);
     }
     fn hand_over(&self, run: FrameRun, from: u32, to: u32) {
         for frame in run.iter() {
-            self.array.transfer(frame, from, to).expect("I9: a frame changes owner without pins, from its owner");
+            self.array
+                .transfer(frame, from, to)
+                .expect("I9: a frame changes owner without pins, from its owner");
         }
     }
     fn lock(&self) -> MutexGuard<'_, FreeFrames> {
@@ -152,8 +149,9 @@ impl FreeFrames {
         if frames > self.count {
             return None;
         }
-        self.lowest_word =
-            self.next_free(self.lowest_word as u64 * 64).map_or(self.words_end, |frame| (frame / 64) as usize);
+        self.lowest_word = self
+            .next_free(self.lowest_word as u64 * 64)
+            .map_or(self.words_end, |frame| (frame / 64) as usize);
         for alignment in [FRAMES_1G, FRAMES_2M, 1] {
             if alignment > frames {
                 continue;
@@ -232,9 +230,9 @@ mod tests {
     fn check(ranges: &[(u64, u64)], frames: u64, expected: Option<&[(u64, u64)]>) {
         let mut free = free_frames(ranges);
         let before = free.count;
-        let runs = free.take_runs(frames).map(|runs| {
-            runs.iter().map(|run| (run.base.page_number(), run.frames)).collect::<Vec<_>>()
-        });
+        let runs = free
+            .take_runs(frames)
+            .map(|runs| runs.iter().map(|run| (run.base.page_number(), run.frames)).collect::<Vec<_>>());
         assert_eq!(runs.as_deref(), expected, "{ranges:?} {frames}");
         for (first, frames) in runs.unwrap_or_default() {
             free.give(first, frames);

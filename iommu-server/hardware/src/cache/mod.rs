@@ -1,13 +1,16 @@
 //! The caches of a unit: IOTLB, context cache, paging-structure cache.
 //!
-//! They are real. An entry that is not invalidated is served for ever, as silicon does, and never compared with the tables again: that
-//! is what makes a missing invalidation observable. They are bounded and set-associative; readers take no lock and write
-//! nothing, so devices do not slow each other down; writers lock one set ([`set`]).
+//! They are real. An entry that is not invalidated is served for ever, as silicon does, and never compared
+//! with the tables again: that is what makes a missing invalidation observable. They are bounded and
+//! set-associative; readers take no lock and write nothing, so devices do not slow each other down; writers
+//! lock one set.
 //!
-//! **Architecture invariant (I4):** a fill carries the generation under which its walk *began*, and is dropped under its set's writer
-//! lock if an invalidation has moved the generation since. **(I3):** only what is present is ever filled; that is the walk's to keep.
+//! **Architecture invariant (I4):** a fill carries the generation under which its walk *began*, and is
+//! dropped under its set's writer lock if an invalidation has moved the generation since. **(I3):** only what
+//! is present is ever filled; that is the walk's to keep.
 //!
-//! Hits and misses are counted by whoever looks up, in a cache line of its own; every fill says what it did ([`Filled`]).
+//! Hits and misses are counted by whoever looks up, in a cache line of its own; every fill says what it did
+//! ([`Filled`]).
 
 mod context;
 mod iotlb;
@@ -34,7 +37,8 @@ pub struct CacheGeometry {
 }
 
 impl CacheGeometry {
-    /// Whether a cache can be built so. Whoever takes a geometry from outside asks this first; building an impossible one panics.
+    /// Whether a cache can be built so. Whoever takes a geometry from outside asks this first; building an
+    /// impossible one panics.
     pub const fn is_possible(self) -> bool {
         self.sets.is_power_of_two() && self.ways >= 1 && self.ways as usize <= set::WAYS_MAX
     }

@@ -13,8 +13,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_utils::CachePadded;
-use iommu_types::{Capabilities, DomainId, Fault, FunctionMask, Hpa, InvalidCapabilities, Invalidation, IovaRange};
 use iommu_types::SourceId;
+use iommu_types::{
+    Capabilities, DomainId, Fault, FunctionMask, Hpa, InvalidCapabilities, Invalidation, IovaRange,
+};
 
 use super::counters::{Counters, SlotTally};
 use super::event::EventSink;
@@ -154,7 +156,7 @@ impl Unit {
     pub fn invalidate(&self, what: Invalidation) -> PendingDrain {
         match what {
             Invalidation::IotlbPages { domain_id, range, leaf_only } => {
-                return self.invalidate_pages(domain_id, &[range], leaf_only);
+                self.invalidate_pages(domain_id, &[range], leaf_only)
             }
             Invalidation::IotlbGlobal => self.forget(Scope::Everything, || {
                 self.iotlb.invalidate_all();
@@ -241,10 +243,7 @@ impl Unit {
     }
     pub(super) fn root_table(&self) -> RootTable {
         let register = Rtaddr::from_bits(self.latches.root.load(Ordering::Acquire));
-        RootTable {
-            base: Hpa::new(register.frame() << 12),
-            mode: RootMode::from_ttm(register.table_mode()),
-        }
+        RootTable { base: Hpa::new(register.frame() << 12), mode: RootMode::from_ttm(register.table_mode()) }
     }
     pub(super) fn interrupt_state(&self) -> InterruptState {
         let status = self.status();
