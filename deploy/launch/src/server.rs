@@ -55,17 +55,27 @@ impl Server {
         let directory = tempfile::Builder::new().prefix("iommu-").tempdir().context("create a directory")?;
         let socket = directory.path().join("server.sock");
         let mut arguments: Vec<String> =
-            ["--insecure-plaintext", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"].map(String::from).into();
+            ["--insecure-plaintext", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+                .map(String::from)
+                .into();
         arguments.extend(["--listen-unix".to_owned(), socket.display().to_string()]);
         arguments.extend(options.arguments.iter().cloned());
         let log = directory.path().join("server.log");
         let mut process = Process::start("iommu-server", &binaries.server, &arguments, log)?;
         let ready = first_line(&mut process).await?;
-        let ready: Ready = serde_json::from_str(&ready)
-            .with_context(|| format!("the server said {ready:?} instead of being ready; its log:\n{}", process.log()))?;
+        let ready: Ready = serde_json::from_str(&ready).with_context(|| {
+            format!("the server said {ready:?} instead of being ready; its log:\n{}", process.log())
+        })?;
         let Some(address) = ready.listen.first() else { bail!("the server listens nowhere") };
         let endpoint = format!("http://{address}");
-        Ok(Self { process, binaries: binaries.clone(), directory, endpoint, admin: ready.admin, agents_started: 0 })
+        Ok(Self {
+            process,
+            binaries: binaries.clone(),
+            directory,
+            endpoint,
+            admin: ready.admin,
+            agents_started: 0,
+        })
     }
 
     /// Where it listens over TCP, as an endpoint for clients.
@@ -91,7 +101,12 @@ impl Server {
     /// Starts a `dma-engine` agent of this server. It connects by itself, now or later.
     pub fn start_dma_engine(&mut self, options: &AgentOptions) -> anyhow::Result<Process> {
         let mut arguments: Vec<String> = vec!["--server".into(), self.endpoint.clone()];
-        arguments.extend(["--name".into(), options.name.clone(), "--address".into(), options.address.clone()]);
+        arguments.extend([
+            "--name".into(),
+            options.name.clone(),
+            "--address".into(),
+            options.address.clone(),
+        ]);
         arguments.extend(options.arguments.iter().cloned());
         self.agents_started += 1;
         let log = self.path(&format!("agent-{}.log", self.agents_started));
