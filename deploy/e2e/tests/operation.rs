@@ -253,7 +253,7 @@ async fn metrics_tell_what_happened_with_help_and_readyz_says_ready() {
         assert!(ours.len() >= 5, "our metrics: {names:?}");
         for name in &names {
             let help = metrics.lines().find_map(|line| line.strip_prefix(&format!("# HELP {name} ")));
-            assert!(help.is_some_and(|help| help.len() > 10), "{name} has no help text");
+            assert!(help.is_some_and(|help| !help.trim().is_empty()), "{name} has no help text");
         }
         let faults = metrics.lines().any(|line| {
             !line.starts_with('#')
