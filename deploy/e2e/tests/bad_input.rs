@@ -208,13 +208,19 @@ async fn the_dma_api_refuses_each_nonsense_with_its_own_reason() {
         ];
         let allocate = |id, size_bytes| pb::AllocateBufferRequest { header: header(id), size_bytes };
         rows.push(row("a buffer of nothing", DRIVER, "AllocateBuffer", &allocate(30, 0), "INVALID_FIELD"));
-        rows.push(row("more than the share of an owner", DRIVER, "AllocateBuffer", &allocate(31, 1 << 40), "LIMIT_REACHED"));
+        rows.push(row(
+            "more than the share of an owner",
+            DRIVER,
+            "AllocateBuffer",
+            &allocate(31, 1 << 40),
+            "LIMIT_REACHED",
+        ));
         rows.push(row(
             "a size that wraps when rounded",
             DRIVER,
             "AllocateBuffer",
             &allocate(32, u64::MAX),
-            "LIMIT_REACHED",
+            "OUT_OF_MEMORY",
         ));
         let free = |id, gpa| pb::FreeBufferRequest { header: header(id), gpa };
         rows.push(row("a buffer that is none", DRIVER, "FreeBuffer", &free(33, 1 << 40), "NOT_ALLOCATED"));
