@@ -206,6 +206,21 @@ fn i4_a_walk_through_a_context_that_was_invalidated_since_fills_nothing() {
     assert!(!drains.is_current_context(context));
 }
 
+/// The burst looks its context up while that is being forgotten, so it may hold what is about to be cleared.
+#[test]
+fn i4_a_walk_through_a_context_that_was_looked_up_during_an_invalidation_fills_nothing() {
+    let drains = Drains::new(1);
+    let of_its_context = drains.move_context_generation(Scope::Everything);
+    let context = drains.context_generation();
+    assert_eq!(drains.generation(RED, context), NEVER, "during the same invalidation");
+    drop(of_its_context);
+    assert_eq!(drains.generation(RED, context), NEVER, "after it");
+    drop(drains.move_generation(Scope::Domain(RED)));
+    let of_another_context = drains.move_context_generation(Scope::Everything);
+    assert_eq!(drains.generation(RED, context), NEVER, "during the next, of some other source");
+    drop(of_another_context);
+}
+
 #[test]
 fn a_drain_of_a_quiet_unit_is_ready_at_the_first_poll() {
     let wakes = Arc::new(Wakes::default());
