@@ -95,7 +95,7 @@ pub struct TranslationFault {
 
 /// An interrupt request that remapping refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-#[error("interrupt {index:?} by {source_id} refused: {reason}")]
+#[error("interrupt{} by {source_id} refused: {reason}", index.map_or_else(String::new, |index| format!(" index {index}")))]
 pub struct InterruptFault {
     /// The requester.
     pub source_id: SourceId,
