@@ -1,3 +1,5 @@
+//! Configuration, as files and flags give it.
+
 use super::*;
 
 fn args() -> ServeArgs {
