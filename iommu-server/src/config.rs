@@ -91,6 +91,8 @@ pub struct Config {
     pub grace: Duration,
     /// How long a drain may take.
     pub drain_deadline: Duration,
+    /// How often a peer is pinged, and how long it may take to answer.
+    pub keepalive: Duration,
     /// How long a peer may leave its stream unread.
     pub stream_stalled: Duration,
     /// How log lines look.
@@ -109,6 +111,7 @@ struct File {
     memory_file: Option<PathBuf>,
     grace: Option<String>,
     drain_deadline: Option<String>,
+    keepalive: Option<String>,
     stream_stalled: Option<String>,
     log_format: Option<String>,
     log: Option<String>,
@@ -223,11 +226,10 @@ fn duration(flag: &str, text: &str) -> Result<Duration, ConfigError> {
         .map_err(|e| error(flag, format!("{text:?}: {e}"), "write a number and a unit, such as 5s or 500ms"))
 }
 
-fn stalled(text: &str) -> Result<Duration, ConfigError> {
-    let time = duration("--stream-stalled", text)?;
+fn at_least_a_tick(flag: &str, text: &str) -> Result<Duration, ConfigError> {
+    let time = duration(flag, text)?;
     if time < bounds::WATCHDOG_TICK {
-        let why = format!("{text} is shorter than the server looks");
-        return Err(error("--stream-stalled", why, "give at least 100ms"));
+        return Err(error(flag, format!("{text} is shorter than the server looks"), "give at least 100ms"));
     }
     Ok(time)
 }
@@ -362,11 +364,14 @@ impl Config {
                 "--drain-deadline",
                 &pick(args.drain_deadline, file.drain_deadline, defaults.drain_deadline),
             )?,
-            stream_stalled: stalled(&pick(
-                args.stream_stalled,
-                file.stream_stalled,
-                defaults.stream_stalled,
-            ))?,
+            keepalive: at_least_a_tick(
+                "--keepalive",
+                &pick(args.keepalive, file.keepalive, defaults.keepalive),
+            )?,
+            stream_stalled: at_least_a_tick(
+                "--stream-stalled",
+                &pick(args.stream_stalled, file.stream_stalled, defaults.stream_stalled),
+            )?,
             log_format: match args.log_format {
                 Some(format) => format,
                 None => log_format(&pick(None, file.log_format, defaults.log_format))?,

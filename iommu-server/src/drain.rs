@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tonic_health::ServingStatus;
 
 use crate::bounds;
+use crate::host::Host;
 use crate::server::{SERVICES, Server};
 
 /// How a drain went.
@@ -27,19 +28,24 @@ impl Server {
             self.health.set_service_status(service, ServingStatus::NotServing).await;
         }
         self.host.shut_down();
-        let grace = deadline.min(bounds::ENDING_GRACE);
-        let drained = match tokio::time::timeout(grace, &mut self.transport).await {
-            Ok(_) => Drained::Cleanly,
-            Err(_) => {
-                // Who has not read its status by now does not read: its connection holds up the others.
-                self.host.cut_device_sessions();
-                let rest = deadline.saturating_sub(began.elapsed());
-                match tokio::time::timeout(rest, &mut self.transport).await {
-                    Ok(_) => Drained::Cleanly,
-                    Err(_) => Drained::Late,
-                }
+        // Who has not read its status after a moment does not read, and its connection holds up the end; calls may take longer, but not
+        // longer than there is time.
+        let late = deadline.saturating_sub(bounds::ENDING_GRACE);
+        let steps: [(Duration, fn(&Host)); 2] = [
+            (deadline.min(bounds::ENDING_GRACE), Host::cut_device_sessions),
+            (late, |host| host.connections.cut_all()),
+        ];
+        let mut drained = Drained::Late;
+        for (until, then) in steps {
+            if self.is_quiet(until.saturating_sub(began.elapsed())).await {
+                drained = Drained::Cleanly;
+                break;
             }
-        };
+            then(&self.host);
+        }
+        if drained == Drained::Late && self.is_quiet(deadline.saturating_sub(began.elapsed())).await {
+            drained = Drained::Cleanly;
+        }
         self.transport.abort();
         for task in &self.background {
             task.abort();
@@ -51,5 +57,10 @@ impl Server {
             "drained"
         );
         drained
+    }
+
+    /// Whether the last connection ends within the time.
+    async fn is_quiet(&mut self, within: Duration) -> bool {
+        tokio::time::timeout(within, &mut self.transport).await.is_ok()
     }
 }
