@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use tonic_health::ServingStatus;
 
 use crate::bounds;
-use crate::host::Host;
 use crate::server::{SERVICES, Server};
 
 /// How a drain went.
@@ -31,21 +30,17 @@ impl Server {
         // Who has not read its status after a moment does not read, and its connection holds up the end; calls may take longer, but not
         // longer than there is time.
         let late = deadline.saturating_sub(bounds::ENDING_GRACE);
-        let steps: [(Duration, fn(&Host)); 2] = [
-            (deadline.min(bounds::ENDING_GRACE), Host::cut_device_sessions),
-            (late, |host| host.connections.cut_all()),
-        ];
-        let mut drained = Drained::Late;
-        for (until, then) in steps {
-            if self.is_quiet(until.saturating_sub(began.elapsed())).await {
-                drained = Drained::Cleanly;
-                break;
-            }
-            then(&self.host);
+        let soon = deadline.min(bounds::ENDING_GRACE);
+        let mut quiet = self.is_quiet_at(began + soon).await;
+        if !quiet {
+            self.host.cut_device_sessions();
+            quiet = self.is_quiet_at(began + late).await;
         }
-        if drained == Drained::Late && self.is_quiet(deadline.saturating_sub(began.elapsed())).await {
-            drained = Drained::Cleanly;
+        if !quiet {
+            self.host.connections.cut_all();
+            quiet = self.is_quiet_at(began + deadline).await;
         }
+        let drained = if quiet { Drained::Cleanly } else { Drained::Late };
         self.transport.abort();
         for task in &self.background {
             task.abort();
@@ -59,8 +54,8 @@ impl Server {
         drained
     }
 
-    /// Whether the last connection ends within the time.
-    async fn is_quiet(&mut self, within: Duration) -> bool {
-        tokio::time::timeout(within, &mut self.transport).await.is_ok()
+    /// Whether the last connection ends by then.
+    async fn is_quiet_at(&mut self, then: Instant) -> bool {
+        tokio::time::timeout_at(then.into(), &mut self.transport).await.is_ok()
     }
 }
