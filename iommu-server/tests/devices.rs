@@ -128,11 +128,7 @@ async fn who_breaks_the_rules_of_the_stream_is_told_which() {
         ),
         (
             "columns that do not add up",
-            Some(Up::Dma(pb::DmaBatch {
-                iova: vec![1, 2, 3],
-                size_bytes: vec![1, 2],
-                ..Default::default()
-            })),
+            Some(Up::Dma(pb::DmaBatch { iova: vec![1, 2, 3], size_bytes: vec![1, 2], ..Default::default() })),
         ),
         ("too many operations", Some(Up::Dma(read_batch(&vec![0; 2000], 1)))),
     ];
@@ -181,19 +177,10 @@ async fn mmio_reaches_the_device_and_comes_back() {
         }
         agent
     });
-    let read = |width_bytes| pb::MmioReadRequest {
-        device: Some(device(ENGINE0)),
-        bar: 0,
-        offset: 8,
-        width_bytes,
-    };
-    let write = pb::MmioWriteRequest {
-        device: Some(device(ENGINE0)),
-        bar: 0,
-        offset: 8,
-        width_bytes: 4,
-        value: 1,
-    };
+    let read =
+        |width_bytes| pb::MmioReadRequest { device: Some(device(ENGINE0)), bar: 0, offset: 8, width_bytes };
+    let write =
+        pb::MmioWriteRequest { device: Some(device(ENGINE0)), bar: 0, offset: 8, width_bytes: 4, value: 1 };
     let value = driver.client().mmio_read(read(4)).await.unwrap().into_inner().value;
     assert_eq!(value, 0x5678_9abc, "what does not fit the width is cut off");
     driver.client().mmio_write(write).await.unwrap();
@@ -292,7 +279,10 @@ async fn mmio_dma_and_interrupts_that_cross_do_not_deadlock() {
         calls.spawn(async move {
             let _place = gate.acquire_owned().await;
             let device = Some(device(ENGINE0));
-            client.mmio_read(pb::MmioReadRequest { device, bar: 0, offset: 0, width_bytes: 4 }).await.unwrap();
+            client
+                .mmio_read(pb::MmioReadRequest { device, bar: 0, offset: 0, width_bytes: 4 })
+                .await
+                .unwrap();
         });
     }
     // For each register access a large read and an interrupt, with many batches in flight.

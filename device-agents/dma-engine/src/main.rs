@@ -1,5 +1,6 @@
 //! The agent binary: command line, logging, signals, exit codes.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -109,6 +110,8 @@ fn main() -> ExitCode {
 fn start_log(cli: &Cli) -> Result<(), String> {
     let filter = EnvFilter::try_new(&cli.log).map_err(|error| format!("--log {:?}: {error}", cli.log))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Colours are for people at a terminal, not for files.
+    let log = log.with_ansi(std::io::stderr().is_terminal());
     if cli.log_json {
         log.json().init()
     } else {

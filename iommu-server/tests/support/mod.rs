@@ -303,4 +303,3 @@ pub async fn device_state(channel: &Channel, source: u32) -> pb::DeviceState {
     let devices = topology(channel).await.devices;
     devices.into_iter().find(|state| state.device == Some(device(source))).unwrap()
 }
-
