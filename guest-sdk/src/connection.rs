@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use iommu_proto::errors::WireError;
+use iommu_proto::limits::SCHEMA_VERSION;
 use iommu_proto::pb;
 use iommu_proto::pb::open_request::Role as WireRole;
 use iommu_proto::pb::session_service_client::SessionServiceClient;
@@ -16,12 +17,13 @@ use iommu_types::Generation;
 use iommu_types::errors::{CallError, SessionError};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, IntoRequest, Request, Response, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::error::{causes, of_status};
 use crate::{SdkError, TransportError};
 
-/// Major version of the schema that this crate speaks.
-const SCHEMA_VERSION: u32 = 1;
 /// How often an idle connection is probed, and how long a probe may stay unanswered.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -247,6 +249,20 @@ fn configured(text: &str) -> Result<Endpoint, TransportError> {
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX))
+}
+
+/// Asks the health service, over a connection of its own.
+pub(crate) async fn serving(endpoint_text: &str) -> Result<bool, TransportError> {
+    let unreachable = |why| TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why };
+    let connected = configured(endpoint_text)?.connect().await;
+    let channel = connected.map_err(|error| unreachable(causes(&error)))?;
+    let question = HealthCheckRequest { service: String::new() };
+    let answer = HealthClient::new(channel).check(question).await;
+    match answer {
+        Ok(answer) => Ok(answer.into_inner().status() == ServingStatus::Serving),
+        Err(status) if status.code() == Code::Unavailable => Err(unreachable(causes(&status))),
+        Err(status) => Err(TransportError::Status { code: status.code(), message: causes(&status) }),
+    }
 }
 
 /// Connects and opens; leaves the new token in `open`. Also tells whether the session goes on where it was.

@@ -24,7 +24,8 @@ impl DeviceModel for Summing {
         Ok(self.sum.load(Ordering::SeqCst))
     }
     async fn mmio_write(&self, _: Register, value: u64, dma: &Dma) -> Result<(), MmioRefusal> {
-        let read = dma.read(Iova::new(value), 4).await.map_err(|error| MmioRefusal::new(error.to_string()))?;
+        let read =
+            dma.read(Iova::new(value), 4).await.map_err(|error| MmioRefusal::new(error.to_string()))?;
         let sum = read.iter().map(|&byte| u64::from(byte)).sum();
         self.sum.fetch_add(sum, Ordering::SeqCst);
         Ok(())
@@ -41,8 +42,7 @@ struct Running {
 
 async fn running(dma_credits: u32) -> Running {
     let server = FakeServer::start().await;
-    let agent =
-        Agent::builder(server.endpoint(), "copy0", address()).reconnect(Reconnect::NEVER).build();
+    let agent = Agent::builder(server.endpoint(), "copy0", address()).reconnect(Reconnect::NEVER).build();
     let dma = agent.dma();
     let ended = tokio::spawn(agent.run(Summing::default()));
     let attached = server.welcomed(1, dma_credits).await;
@@ -84,14 +84,17 @@ async fn faults_in_the_middle_of_a_batch_leave_the_operations_around_them_whole(
     }));
     let completed = soon("completions", ticket).await.unwrap();
     let results = completed.results().map(|result| (result.bytes.to_vec(), result.fault)).collect::<Vec<_>>();
-    assert_eq!(results, [
-        (vec![1, 2, 3, 4], None),
-        (vec![5, 6], Some(fault(2, 0x2000, Ok(FaultReason::READ_DENIED)))),
-        (vec![], Some(fault(0, 0x3000, Ok(FaultReason::WRITE_DENIED)))),
-        (vec![], Some(fault(0, 0x4000, Err(Refusal::Malformed)))),
-        (vec![7, 0, 0, 0], None),
-        (vec![8, 9, 10], None),
-    ]);
+    assert_eq!(
+        results,
+        [
+            (vec![1, 2, 3, 4], None),
+            (vec![5, 6], Some(fault(2, 0x2000, Ok(FaultReason::READ_DENIED)))),
+            (vec![], Some(fault(0, 0x3000, Ok(FaultReason::WRITE_DENIED)))),
+            (vec![], Some(fault(0, 0x4000, Err(Refusal::Malformed)))),
+            (vec![7, 0, 0, 0], None),
+            (vec![8, 9, 10], None),
+        ]
+    );
 }
 
 #[tokio::test]

@@ -29,13 +29,16 @@ pub(crate) struct Fake {
     state: Arc<Mutex<State>>,
 }
 
+/// An answer of the type of its method, or a refusal.
+type Answer = Result<Box<dyn Any + Send>, Status>;
+
 #[derive(Default)]
 pub(crate) struct State {
     /// Method and request ID (0 for those without) of every call that got past the session check.
     pub(crate) calls: Vec<(&'static str, u64)>,
     /// The watermark of each call with a header.
     pub(crate) acknowledged: Vec<u64>,
-    answers: HashMap<&'static str, VecDeque<Result<Box<dyn Any + Send>, Status>>>,
+    answers: HashMap<&'static str, VecDeque<Answer>>,
     /// Connections with a session.
     sessions: HashSet<SocketAddr>,
     /// Every Open.
