@@ -97,14 +97,16 @@ async fn faults_in_the_middle_of_a_batch_leave_the_operations_around_them_whole(
     );
 }
 
+/// Kinds, sizes and payload of a batch as it comes, and the payload that answers it.
+type Exchange = (&'static [u8], &'static [u32], Vec<u8>, Vec<u8>);
+
 #[tokio::test]
 async fn every_call_travels_as_the_schema_says() {
     let running = running(1).await;
     let (dma, mut attached) = (running.dma, running.attached);
     let eight = |value: u64| value.to_le_bytes().to_vec();
     let serve = tokio::spawn(async move {
-        // Kind, sizes, payload up; payload down.
-        let script: Vec<(&[u8], &[u32], Vec<u8>, Vec<u8>)> = vec![
+        let script: Vec<Exchange> = vec![
             (&[], &[3], vec![], vec![1, 2, 3]),
             (&[], &[0], vec![], vec![]),
             (&[1], &[2], vec![4, 5], vec![]),
