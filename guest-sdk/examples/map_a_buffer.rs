@@ -1,5 +1,5 @@
-//! Maps a buffer for a device, lets the device work on it, and unmaps it. The device is `echo_device`: it inverts the 8 bytes at the address
-//! that is written to its register.
+//! Maps a buffer for a device, lets the device work on it, and unmaps it. The device is `echo_device`: it
+//! inverts the 8 bytes at the address that is written to its register.
 
 use guest_sdk::{Connection, Direction, Owner};
 

@@ -1,7 +1,8 @@
 //! The session of a client: opened once, opened again when its connection is lost, and the calls on it.
 //!
-//! A session lives on one HTTP/2 connection. When that is lost, the next call (or a retry) connects anew and comes back with the
-//! resume token; each connection has a number (epoch), so that of many calls that see one loss only one opens again.
+//! A session lives on one HTTP/2 connection. When that is lost, the next call (or a retry) connects anew and
+//! comes back with the resume token; each connection has a number (epoch), so that of many calls that see one
+//! loss only one opens again.
 
 use std::future::Future;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -117,7 +118,8 @@ impl Core {
         self.live().grace
     }
 
-    /// Opens the session again after connection `epoch` was lost. Whoever comes second gets what the first one opened.
+    /// Opens the session again after connection `epoch` was lost. Whoever comes second gets what the first
+    /// one opened.
     pub(crate) async fn reopen(&self, epoch: u64) -> Result<Arc<Live>, SdkError<SessionError>> {
         let mut open = self.open.lock().await;
         let current = self.live();
@@ -139,7 +141,8 @@ impl Core {
         Ok(live)
     }
 
-    /// Calls until there is an answer, a refusal, or the deadline. `attempt` is given the connection of each attempt.
+    /// Calls until there is an answer, a refusal, or the deadline. `attempt` is given the connection of each
+    /// attempt.
     pub(crate) async fn call<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
     where
         E: WireError,
@@ -171,8 +174,8 @@ impl Core {
         ended.unwrap_or_else(|_| Err(TransportError::Deadline { waited: self.deadline, last }.into()))
     }
 
-    /// Calls once, for what must not be done twice and has no request ID. A session that the server does not know any more has
-    /// not done anything, so that is opened again first.
+    /// Calls once, for what must not be done twice and has no request ID. A session that the server does not
+    /// know any more has not done anything, so that is opened again first.
     pub(crate) async fn call_once<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
     where
         E: WireError,
@@ -228,7 +231,8 @@ fn passing<E>(error: SdkError<SessionError>) -> Result<(), SdkError<E>> {
     }
 }
 
-/// tonic tells a connection that broke under a call as Unknown or Cancelled with a source, or as a broken stream (Internal).
+/// tonic tells a connection that broke under a call as Unknown or Cancelled with a source, or as a broken
+/// stream (Internal).
 fn is_broken_connection(status: &Status) -> bool {
     matches!(status.code(), Code::Unknown | Code::Internal | Code::Cancelled)
         && std::error::Error::source(status).is_some()

@@ -29,7 +29,8 @@ impl Connection {
         Self { endpoint: endpoint.into(), deadline: DEADLINE }
     }
 
-    /// How long a call may take, retries included; 10 s unless given. Subscriptions and bulk transfers have none.
+    /// How long a call may take, retries included; 10 s unless given. Subscriptions and bulk transfers have
+    /// none.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
@@ -42,8 +43,9 @@ impl Connection {
         ended.unwrap_or(Err(TransportError::Deadline { waited: self.deadline, last: None }))
     }
 
-    /// Opens a session as the driver software of `owner`, under the name that the server's configuration has for it. An earlier session of
-    /// the same driver that is still there is fenced, and what it held is reclaimed.
+    /// Opens a session as the driver software of `owner`, under the name that the server's configuration has
+    /// for it. An earlier session of the same driver that is still there is fenced, and what it held is
+    /// reclaimed.
     pub async fn driver(
         self,
         name: impl Into<String>,

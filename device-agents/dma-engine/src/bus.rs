@@ -79,7 +79,8 @@ impl Bus for Dma {
     }
 }
 
-/// Cuts pieces into parts that fit one batch of the session each. A piece that is too large alone is a part of its own and is refused as such.
+/// Cuts pieces into parts that fit one batch of the session each. A piece that is too large alone is a part
+/// of its own and is refused as such.
 fn parts<'a, T>(dma: &Dma, pieces: &'a [T], size: impl Fn(&T) -> u64) -> Result<Vec<&'a [T]>, DmaError> {
     let limits = dma.limits().ok_or(DmaError::SessionLost)?;
     let (operations_max, bytes_max) =

@@ -21,7 +21,8 @@ pub(crate) struct Progress {
     pub(crate) data: Option<u64>,
 }
 
-/// Carries a command out. The progress is true whether it succeeds or not. `alive` says whether to go on; it is asked before every chunk.
+/// Carries a command out. The progress is true whether it succeeds or not. `alive` says whether to go on; it
+/// is asked before every chunk.
 pub(crate) async fn carry_out(
     bus: &impl Bus,
     command: Command,

@@ -16,9 +16,17 @@ fn exit_codes_and_words_are_as_the_help_says() {
     let cases: &[(&[&str], i32, &str)] = &[
         (&[], 64, "--name"),
         (&["--name", "copy0", "--address", "5"], 64, "is not a PCI address"),
-        (&[agent.as_slice(), &["--server", "host:1"]].concat(), 64, "write http://ADDRESS:PORT or unix:///PATH"),
+        (
+            &[agent.as_slice(), &["--server", "host:1"]].concat(),
+            64,
+            "write http://ADDRESS:PORT or unix:///PATH",
+        ),
         (&[agent.as_slice(), &["--log", "a=b=c"]].concat(), 64, "--log"),
-        (&[agent.as_slice(), &["--server", "unix:///nonexistent", "--attempts", "0"]].concat(), 69, "no connection"),
+        (
+            &[agent.as_slice(), &["--server", "unix:///nonexistent", "--attempts", "0"]].concat(),
+            69,
+            "no connection",
+        ),
     ];
     for (arguments, code, words) in cases {
         let output = run(arguments);

@@ -1,4 +1,5 @@
-//! A device with one register: writing an address to it makes the device read 8 bytes there, and write them back inverted.
+//! A device with one register: writing an address to it makes the device read 8 bytes there, and write them
+//! back inverted.
 
 use device_runtime::{Agent, DeviceModel, Dma, MmioRefusal, Register};
 use iommu_types::Iova;

@@ -1,8 +1,8 @@
 //! The device side of the wire: session, DMA stream, MMIO, interrupts, reconnect.
 //!
-//! A device agent is a process that plays one PCI function. It implements [`DeviceModel`] (what its registers do) and runs
-//! it with an [`Agent`]; everything it reads and writes goes through a [`Dma`] handle, over the wire and through the
-//! server's translation.
+//! A device agent is a process that plays one PCI function. It implements [`DeviceModel`] (what its registers
+//! do) and runs it with an [`Agent`]; everything it reads and writes goes through a [`Dma`] handle, over the
+//! wire and through the server's translation.
 //!
 //! ```no_run
 //! use device_runtime::{Agent, DeviceModel, Dma, MmioRefusal, Register};

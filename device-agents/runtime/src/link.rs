@@ -6,8 +6,8 @@
 //!                             └── +1 ────────┴── oldest answered ◄── reader ◄── wire
 //! ```
 //!
-//! The lock is held to push one entry and to put one message into a channel that has room by construction: everything in
-//! it holds a credit. So neither side ever waits for the other.
+//! The lock is held to push one entry and to put one message into a channel that has room by construction:
+//! everything in it holds a credit. So neither side ever waits for the other.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -154,7 +154,8 @@ impl Session {
         }
     }
 
-    /// Waits for a credit and sends the batch. Dropping the future sends nothing; dropping what it returns forgets the answer.
+    /// Waits for a credit and sends the batch. Dropping the future sends nothing; dropping what it returns
+    /// forgets the answer.
     pub(crate) async fn submit(
         &self,
         batch: Batch,

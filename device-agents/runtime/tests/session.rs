@@ -1,4 +1,5 @@
-//! Sessions: handshake, reconnect, fencing, reset, stopping, and what happens when the server breaks the rules.
+//! Sessions: handshake, reconnect, fencing, reset, stopping, and what happens when the server breaks the
+//! rules.
 
 mod support;
 
