@@ -51,7 +51,12 @@ pub(crate) async fn run(file: Option<PathBuf>, json: bool) -> anyhow::Result<boo
         Err(_) => bail!("the driver was not done within {DRIVER_DEADLINE:?}"),
     }
     .with_context(|| {
-        format!("driver log:\n{}\nagent log:\n{}\nserver log:\n{}", driver.log(), agent.log(), server.process.log())
+        format!(
+            "driver log:\n{}\nagent log:\n{}\nserver log:\n{}",
+            driver.log(),
+            agent.log(),
+            server.process.log()
+        )
     })?;
     let mut steps = steps;
     steps.push(graceful_end(&mut server, &mut agent).await?);

@@ -62,19 +62,27 @@ pub(crate) fn end(json: bool, step: &Step) {
 }
 
 /// The closing table, or the JSON document. Whether every step passed.
-pub(crate) fn close(json: bool, name: &str, steps: &[Step], took: std::time::Duration) -> anyhow::Result<bool> {
+pub(crate) fn close(
+    json: bool,
+    name: &str,
+    steps: &[Step],
+    took: std::time::Duration,
+) -> anyhow::Result<bool> {
     let passed = !steps.is_empty() && steps.iter().all(|step| step.passed);
     if json {
-        let document =
-            serde_json::json!({ "demonstration": name, "passed": passed, "took_ms": took.as_millis() as u64, "steps": steps });
+        let document = serde_json::json!({ "demonstration": name, "passed": passed, "took_ms": took.as_millis() as u64, "steps": steps });
         println!("{}", serde_json::to_string_pretty(&document)?);
         return Ok(passed);
     }
     let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic).set_width(110);
+    table
+        .load_style(presets::UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_width(110);
     table.set_header(["step", "expected", "observed", ""]);
     for step in steps {
-        table.add_row([&step.name, &step.expected, &step.observed, if step.passed { "✓" } else { "✗" }]);
+        let verdict = if step.passed { "✓" } else { "✗" };
+        table.add_row([step.name.as_str(), &step.expected, &step.observed, verdict]);
     }
     println!("\n{table}");
     let count = steps.iter().filter(|step| step.passed).count();
