@@ -15,6 +15,7 @@ struct FakeBus {
     memory: Mutex<Vec<u8>>,
     log: Mutex<Vec<String>>,
     refused_page: u64,
+    operation_bytes_max: u32,
 }
 
 const MEMORY_BYTES: usize = 2 << 20;
@@ -23,7 +24,7 @@ const NOWHERE: u64 = 0xf000;
 impl FakeBus {
     fn new() -> Self {
         let memory = Mutex::new(vec![0; MEMORY_BYTES]);
-        Self { memory, log: Mutex::default(), refused_page: NOWHERE }
+        Self { memory, log: Mutex::default(), refused_page: NOWHERE, operation_bytes_max: u32::MAX }
     }
 
     fn put(&self, at: u64, bytes: &[u8]) {
@@ -64,6 +65,9 @@ impl FakeBus {
 }
 
 impl Bus for FakeBus {
+    fn operation_bytes_max(&self) -> u32 {
+        self.operation_bytes_max
+    }
     async fn read(&self, iova: Iova, size_bytes: u32) -> Result<Bytes, DmaError> {
         self.read_now(iova, size_bytes).map_err(DmaError::Fault)
     }
@@ -236,6 +240,9 @@ async fn each_command_does_what_its_table_says_and_shows_how_it_ended() {
 struct WrapAware(FakeBus);
 
 impl Bus for WrapAware {
+    fn operation_bytes_max(&self) -> u32 {
+        u32::MAX
+    }
     async fn read(&self, iova: Iova, size_bytes: u32) -> Result<Bytes, DmaError> {
         Bus::read(&self.0, iova, size_bytes).await
     }
@@ -271,6 +278,17 @@ async fn a_copy_moves_the_bytes_and_interrupts_when_it_is_done() {
     work(&engine, &bus).await;
     assert_eq!(bus.get(0x2_0000, content.len()), content);
     assert_eq!(bus.log().last().unwrap(), "msi 0xfee00010=0x41");
+}
+
+#[tokio::test]
+async fn chunks_are_as_small_as_the_bus_needs_them() {
+    let (engine, bus) = (Engine::new(), FakeBus { operation_bytes_max: 100, ..FakeBus::new() });
+    write_all(&engine, &[(SOURCE, 0x1000), (DESTINATION, 0x3000), (LENGTH, 200)]).await;
+    write(&engine, COMMAND, COMMAND_COPY.into()).await;
+    work(&engine, &bus).await;
+    let expected = ["read 0x1000+96", "write 0x3000+96", "read 0x1060+96", "write 0x3060+96"];
+    assert_eq!(bus.log()[..4], expected);
+    assert_eq!(end(&engine), (DONE, 0, 0, 200));
 }
 
 #[tokio::test]
