@@ -40,6 +40,6 @@ fn exit_codes_and_words_are_as_the_help_says() {
 fn help_and_completion_go_to_standard_output() {
     let help = run(&["--help"]);
     assert!(help.status.success() && String::from_utf8_lossy(&help.stdout).contains("EXIT CODES"));
-    let completion = run(&["completions", "bash"]);
+    let completion = run(&["completion", "bash"]);
     assert!(completion.status.success() && completion.stdout.starts_with(b"_dma__engine()"));
 }

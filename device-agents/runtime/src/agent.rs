@@ -54,7 +54,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that connects to `endpoint` (`http://127.0.0.1:7117` or `unix:///run/iommu.sock`) as the
+    /// An agent that connects to `endpoint` (`http://127.0.0.1:7450` or `unix:///run/iommu.sock`) as the
     /// device that the server's configuration knows as `name` at `address`.
     pub fn builder(
         endpoint: impl Into<String>,
