@@ -1,7 +1,8 @@
 //! The session of a client: opened once, opened again when its connection is lost, and the calls on it.
 //!
-//! A session lives on one HTTP/2 connection. When that is lost, the next call (or a retry) connects anew and comes back with the
-//! resume token; each connection has a number (epoch), so that of many calls that see one loss only one opens again.
+//! A session lives on one HTTP/2 connection. When that is lost, the next call (or a retry) connects anew and
+//! comes back with the resume token; each connection has a number (epoch), so that of many calls that see one
+//! loss only one opens again.
 
 use std::future::Future;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use iommu_proto::errors::WireError;
+use iommu_proto::limits::SCHEMA_VERSION;
 use iommu_proto::pb;
 use iommu_proto::pb::open_request::Role as WireRole;
 use iommu_proto::pb::session_service_client::SessionServiceClient;
@@ -16,12 +18,13 @@ use iommu_types::Generation;
 use iommu_types::errors::{CallError, SessionError};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, IntoRequest, Request, Response, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::error::{causes, of_status};
 use crate::{SdkError, TransportError};
 
-/// Major version of the schema that this crate speaks.
-const SCHEMA_VERSION: u32 = 1;
 /// How often an idle connection is probed, and how long a probe may stay unanswered.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -115,7 +118,8 @@ impl Core {
         self.live().grace
     }
 
-    /// Opens the session again after connection `epoch` was lost. Whoever comes second gets what the first one opened.
+    /// Opens the session again after connection `epoch` was lost. Whoever comes second gets what the first
+    /// one opened.
     pub(crate) async fn reopen(&self, epoch: u64) -> Result<Arc<Live>, SdkError<SessionError>> {
         let mut open = self.open.lock().await;
         let current = self.live();
@@ -137,7 +141,8 @@ impl Core {
         Ok(live)
     }
 
-    /// Calls until there is an answer, a refusal, or the deadline. `attempt` is given the connection of each attempt.
+    /// Calls until there is an answer, a refusal, or the deadline. `attempt` is given the connection of each
+    /// attempt.
     pub(crate) async fn call<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
     where
         E: WireError,
@@ -169,8 +174,8 @@ impl Core {
         ended.unwrap_or_else(|_| Err(TransportError::Deadline { waited: self.deadline, last }.into()))
     }
 
-    /// Calls once, for what must not be done twice and has no request ID. A session that the server does not know any more has
-    /// not done anything, so that is opened again first.
+    /// Calls once, for what must not be done twice and has no request ID. A session that the server does not
+    /// know any more has not done anything, so that is opened again first.
     pub(crate) async fn call_once<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
     where
         E: WireError,
@@ -226,7 +231,8 @@ fn passing<E>(error: SdkError<SessionError>) -> Result<(), SdkError<E>> {
     }
 }
 
-/// tonic tells a connection that broke under a call as Unknown or Cancelled with a source, or as a broken stream (Internal).
+/// tonic tells a connection that broke under a call as Unknown or Cancelled with a source, or as a broken
+/// stream (Internal).
 fn is_broken_connection(status: &Status) -> bool {
     matches!(status.code(), Code::Unknown | Code::Internal | Code::Cancelled)
         && std::error::Error::source(status).is_some()
@@ -247,6 +253,20 @@ fn configured(text: &str) -> Result<Endpoint, TransportError> {
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX))
+}
+
+/// Asks the health service, over a connection of its own.
+pub(crate) async fn serving(endpoint_text: &str) -> Result<bool, TransportError> {
+    let unreachable = |why| TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why };
+    let connected = configured(endpoint_text)?.connect().await;
+    let channel = connected.map_err(|error| unreachable(causes(&error)))?;
+    let question = HealthCheckRequest { service: String::new() };
+    let answer = HealthClient::new(channel).check(question).await;
+    match answer {
+        Ok(answer) => Ok(answer.into_inner().status() == ServingStatus::Serving),
+        Err(status) if status.code() == Code::Unavailable => Err(unreachable(causes(&status))),
+        Err(status) => Err(TransportError::Status { code: status.code(), message: causes(&status) }),
+    }
 }
 
 /// Connects and opens; leaves the new token in `open`. Also tells whether the session goes on where it was.

@@ -1,7 +1,8 @@
 //! Map and unmap in batches over one stream, many batches in flight.
 //!
-//! A task owns the stream and keeps every batch until it is answered. When the connection is lost it opens the stream again and
-//! sends the unanswered batches once more, with the same request IDs, so that none is carried out twice.
+//! A task owns the stream and keeps every batch until it is answered. When the connection is lost it opens
+//! the stream again and sends the unanswered batches once more, with the same request IDs, so that none is
+//! carried out twice.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -31,8 +32,8 @@ pub(crate) type Client = DriverServiceClient<Channel>;
 
 type Answer<T, E> = Result<Vec<Result<T, E>>, SdkError<Never>>;
 
-/// A stream of map and unmap batches of one device. Batches are answered in the order of their submission; drop it when all tickets have
-/// been awaited.
+/// A stream of map and unmap batches of one device. Batches are answered in the order of their submission;
+/// drop it when all tickets have been awaited.
 #[derive(Debug)]
 pub struct DmaStream {
     driver: Arc<DriverCore>,
@@ -91,8 +92,9 @@ impl DmaStream {
         Self { driver, device, batches }
     }
 
-    /// Sends a batch of maps, all of one direction; at most `batch_operations_max` of them. Waits only while the window of request IDs is
-    /// full. Sizes of 4 GiB and more need [`Driver::dma_map_single`](crate::Driver::dma_map_single).
+    /// Sends a batch of maps, all of one direction; at most `batch_operations_max` of them. Waits only while
+    /// the window of request IDs is full. Sizes of 4 GiB and more need
+    /// [`Driver::dma_map_single`](crate::Driver::dma_map_single).
     pub async fn map(&self, memory: &[GpaRange], direction: Direction) -> Result<MapTicket, SdkError<Never>> {
         let sizes = memory.iter().map(|range| size(range.size_bytes())).collect::<Result<_, _>>()?;
         let batch = WireBatch::Map(pb::DmaMapBatch {
@@ -105,7 +107,8 @@ impl DmaStream {
         Ok(MapTicket(ticket))
     }
 
-    /// Sends a batch of unmaps: the address and size of each mapping, all of one direction. One drain for all of them.
+    /// Sends a batch of unmaps: the address and size of each mapping, all of one direction. One drain for all
+    /// of them.
     pub async fn unmap(
         &self,
         mappings: &[(Iova, u64)],

@@ -13,7 +13,8 @@ use crate::connection::{Core, MESSAGE_BYTES_MAX};
 use crate::error::of_status;
 use crate::{SdkError, TransportError};
 
-/// The memory of an owner, by guest-physical address and around the IOMMU. Aligned 8-byte units are read and written atomically.
+/// The memory of an owner, by guest-physical address and around the IOMMU. Aligned 8-byte units are read and
+/// written atomically.
 #[derive(Clone, Debug)]
 pub struct Memory {
     core: Arc<Core>,
@@ -41,7 +42,8 @@ impl Memory {
         whole(answer.data, size_bytes)
     }
 
-    /// Writes `data` at `gpa`; more than one message takes is streamed, which is not retried: after an error, part may be written.
+    /// Writes `data` at `gpa`; more than one message takes is streamed, which is not retried: after an error,
+    /// part may be written.
     pub async fn write(&self, gpa: Gpa, data: impl Into<Bytes>) -> Result<(), SdkError<MemoryError>> {
         let data: Bytes = data.into();
         if data.len() as u64 > u64::from(self.core.limits().batch_bytes_max) {

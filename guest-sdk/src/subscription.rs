@@ -14,7 +14,8 @@ use crate::connection::may_retry;
 use crate::error::of_status;
 use crate::{SdkError, TransportError};
 
-/// Items that may wait for their reader; a slower one holds up the server's stream, which then counts or merges what it drops.
+/// Items that may wait for their reader; a slower one holds up the server's stream, which then counts or
+/// merges what it drops.
 const WAITING_MAX: usize = 256;
 /// Delay between attempts to subscribe again, beyond those of the call itself.
 const RETRY_DELAY: Duration = Duration::from_millis(200);

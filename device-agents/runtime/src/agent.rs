@@ -26,7 +26,8 @@ impl AgentBuilder {
         self
     }
 
-    /// Ends the agent gracefully when the token is cancelled: no new DMA, what is in flight is awaited for 2 s.
+    /// Ends the agent gracefully when the token is cancelled: no new DMA, what is in flight is awaited for 2
+    /// s.
     pub fn stop_on(mut self, token: CancellationToken) -> Self {
         self.stop = token;
         self
@@ -53,8 +54,8 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that connects to `endpoint` (`http://127.0.0.1:7117` or `unix:///run/iommu.sock`) as the device that the server's
-    /// configuration knows as `name` at `address`.
+    /// An agent that connects to `endpoint` (`http://127.0.0.1:7450` or `unix:///run/iommu.sock`) as the
+    /// device that the server's configuration knows as `name` at `address`.
     pub fn builder(
         endpoint: impl Into<String>,
         name: impl Into<String>,
@@ -72,8 +73,8 @@ impl Agent {
         Dma::new(Arc::clone(&self.link))
     }
 
-    /// Runs the model until the agent is stopped (`Ok`) or its session ends for a reason that a new session would not
-    /// mend (`Err`), such as a newer agent for the same address.
+    /// Runs the model until the agent is stopped (`Ok`) or its session ends for a reason that a new session
+    /// would not mend (`Err`), such as a newer agent for the same address.
     pub async fn run<M: DeviceModel>(self, model: M) -> Result<(), EndReason> {
         let model = Arc::new(model);
         let dma = self.dma();

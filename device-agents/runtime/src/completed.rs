@@ -39,7 +39,8 @@ impl Shape {
 /// How one operation of a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OperationResult<'a> {
-    /// What was read, or the old value of an atomic; of a refused read the bytes done before, of a write nothing.
+    /// What was read, or the old value of an atomic; of a refused read the bytes done before, of a write
+    /// nothing.
     pub bytes: &'a [u8],
     /// Why and where it ended early; `None` for success.
     pub fault: Option<DmaFault>,

@@ -6,8 +6,8 @@
 //!                             └── +1 ────────┴── oldest answered ◄── reader ◄── wire
 //! ```
 //!
-//! The lock is held to push one entry and to put one message into a channel that has room by construction: everything in
-//! it holds a credit. So neither side ever waits for the other.
+//! The lock is held to push one entry and to put one message into a channel that has room by construction:
+//! everything in it holds a credit. So neither side ever waits for the other.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -118,6 +118,8 @@ struct Traffic {
     next_tag: u64,
     /// Resets told by the server and not done yet; while there is one, DMA is refused.
     resets: u32,
+    /// Counts the resets told: what waited for credit since before the latest one fails with it.
+    resets_told: u64,
     /// Gone once the session closed, which ends the stream upward.
     outbound: Option<mpsc::Sender<pb::DeviceToServer>>,
 }
@@ -137,8 +139,13 @@ impl Session {
         limits: SessionLimits,
         outbound: mpsc::Sender<pb::DeviceToServer>,
     ) -> Self {
-        let traffic =
-            Traffic { in_flight: VecDeque::new(), next_tag: 0, resets: 0, outbound: Some(outbound) };
+        let traffic = Traffic {
+            in_flight: VecDeque::new(),
+            next_tag: 0,
+            resets: 0,
+            resets_told: 0,
+            outbound: Some(outbound),
+        };
         Self {
             generation,
             limits,
@@ -147,7 +154,8 @@ impl Session {
         }
     }
 
-    /// Waits for a credit and sends the batch. Dropping the future sends nothing; dropping what it returns forgets the answer.
+    /// Waits for a credit and sends the batch. Dropping the future sends nothing; dropping what it returns
+    /// forgets the answer.
     pub(crate) async fn submit(
         &self,
         batch: Batch,
@@ -159,12 +167,16 @@ impl Session {
             let _ = waiter.send(Ok(Completed::nothing(shape)));
             return Ok(answer);
         }
-        let credit = match self.credits.try_acquire() {
-            Ok(credit) => credit,
-            Err(_) => self.credits.acquire().await.map_err(|_| DmaError::SessionLost)?,
+        let (credit, resets_told) = match self.credits.try_acquire() {
+            Ok(credit) => (credit, None),
+            Err(_) => {
+                let resets_told = lock(&self.traffic).resets_told;
+                let credit = self.credits.acquire().await.map_err(|_| DmaError::SessionLost)?;
+                (credit, Some(resets_told))
+            }
         };
         let mut traffic = lock(&self.traffic);
-        if traffic.resets > 0 {
+        if traffic.resets > 0 || resets_told.is_some_and(|told| told != traffic.resets_told) {
             return Err(DmaError::Reset);
         }
         let first_tag = traffic.next_tag;
@@ -209,6 +221,7 @@ impl Session {
     pub(crate) fn reset_begun(&self) -> Result<(), String> {
         let mut traffic = lock(&self.traffic);
         traffic.resets += 1;
+        traffic.resets_told += 1;
         if traffic.resets > RESETS_MAX {
             return Err(format!("more than {RESETS_MAX} resets unanswered"));
         }

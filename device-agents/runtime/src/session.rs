@@ -52,6 +52,7 @@ pub(crate) async fn serve<M: DeviceModel>(
         Ok(Err(reason)) => return reason,
         Err(_) => return EndReason::Lost(format!("no Welcome within {HANDSHAKE_TIMEOUT:?}")),
     };
+    tracing::info!(device = %peer.address, generation = session.generation.0, "session stands");
     link.up(Arc::clone(&session));
     established();
     let (work, queue) = device_task::work_queue();

@@ -252,7 +252,7 @@ fn decided_by(end: &End, steps: &[Step]) -> String {
     };
     match first.map(|step| (step.structure, step.index)) {
         Some((Structure::SecondStage { level }, index)) => {
-            format!("; entry {index} of the level-{level} table decides")
+            format!(" (entry {index} of the level-{level} table decides)")
         }
         _ => String::new(),
     }
