@@ -238,7 +238,7 @@ fn decided_by(end: &End, steps: &[Step]) -> String {
     let absent = denied && last.low.is_some_and(|low| !SecondStageEntry::from_bits(low).is_present());
     if absent {
         return format!(
-            "; nothing is mapped there, entry {} of the level-{level} table is not present",
+            " (nothing is mapped there: entry {} of the level-{level} table is not present)",
             last.index
         );
     }
