@@ -55,8 +55,6 @@ pub const DMA_CREDITS: u32 = 64;
 pub const MMIO_WAITING_MAX: usize = 256;
 /// How long a driver waits for its device to answer a register access, time for a credit included.
 pub const MMIO_TIMEOUT: Duration = Duration::from_secs(5);
-/// A peer that does not read its stream for so long, while something is to be sent, loses it.
-pub const STREAM_STALLED: Duration = Duration::from_secs(10);
 /// How long an ended stream has to carry its last status to a peer that reads, before its connection is cut.
 pub const ENDING_GRACE: Duration = Duration::from_millis(500);
 /// How often stalled and ended streams are looked for.
@@ -82,8 +80,6 @@ pub const MAPPINGS_PER_OWNER_MAX: u64 = 1 << 20;
 pub const INTERRUPTS_PER_OWNER_MAX: u32 = 2048;
 /// Fault records kept for one owner; older ones are overwritten and counted.
 pub const FAULT_RECORDS_PER_OWNER: u32 = 1024;
-/// How long a driver's things outlive its connection, unless configured otherwise.
-pub const GRACE_DEFAULT: Duration = Duration::from_secs(5);
 /// Request IDs remembered per session identity.
 pub const REQUEST_WINDOW: usize = 1024;
 /// Bytes of answers remembered per session identity; the oldest go first.

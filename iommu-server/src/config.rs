@@ -91,6 +91,8 @@ pub struct Config {
     pub grace: Duration,
     /// How long a drain may take.
     pub drain_deadline: Duration,
+    /// How long a peer may leave its stream unread.
+    pub stream_stalled: Duration,
     /// How log lines look.
     pub log_format: LogFormat,
     /// What is logged.
@@ -107,6 +109,7 @@ struct File {
     memory_file: Option<PathBuf>,
     grace: Option<String>,
     drain_deadline: Option<String>,
+    stream_stalled: Option<String>,
     log_format: Option<String>,
     log: Option<String>,
     device: Option<Vec<FileDevice>>,
@@ -218,6 +221,15 @@ fn driver_flag(text: &str) -> Result<DriverSetting, ConfigError> {
 fn duration(flag: &str, text: &str) -> Result<Duration, ConfigError> {
     humantime::parse_duration(text)
         .map_err(|e| error(flag, format!("{text:?}: {e}"), "write a number and a unit, such as 5s or 500ms"))
+}
+
+fn stalled(text: &str) -> Result<Duration, ConfigError> {
+    let time = duration("--stream-stalled", text)?;
+    if time < bounds::WATCHDOG_TICK {
+        let why = format!("{text} is shorter than the server looks");
+        return Err(error("--stream-stalled", why, "give at least 100ms"));
+    }
+    Ok(time)
 }
 
 fn memory(text: &str) -> Result<u64, ConfigError> {
@@ -350,6 +362,11 @@ impl Config {
                 "--drain-deadline",
                 &pick(args.drain_deadline, file.drain_deadline, defaults.drain_deadline),
             )?,
+            stream_stalled: stalled(&pick(
+                args.stream_stalled,
+                file.stream_stalled,
+                defaults.stream_stalled,
+            ))?,
             log_format: match args.log_format {
                 Some(format) => format,
                 None => log_format(&pick(None, file.log_format, defaults.log_format))?,

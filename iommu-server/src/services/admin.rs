@@ -147,6 +147,7 @@ impl AdminService for Admin {
         request: Request<pb::MmioReadRequest>,
     ) -> Result<Response<pb::MmioReadResponse>, Status> {
         let mmio: model::Mmio = parse(request.into_inner())?;
+        on_host(mmio.device)?;
         let value = mmio_call(&self.host, mmio).await.map_err(WireError::into_status)?;
         Ok(Response::new(pb::MmioReadResponse { value }))
     }
@@ -157,9 +158,11 @@ impl AdminService for Admin {
     ) -> Result<Response<pb::MmioWriteResponse>, Status> {
         let caller = Caller::of(&request)?;
         let mmio: model::Mmio = parse(request.into_inner())?;
-        let device = mmio.device;
+        on_host(mmio.device)?;
         mmio_call(&self.host, mmio).await.map_err(WireError::into_status)?;
-        tracing::info!(%device, by = %caller.session.identity, "register written by an operator");
+        tracing::info!(
+            device = %mmio.device, offset = mmio.access.offset, by = %caller.session.identity, "register written"
+        );
         Ok(Response::new(pb::MmioWriteResponse {}))
     }
 }

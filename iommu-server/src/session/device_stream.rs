@@ -41,13 +41,18 @@ struct Live {
     port: Port,
     session: Arc<DeviceSession>,
     device: Arc<DeviceState>,
+    /// How the stream ended; as long as it did not, the only way out is a lost connection (closed, broken, or silent for too long).
+    left: Option<String>,
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
         self.session.leave();
         self.device.unseat(&self.session);
-        tracing::info!(device = %self.session.address, generation = self.session.generation, "device session left");
+        let reason = self.left.as_deref().unwrap_or("the connection is lost");
+        tracing::info!(
+            device = %self.session.address, generation = self.session.generation, reason, "device session left"
+        );
     }
 }
 
@@ -153,7 +158,7 @@ impl DeviceStream {
             "device session begins"
         );
         let generation = session.generation;
-        self.stage = Stage::Live(Box::new(Live { port, session, device }));
+        self.stage = Stage::Live(Box::new(Live { port, session, device, left: None }));
         if self.host.shutdown.ended().is_some() {
             // The drain may have looked before this session was there to be seen.
             self.host.end_device_sessions();
@@ -266,6 +271,15 @@ impl Live {
     }
 }
 
+impl DeviceStream {
+    fn over(&mut self, why: &str) {
+        if let Stage::Live(live) = &mut self.stage {
+            live.left = Some(why.to_owned());
+        }
+        self.stage = Stage::Over;
+    }
+}
+
 impl Stream for DeviceStream {
     type Item = Result<pb::ServerToDevice, Status>;
 
@@ -287,7 +301,8 @@ impl Stream for DeviceStream {
                 }
             }
             // A status ends the stream, and so does the device by closing its side.
-            Poll::Ready(Some(Err(_)) | None) => self.stage = Stage::Over,
+            Poll::Ready(Some(Err(status))) => self.over(status.message()),
+            Poll::Ready(None) => self.over("the device closed its stream"),
         }
         polled.map(|next| next.map(|next| next.map(|message| pb::ServerToDevice { message: Some(message) })))
     }
