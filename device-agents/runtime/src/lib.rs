@@ -20,7 +20,7 @@
 //!
 //! # async fn start() -> Result<(), Box<dyn std::error::Error>> {
 //! let address = "0000:00:05.0".parse()?;
-//! Agent::builder("http://127.0.0.1:7117", "nothing0", address).run(Nothing).await?;
+//! Agent::builder("http://127.0.0.1:7450", "nothing0", address).run(Nothing).await?;
 //! # Ok(())
 //! # }
 //! ```
