@@ -5,7 +5,7 @@ use guest_sdk::{Connection, Direction, Owner};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let driver = Connection::to("http://127.0.0.1:7117").driver("echo-driver", Owner::Driver(1)).await?;
+    let driver = Connection::to("http://127.0.0.1:7450").driver("echo-driver", Owner::Driver(1)).await?;
     let device = driver.device("0000:00:06.0".parse()?);
 
     let buffer = driver.allocate(4096).await?;

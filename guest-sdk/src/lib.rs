@@ -10,7 +10,7 @@
 //! use guest_sdk::{Connection, Direction, Owner};
 //!
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-//! let driver = Connection::to("http://127.0.0.1:7117").driver("net-driver", Owner::Driver(1)).await?;
+//! let driver = Connection::to("http://127.0.0.1:7450").driver("net-driver", Owner::Driver(1)).await?;
 //! let device = driver.device("0000:00:05.0".parse()?);
 //! let buffer = driver.allocate(4096).await?;
 //! buffer.write(0, &b"hello"[..]).await?;
