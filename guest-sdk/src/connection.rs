@@ -17,6 +17,9 @@ use iommu_types::Generation;
 use iommu_types::errors::{CallError, SessionError};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, IntoRequest, Request, Response, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::error::{causes, of_status};
 use crate::{SdkError, TransportError};
@@ -275,6 +278,20 @@ fn configured(text: &str) -> Result<Endpoint, TransportError> {
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX))
+}
+
+/// Asks the health service, over a connection of its own.
+pub(crate) async fn serving(endpoint_text: &str) -> Result<bool, TransportError> {
+    let unreachable = |why| TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why };
+    let connected = configured(endpoint_text)?.connect().await;
+    let channel = connected.map_err(|error| unreachable(causes(&error)))?;
+    let question = HealthCheckRequest { service: String::new() };
+    let answer = HealthClient::new(channel).check(question).await;
+    match answer {
+        Ok(answer) => Ok(answer.into_inner().status() == ServingStatus::Serving),
+        Err(status) if status.code() == Code::Unavailable => Err(unreachable(causes(&status))),
+        Err(status) => Err(TransportError::Status { code: status.code(), message: causes(&status) }),
+    }
 }
 
 /// Connects and opens; leaves the new token in `open`. Also tells whether the session goes on where it was.

@@ -82,7 +82,8 @@ impl Bus for Dma {
 /// Cuts pieces into parts that fit one batch of the session each. A piece that is too large alone is a part of its own and is refused as such.
 fn parts<'a, T>(dma: &Dma, pieces: &'a [T], size: impl Fn(&T) -> u64) -> Result<Vec<&'a [T]>, DmaError> {
     let limits = dma.limits().ok_or(DmaError::SessionLost)?;
-    let (operations_max, bytes_max) = (limits.batch_operations_max as usize, u64::from(limits.batch_bytes_max));
+    let (operations_max, bytes_max) =
+        (limits.batch_operations_max as usize, u64::from(limits.batch_bytes_max));
     let mut parts = Vec::with_capacity(1);
     let (mut begin, mut bytes) = (0, 0);
     for (index, piece) in pieces.iter().enumerate() {

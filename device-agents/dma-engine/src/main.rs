@@ -1,5 +1,6 @@
 //! The agent binary: command line, logging, signals, exit codes.
 
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -82,7 +83,10 @@ fn main() -> ExitCode {
         }
     };
     if let Some(Command::Completions { shell }) = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "dma-engine", &mut std::io::stdout());
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "dma-engine", &mut script);
+        // A reader that has seen enough (such as head) is no error.
+        let _ = std::io::stdout().write_all(&script);
         return ExitCode::SUCCESS;
     }
     if let Err(error) = start_log(&cli) {
@@ -108,8 +112,15 @@ fn main() -> ExitCode {
 
 fn start_log(cli: &Cli) -> Result<(), String> {
     let filter = EnvFilter::try_new(&cli.log).map_err(|error| format!("--log {:?}: {error}", cli.log))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if cli.log_json { log.json().init() } else { log.init() }
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    if cli.log_json {
+        log.json().init()
+    } else {
+        log.init()
+    }
     Ok(())
 }
 
@@ -121,8 +132,7 @@ async fn run(
     policy: Reconnect,
 ) -> anyhow::Result<EndReason> {
     let stop = CancellationToken::new();
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::spawn({
         let stop = stop.clone();
         async move {

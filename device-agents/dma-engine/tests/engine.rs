@@ -76,8 +76,12 @@ impl Bus for FakeBus {
         let old = self.get(iova.get(), size);
         let old = AtomicValue::from_le_bytes(&old).unwrap();
         match (old, operand) {
-            (AtomicValue::U32(a), AtomicValue::U32(b)) => self.put(iova.get(), &(a.wrapping_add(b)).to_le_bytes()),
-            (AtomicValue::U64(a), AtomicValue::U64(b)) => self.put(iova.get(), &(a.wrapping_add(b)).to_le_bytes()),
+            (AtomicValue::U32(a), AtomicValue::U32(b)) => {
+                self.put(iova.get(), &(a.wrapping_add(b)).to_le_bytes())
+            }
+            (AtomicValue::U64(a), AtomicValue::U64(b)) => {
+                self.put(iova.get(), &(a.wrapping_add(b)).to_le_bytes())
+            }
             other => panic!("{other:?}"),
         }
         Ok(old)
@@ -144,7 +148,12 @@ async fn each_command_does_what_its_table_says_and_shows_how_it_ended() {
         ("copy of nothing", &[(COMMAND, COMMAND_COPY as u64)], (DONE, 0, 0, 0), &[]),
         (
             "copy of two chunks",
-            &[(SOURCE, 0x10_0000), (DESTINATION, 0x4_0000), (LENGTH, 0x4_0001), (COMMAND, COMMAND_COPY as u64)],
+            &[
+                (SOURCE, 0x10_0000),
+                (DESTINATION, 0x4_0000),
+                (LENGTH, 0x4_0001),
+                (COMMAND, COMMAND_COPY as u64),
+            ],
             (DONE, 0, 0, 0x4_0001),
             &["read 0x100000+262144", "write 0x40000+262144", "read 0x140000+1", "write 0x80000+1"],
         ),
@@ -203,7 +212,12 @@ async fn each_command_does_what_its_table_says_and_shows_how_it_ended() {
         ),
         (
             "interrupt",
-            &[(MSI_ADDRESS, 0xfee0_0010), (MSI_DATA, 3), (MSI_ENABLE, 1), (COMMAND, COMMAND_INTERRUPT as u64)],
+            &[
+                (MSI_ADDRESS, 0xfee0_0010),
+                (MSI_DATA, 3),
+                (MSI_ENABLE, 1),
+                (COMMAND, COMMAND_INTERRUPT as u64),
+            ],
             (DONE, 0, 0, 0),
             &["msi 0xfee00010=0x3"],
         ),
@@ -277,7 +291,8 @@ async fn what_was_read_and_the_old_value_of_an_atomic_are_in_data() {
     write_all(&engine, &[(SOURCE, 0x1000), (LENGTH, 9), (COMMAND, COMMAND_READ.into())]).await;
     work(&engine, &bus).await;
     assert_eq!(read(&engine, DATA), 0x0807_0605_0403_0201);
-    write_all(&engine, &[(DESTINATION, 0x1000), (LENGTH, 4), (DATA, 1), (COMMAND, COMMAND_FETCH_ADD.into())]).await;
+    write_all(&engine, &[(DESTINATION, 0x1000), (LENGTH, 4), (DATA, 1), (COMMAND, COMMAND_FETCH_ADD.into())])
+        .await;
     work(&engine, &bus).await;
     assert_eq!(read(&engine, DATA), 0x0403_0201);
     assert_eq!(bus.get(0x1000, 4), [2, 2, 3, 4]);

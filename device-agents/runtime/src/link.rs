@@ -120,8 +120,8 @@ struct Traffic {
     next_tag: u64,
     /// Resets told by the server and not done yet; while there is one, DMA is refused.
     resets: u32,
-    /// Counts resets, so that a batch that waited for its credit through one is not sent after it.
-    resets_begun: u64,
+    /// Counts the resets told: what waited for credit since before the latest one fails with it.
+    resets_told: u64,
     /// Gone once the session closed, which ends the stream upward.
     outbound: Option<mpsc::Sender<pb::DeviceToServer>>,
     /// Cancelled when the outbound channel was found full.
@@ -150,7 +150,7 @@ impl Session {
             in_flight: VecDeque::new(),
             next_tag: 0,
             resets: 0,
-            resets_begun: 0,
+            resets_told: 0,
             outbound: Some(outbound),
             overrun: overrun.clone(),
         };
@@ -175,14 +175,16 @@ impl Session {
             let _ = waiter.send(Ok(Completed::nothing(shape)));
             return Ok(answer);
         }
-        let resets_before = lock(&self.traffic).resets_begun;
-        let credit = match self.credits.try_acquire() {
-            Ok(credit) => credit,
-            Err(_) => self.credits.acquire().await.map_err(|_| DmaError::SessionLost)?,
+        let (credit, resets_told) = match self.credits.try_acquire() {
+            Ok(credit) => (credit, None),
+            Err(_) => {
+                let resets_told = lock(&self.traffic).resets_told;
+                let credit = self.credits.acquire().await.map_err(|_| DmaError::SessionLost)?;
+                (credit, Some(resets_told))
+            }
         };
         let mut traffic = lock(&self.traffic);
-        // What was queued before a reset is forgotten by it, also when the reset is over by the time a credit is free.
-        if traffic.resets > 0 || traffic.resets_begun != resets_before {
+        if traffic.resets > 0 || resets_told.is_some_and(|told| told != traffic.resets_told) {
             return Err(DmaError::Reset);
         }
         let first_tag = traffic.next_tag;
@@ -227,7 +229,7 @@ impl Session {
     pub(crate) fn reset_begun(&self) -> Result<(), String> {
         let mut traffic = lock(&self.traffic);
         traffic.resets += 1;
-        traffic.resets_begun = traffic.resets_begun.wrapping_add(1);
+        traffic.resets_told += 1;
         if traffic.resets > RESETS_MAX {
             return Err(format!("more than {RESETS_MAX} resets unanswered"));
         }
