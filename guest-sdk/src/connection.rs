@@ -37,8 +37,8 @@ const FRAME_BYTES_MAX: u32 = 256 << 10;
 /// Largest message that is taken from the server.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Delays between the attempts of a call.
-const RETRY_FIRST: Duration = Duration::from_millis(20);
-const RETRY_LONGEST: Duration = Duration::from_millis(500);
+pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(20);
+pub(crate) const RETRY_LONGEST: Duration = Duration::from_millis(500);
 
 /// Limits of a session, enforced by the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,8 +128,11 @@ impl Core {
         }
         let token_given = !open.resume_token.is_empty();
         let mut asked = open.clone();
-        let (live, resumed) =
-            open_session(&self.endpoint, &self.endpoint_text, &mut asked, epoch.wrapping_add(1)).await?;
+        let opened = open_session(&self.endpoint, &self.endpoint_text, &mut asked, epoch.wrapping_add(1));
+        let (live, resumed) = match opened.await {
+            Err(error) if token_given && is_forgotten(&error) => return Err(TransportError::StateLost.into()),
+            opened => opened?,
+        };
         if token_given && !resumed {
             // What we held is gone. The token stays as it is, so that every later attempt is told the same.
             return Err(TransportError::StateLost.into());
@@ -182,25 +185,37 @@ impl Core {
         F: Fn(Channel) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let live = self.live();
-        let once = async {
-            let status = match attempt(live.channel.clone()).await {
-                Ok(answer) => return Ok(answer.into_inner()),
-                Err(status) => status,
-            };
-            if !matches!(CallError::from_status(&status), Some(CallError::SessionRequired(_))) {
-                return Err(of_status(&status));
-            }
-            match self.reopen(live.epoch).await {
-                Ok(live) => attempt(live.channel.clone())
-                    .await
-                    .map(Response::into_inner)
-                    .map_err(|status| of_status(&status)),
-                Err(error) => passing(error).and(Err(of_status(&status))),
-            }
-        };
-        let ended = tokio::time::timeout(self.deadline, once).await;
+        let ended = tokio::time::timeout(self.deadline, self.call_once_at_length(attempt)).await;
         ended.unwrap_or(Err(TransportError::Deadline { waited: self.deadline, last: None }.into()))
+    }
+
+    /// The same without a deadline, for transfers that take as long as they take.
+    pub(crate) async fn call_once_at_length<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: Fn(Channel) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let live = self.live();
+        let status = match attempt(live.channel.clone()).await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => status,
+        };
+        if !matches!(CallError::from_status(&status), Some(CallError::SessionRequired(_))) {
+            return Err(of_status(&status));
+        }
+        match self.reopen(live.epoch).await {
+            Ok(live) => attempt(live.channel.clone())
+                .await
+                .map(Response::into_inner)
+                .map_err(|status| of_status(&status)),
+            Err(error) => passing(error).and(Err(of_status(&status))),
+        }
+    }
+
+    /// The deadline of a call.
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline
     }
 
     /// A request with the deadline of one call, for unary methods.
@@ -217,6 +232,20 @@ pub(crate) fn may_retry(status: &Status) -> bool {
         Some(error) => matches!(error, CallError::SessionRequired(_) | CallError::ShuttingDown(_)),
         None => status.code() == Code::Unavailable || is_broken_connection(status),
     }
+}
+
+/// Whether the server does not know the token any more: it has reclaimed the session, or was started anew. Name and role were good
+/// before, so a refused identity says the same.
+fn is_forgotten(error: &SdkError<SessionError>) -> bool {
+    matches!(
+        error,
+        SdkError::Refused(SessionError::IdentityRefused(_)) | SdkError::Call(CallError::BadResumeToken(_))
+    )
+}
+
+/// Whether what the session held is there again when it is opened with its token. Who holds nothing opens afresh.
+fn is_resumable(role: Option<&WireRole>) -> bool {
+    matches!(role, Some(WireRole::Driver(_) | WireRole::Bare(_)))
 }
 
 /// Whether a failure to open again is worth another attempt.
@@ -291,7 +320,7 @@ async fn open_session(
         })?
         .into_inner();
     if answer.schema_version != SCHEMA_VERSION {
-        let why = format!("schema_version: {} where 1 was agreed", answer.schema_version);
+        let why = format!("schema_version: {} where {SCHEMA_VERSION} was agreed", answer.schema_version);
         return Err(TransportError::BadAnswer(why).into());
     }
     let limits = answer.limits.ok_or_else(|| TransportError::BadAnswer("limits: absent".into()))?;
@@ -301,7 +330,9 @@ async fn open_session(
         batch_bytes_max: limits.batch_bytes_max.max(1),
         request_window: limits.request_window.max(1),
     };
-    open.resume_token = answer.resume_token;
+    if is_resumable(open.role.as_ref()) {
+        open.resume_token = answer.resume_token;
+    }
     let generation = Generation(answer.generation);
     let grace = Duration::from_millis(answer.grace_ms);
     Ok((Live { channel, epoch, limits, generation, grace }, answer.resumed))

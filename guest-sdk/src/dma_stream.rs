@@ -9,6 +9,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use iommu_proto::model::{map_outcomes, unmap_outcomes};
 use iommu_proto::pb;
@@ -21,7 +22,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use crate::connection::may_retry;
+use crate::connection::{RETRY_FIRST, RETRY_LONGEST, may_retry};
 use crate::driver::{DriverCore, client};
 use crate::error::of_status;
 use crate::requests::RequestInFlight;
@@ -167,7 +168,10 @@ pub(crate) fn wire_direction(direction: Direction) -> i32 {
 /// Carries batches for as long as somebody can submit them or waits for an answer.
 async fn pump(driver: Arc<DriverCore>, mut queue: mpsc::UnboundedReceiver<Pending>) {
     let mut unanswered = VecDeque::new();
+    // No delay while streams answer; a server that takes them and ends them at once is not asked in a hot loop.
+    let mut delay = Duration::ZERO;
     loop {
+        tokio::time::sleep(delay).await;
         if unanswered.is_empty() {
             match queue.recv().await {
                 Some(batch) => unanswered.push_back(batch),
@@ -177,11 +181,19 @@ async fn pump(driver: Arc<DriverCore>, mut queue: mpsc::UnboundedReceiver<Pendin
         let error = match open(&driver).await {
             Ok((outbound, inbound)) => match carry(outbound, inbound, &mut queue, &mut unanswered).await {
                 Carried::Finished => return,
-                Carried::Lost => continue,
+                Carried::Lost { answered: true } => {
+                    delay = Duration::ZERO;
+                    continue;
+                }
+                Carried::Lost { answered: false } => {
+                    delay = (delay * 2).clamp(RETRY_FIRST, RETRY_LONGEST);
+                    continue;
+                }
                 Carried::Failed(error) => error,
             },
             Err(error) => error,
         };
+        delay = Duration::ZERO;
         for batch in unanswered.drain(..) {
             batch.fail(error.clone());
         }
@@ -209,7 +221,10 @@ enum Carried {
     /// Nobody submits any more and everything is answered.
     Finished,
     /// The stream is lost; the unanswered go over the next one.
-    Lost,
+    Lost {
+        /// Whether it carried an answer before.
+        answered: bool,
+    },
     /// It makes no sense to go on with what is unanswered.
     Failed(SdkError<Never>),
 }
@@ -222,10 +237,10 @@ async fn carry(
 ) -> Carried {
     for batch in unanswered.iter() {
         if outbound.send(batch.message.clone()).is_err() {
-            return Carried::Lost;
+            return Carried::Lost { answered: false };
         }
     }
-    let mut open = true;
+    let (mut open, mut answered) = (true, false);
     while open || !unanswered.is_empty() {
         tokio::select! {
             batch = queue.recv(), if open => match batch {
@@ -233,7 +248,7 @@ async fn carry(
                     let sent = outbound.send(batch.message.clone());
                     unanswered.push_back(batch);
                     if sent.is_err() {
-                        return Carried::Lost;
+                        return Carried::Lost { answered };
                     }
                 }
                 None => open = false,
@@ -243,9 +258,10 @@ async fn carry(
                     if let Err(why) = settle(unanswered, answer) {
                         return Carried::Failed(TransportError::BadAnswer(why).into());
                     }
+                    answered = true;
                 }
-                Ok(None) => return Carried::Lost,
-                Err(status) if may_retry(&status) => return Carried::Lost,
+                Ok(None) => return Carried::Lost { answered },
+                Err(status) if may_retry(&status) => return Carried::Lost { answered },
                 Err(status) => return Carried::Failed(of_status(&status)),
             },
         }

@@ -20,10 +20,10 @@ use crate::convert::bad_answer;
 use crate::requests::Requests;
 use crate::{
     Buffer, Coherent, DeviceHandle, DmaMapping, DmaStream, Domain, DomainWidth, Faults, Inspect,
-    InterruptEvent, Memory, Never, SdkError, SessionLimits, Subscription,
+    InterruptEvent, Memory, Never, SdkError, SessionLimits, Subscription, TransportError,
 };
 
-/// A mapping that was dropped without being unmapped.
+/// A mapping that was dropped without being unmapped, or whose unmap was dropped before its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeakReport {
     /// The device it was made for.
@@ -74,7 +74,11 @@ impl DriverCore {
         F: Fn(DriverServiceClient<Channel>, Request<M>) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let request = self.requests.begin().await;
+        let waited = self.core.deadline();
+        let request = tokio::time::timeout(waited, self.requests.begin()).await.map_err(|_| {
+            let last = Some("the server's window is full of requests without an answer".to_owned());
+            TransportError::Deadline { waited, last }
+        })?;
         self.core.call(|channel| call(client(channel), self.core.request(message(request.header())))).await
     }
 

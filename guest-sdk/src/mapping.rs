@@ -65,11 +65,10 @@ impl DmaMapping {
         self.device
     }
 
-    /// Unmaps (Linux `dma_unmap_single`). When this is answered, no DMA uses the translation any more: not a
-    /// cached one, not one in flight (I1). The value is used up whatever comes; an error without an answer
-    /// leaves the outcome unknown.
+    /// Unmaps (Linux `dma_unmap_single`). When this is answered, no DMA uses the translation any more: not a cached one, not one
+    /// in flight (I1). The value is used up whatever comes; an error without an answer leaves the outcome unknown. Dropping the future
+    /// before the answer is a leak.
     pub async fn unmap(mut self) -> Result<(), SdkError<DmaUnmapError>> {
-        self.mapped = false;
         let message = |header: RequestHeader| pb::DmaUnmapRequest {
             header: Some(header.into()),
             device: Some(self.device.into()),
@@ -78,7 +77,9 @@ impl DmaMapping {
             direction: wire_direction(self.direction),
         };
         let call = |mut client: Client, request| async move { client.dma_unmap(request).await };
-        self.driver.mutate(message, call).await.map(drop)
+        let answer = self.driver.mutate(message, call).await;
+        self.mapped = false;
+        answer.map(drop)
     }
 
     /// Leaves the mapping to the session, without a leak report: it goes when the session is reclaimed.

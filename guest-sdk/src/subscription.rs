@@ -5,6 +5,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use iommu_proto::errors::WireError;
+use iommu_types::errors::CallError;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::Stream;
@@ -122,11 +123,14 @@ async fn next<F: Feed>(
                 *stream = again;
                 return Ok(feed.resumed().into_iter().chain(first).collect());
             }
-            Err(SdkError::Transport(
-                TransportError::Deadline { .. }
-                | TransportError::Unreachable { .. }
-                | TransportError::Status { .. },
-            )) => {}
+            Err(
+                SdkError::Transport(
+                    TransportError::Deadline { .. }
+                    | TransportError::Unreachable { .. }
+                    | TransportError::Status { .. },
+                )
+                | SdkError::Call(CallError::ShuttingDown(_) | CallError::SessionRequired(_)),
+            ) => {}
             Err(error) => return Err(error),
         }
     }

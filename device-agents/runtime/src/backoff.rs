@@ -9,7 +9,7 @@ pub struct Reconnect {
     pub first: Duration,
     /// Longest delay.
     pub longest: Duration,
-    /// Attempts in a row without a session before giving up; `None` goes on for ever.
+    /// New attempts in a row without a session before giving up; `None` goes on for ever.
     pub attempts_max: Option<u32>,
     /// Connect again even when a newer session of the same device has fenced this one. Two agents with this
     /// set fence each other for ever.

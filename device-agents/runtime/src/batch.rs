@@ -228,7 +228,9 @@ impl Batch {
     /// Puts `new` at `iova` if `expected` is there; the value before is answered. Operands of two widths are
     /// refused as malformed by the server.
     pub fn compare_and_swap(&mut self, iova: Iova, expected: AtomicValue, new: AtomicValue) -> &mut Self {
-        self.add_atomic(Kind::Cas, iova, expected.size_bytes(), &[expected, new])
+        // The columns must add up, or the session ends. Of two widths the mean (6, 10 or 12) is one that no CAS has.
+        let size_bytes = expected.size_bytes().midpoint(new.size_bytes());
+        self.add_atomic(Kind::Cas, iova, size_bytes, &[expected, new])
     }
 
     /// An interrupt: a posted 4-byte write of `data` to `address`, which lies in FEEx_xxxx.

@@ -229,7 +229,6 @@ fn table_in_words(entry: &PagingEntry) -> String {
     format!("domain {domain_id}, level {level} table of {iova} at {table} {permissions}")
 }
 
-/// The end in one sentence.
 /// Where in the tables a refusal was decided, in words: most people ask because they do not know that nothing is mapped there.
 fn decided_by(end: &End, steps: &[Step]) -> String {
     let (End::Refused(fault), Some(last)) = (end, steps.last()) else { return String::new() };
@@ -258,6 +257,7 @@ fn decided_by(end: &End, steps: &[Step]) -> String {
     }
 }
 
+/// The end in one sentence.
 fn conclude(
     source: SourceId,
     request: &Request,
