@@ -92,6 +92,8 @@ impl<'p> Run<'p> {
         if let Ok(word) = <[u8; 4]>::try_from(from)
             && (Request { iova, size_bytes: 4, access: Access::Write, pasid }).is_interrupt()
         {
+            // An interrupt counts like any other operation: a run of them must not hold an epoch for ever.
+            self.make_room(4);
             let delivered = self.burst.interrupt(iova.get(), u32::from_le_bytes(word));
             return delivered.map(Done::Interrupt).map_err(|fault| at_start(iova)(Ok(fault.reason)));
         }

@@ -180,7 +180,7 @@ fn a_refused_access_is_explained_step_by_step() {
         SecondStage { level: 2 }[0] present, rw, table hpa:0x104000
         SecondStage { level: 1 }[7] present, r-, 4 KiB page hpa:0x400000"#]]
     .assert_eq(&steps.join("\n"));
-    expect!["The write at iova:0x7008 by 03:02.0 is refused: 0x05 the tables give no write permission."]
+    expect!["The write at iova:0x7008 by 03:02.0 is refused: 0x05 the tables give no write permission (entry 7 of the level-1 table decides)."]
         .assert_eq(&explanation.conclusion);
     assert_eq!(
         explanation.steps.last().map(|step| step.structure),
@@ -199,7 +199,7 @@ fn a_stale_translation_is_told_with_both_its_ends() {
     assert_eq!(explanation.stale.map(|stale| stale.hpa), Some(Hpa::new(0x40_0010)));
     assert!(matches!(explanation.context_cache, CacheState::Hit { .. }));
     assert!(matches!(explanation.iotlb, CacheState::Hit { .. }));
-    expect![[r#"The read at iova:0x7010 by 03:02.0 is refused: 0x06 the tables give no read permission by the tables, but a stale cached entry still leads it to hpa:0x400010."#]]
+    expect!["The read at iova:0x7010 by 03:02.0 is refused: 0x06 the tables give no read permission (nothing is mapped there: entry 7 of the level-1 table is not present) by the tables, but a stale cached entry still leads it to hpa:0x400010."]
         .assert_eq(&explanation.conclusion);
 }
 

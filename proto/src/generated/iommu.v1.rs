@@ -7259,7 +7259,8 @@ pub struct OpenResponse {
     /// Counts the sessions of this identity; a later one is larger and fences the earlier.
     #[prost(uint64, tag = "2")]
     pub generation: u64,
-    /// Give this to Open to come back after a lost connection. 16 bytes; secret.
+    /// Give this to Open to come back after a lost connection. 16 bytes; secret. All zeros for observers and operators, who hold nothing and
+    /// always start afresh. A token that is not known any more is refused with IDENTITY_REFUSED.
     #[prost(bytes = "bytes", tag = "3")]
     pub resume_token: ::prost::bytes::Bytes,
     /// Whether the session continues an earlier one, with all that it held.

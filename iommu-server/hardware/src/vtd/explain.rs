@@ -229,7 +229,6 @@ fn table_in_words(entry: &PagingEntry) -> String {
     format!("domain {domain_id}, level {level} table of {iova} at {table} {permissions}")
 }
 
-/// The end in one sentence.
 /// Where in the tables a refusal was decided, in words: most people ask because they do not know that nothing is mapped there.
 fn decided_by(end: &End, steps: &[Step]) -> String {
     let (End::Refused(fault), Some(last)) = (end, steps.last()) else { return String::new() };
@@ -238,7 +237,7 @@ fn decided_by(end: &End, steps: &[Step]) -> String {
     let absent = denied && last.low.is_some_and(|low| !SecondStageEntry::from_bits(low).is_present());
     if absent {
         return format!(
-            "; nothing is mapped there, entry {} of the level-{level} table is not present",
+            " (nothing is mapped there: entry {} of the level-{level} table is not present)",
             last.index
         );
     }
@@ -252,12 +251,13 @@ fn decided_by(end: &End, steps: &[Step]) -> String {
     };
     match first.map(|step| (step.structure, step.index)) {
         Some((Structure::SecondStage { level }, index)) => {
-            format!("; entry {index} of the level-{level} table decides")
+            format!(" (entry {index} of the level-{level} table decides)")
         }
         _ => String::new(),
     }
 }
 
+/// The end in one sentence.
 fn conclude(
     source: SourceId,
     request: &Request,

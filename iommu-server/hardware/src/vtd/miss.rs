@@ -59,11 +59,15 @@ pub(super) fn walk_and_fill(
     found.add(1);
     let mut reads = CountReads(0);
     let mut deepest = None;
-    let mut walk =
-        |start| walk_tables(unit, context, start, request, &mut reads, |table| deepest = Some(table));
-    let walked = match walk(start) {
-        // A cached table may be stale; a fault never comes from it alone.
-        Err(_) if start.is_some() => walk(None),
+    let mut walk = |start, deepest: &mut Option<PagingEntry>| {
+        walk_tables(unit, context, start, request, &mut reads, |table| *deepest = Some(table))
+    };
+    let walked = match walk(start, &mut deepest) {
+        // A cached table may be stale; neither a fault nor a fill comes from it alone.
+        Err(_) if start.is_some() => {
+            deepest = None;
+            walk(None, &mut deepest)
+        }
         walked => walked,
     };
     tally.walk_reads.add(reads.0);

@@ -217,6 +217,11 @@ impl Burst<'_> {
                 self.place = Place::Untranslated;
                 return;
             }
+            // The table mode is not part of a cached context, so it is asked before the cache is.
+            if let Err(fault) = check_table_mode(self.unit().root_table(), None) {
+                self.place = Place::Refused(fault);
+                return;
+            }
             let generation = self.port.unit.drains.context_generation();
             match look_up_context(&self.port.unit, self.port.tally(), self.port.source_id, generation) {
                 Err(fault) => {
