@@ -15,7 +15,7 @@ pub const BULK_PIECE_BYTES: usize = 256 << 10;
 
 /// Connections at once. Each costs its HTTP/2 state and windows; 64 agents, 64 drivers and their tools fit many times.
 pub const CONNECTIONS_MAX: usize = 1024;
-/// Of them such that have not said who they are: a flood of strangers must not keep known peers out.
+/// Of them such that have not said who they are; the oldest makes room, so that a flood of strangers does not keep known peers out.
 pub const ANONYMOUS_CONNECTIONS_MAX: usize = 256;
 const _: () = assert!(ANONYMOUS_CONNECTIONS_MAX < CONNECTIONS_MAX);
 /// Streams (calls) at once on one connection.
@@ -36,10 +36,6 @@ pub const HEADER_BYTES_MAX: u32 = 16 << 10;
 pub const PENDING_RESETS_MAX: usize = 32;
 /// Streams that we reset because of a peer's errors; beyond it the connection ends.
 pub const LOCAL_RESETS_MAX: usize = 256;
-/// A silent partition is noticed after interval and timeout together.
-pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-/// How long a peer may take to answer a keepalive ping.
-pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// TCP keepalive: idle seconds before the first probe; HTTP/2 pings come first, this is for half-open handshakes.
 pub const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 /// Pause after accept() failed for want of descriptors.

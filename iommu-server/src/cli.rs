@@ -96,6 +96,9 @@ pub struct ServeArgs {
     /// How long streams may take to end after SIGTERM [default: 5s].
     #[arg(long, env = "IOMMU_DRAIN_DEADLINE", value_name = "TIME")]
     pub drain_deadline: Option<String>,
+    /// How often a peer is pinged, and how long it may take to answer; a silent partition is noticed after both [default: 5s].
+    #[arg(long, env = "IOMMU_KEEPALIVE", value_name = "TIME")]
+    pub keepalive: Option<String>,
     /// How long a peer may leave its stream unread while something is to be sent, before it loses it [default: 10s].
     #[arg(long, env = "IOMMU_STREAM_STALLED", value_name = "TIME")]
     pub stream_stalled: Option<String>,

@@ -301,6 +301,9 @@ async fn i7_strangers_cannot_take_all_connections() {
     })
     .await;
     assert!(inspect(&known).get_topology(pb::GetTopologyRequest {}).await.is_ok());
+    // Whoever comes next finds a place, at the cost of the oldest stranger.
+    let driver = Driver::open(&server, 0).await;
+    driver.buffer(PAGE).await;
     drop(strangers);
     eventually("their places are free again", async || server.host.connections.anonymous() == 0).await;
 }
@@ -327,4 +330,40 @@ async fn metrics_are_those_of_the_unit_and_all_described() {
     }
     let names = text.lines().filter(|line| line.starts_with("# TYPE ")).count();
     assert_eq!(names, text.lines().filter(|line| line.starts_with("# HELP ")).count());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_falls_silent_is_noticed() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let server = server_with(|args| args.keepalive = Some("200ms".to_owned())).await;
+    let mut socket = tokio::net::TcpStream::connect(server.listen[0]).await.unwrap();
+    // A preface and settings, and then nothing, not even an answer to a ping.
+    socket.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut said = Vec::new();
+    let closed = tokio::time::timeout(Duration::from_secs(5), socket.read_to_end(&mut said)).await;
+    assert!(closed.is_ok(), "the connection is still open");
+    eventually("its place is free again", async || server.host.connections.open() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_lets_a_call_end_and_then_cuts_who_holds_it_up() {
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    // A reader of bulk memory that does not read: its connection has a stream that nobody polls.
+    let channel = narrow(&server).await;
+    let opened = open(&channel, open_request("driver1", driver_role(1))).await.unwrap();
+    let lazy = Driver::on(channel, opened);
+    let gpa = lazy.buffer(8 << 20).await;
+    let read = pb::MemoryReadRequest { owner: None, gpa, size_bytes: 8 << 20 };
+    let unread = lazy.memory().read_bulk(read).await.unwrap();
+    let agent = Agent::attach(&server, ENGINE0).await;
+    let mut client = driver.client();
+    let call = tokio::spawn(async move {
+        let device = Some(device(ENGINE0));
+        client.mmio_read(pb::MmioReadRequest { device, bar: 0, offset: 0, width_bytes: 4 }).await
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(server.drain(Duration::from_secs(3)).await, Drained::Cleanly);
+    assert_eq!(refused(call.await.unwrap()), "DEVICE_ABSENT", "the call was answered");
+    drop((agent, unread));
 }

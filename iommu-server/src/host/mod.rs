@@ -29,7 +29,7 @@ use self::faults::FaultHub;
 use self::owners::{OwnerState, Owners};
 use crate::bounds;
 use crate::config::Config;
-use crate::connection::ConnectionCounts;
+use crate::connection::Connections;
 use crate::ending::{EndSignal, Ending};
 use crate::machine::Machines;
 use crate::metrics::Metrics;
@@ -59,7 +59,7 @@ pub struct Host {
     /// What is counted about the service itself.
     pub metrics: Arc<Metrics>,
     /// Connections.
-    pub connections: Arc<ConnectionCounts>,
+    pub connections: Arc<Connections>,
     /// Ends when the server goes down.
     pub shutdown: EndSignal,
     /// When it started.

@@ -176,10 +176,12 @@ impl DeviceStream {
         let Stage::Live(live) = &mut self.stage else { return Poll::Ready(None) };
         live.session.progress.polled();
         loop {
+            // First the waker is put in place, then the end is looked for: an end in between is not missed.
+            let queued = live.session.mailbox.poll_take(context);
             if let Some(ending) = live.session.ended() {
                 return Poll::Ready(Some(Err(ending.clone().into_status())));
             }
-            if let Poll::Ready(message) = live.session.mailbox.poll_take(context) {
+            if let Poll::Ready(message) = queued {
                 return Poll::Ready(Some(Ok(message)));
             }
             let budget = ready!(coop::poll_proceed(context));
