@@ -283,16 +283,8 @@ async fn the_domain_api_refuses_each_nonsense_with_its_own_reason() {
             map("unaligned memory", &|r| r.gpa += 0x10, "UNALIGNED"),
             map("an unaligned size", &|r| r.size_bytes = 0x1001, "UNALIGNED"),
             map("a range of nothing", &|r| r.size_bytes = 0, "INVALID_RANGE"),
-            map(
-                "a range that wraps",
-                &|r| (r.iova, r.size_bytes) = (LAST_PAGE, 0x2000),
-                "INVALID_RANGE",
-            ),
-            map(
-                "memory that wraps",
-                &|r| (r.gpa, r.size_bytes) = (LAST_PAGE, 0x2000),
-                "INVALID_RANGE",
-            ),
+            map("a range that wraps", &|r| (r.iova, r.size_bytes) = (LAST_PAGE, 0x2000), "INVALID_RANGE"),
+            map("memory that wraps", &|r| (r.gpa, r.size_bytes) = (LAST_PAGE, 0x2000), "INVALID_RANGE"),
             map("the very mapping", &|r| r.iova = FIXED, "RANGE_OVERLAPS"),
             map("the last page of a mapping", &|r| r.iova = last_page, "RANGE_OVERLAPS"),
             map("around a mapping", &|r| (r.iova, r.size_bytes) = (FIXED - 0x1000, 0x6000), "RANGE_OVERLAPS"),
