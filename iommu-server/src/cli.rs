@@ -35,8 +35,8 @@ pub struct Cli {
 pub enum Command {
     /// Asks a running server whether it serves (grpc.health.v1); exit code 0 if so.
     Healthcheck {
-        /// Its address: HOST:PORT, or unix:PATH.
-        #[arg(long, env = "IOMMU_SERVER", default_value = "127.0.0.1:7450")]
+        /// Where it listens: http://HOST:PORT or unix:///PATH.
+        #[arg(long, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7450", value_name = "URL")]
         server: String,
         /// How long to wait for the answer.
         #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]

@@ -19,6 +19,8 @@ const OPEN: &str = "/iommu.v1.SessionService/Open";
 const FIXED: u64 = 0x10_0000;
 const FIXED_BYTES: u64 = 0x4000;
 const BUFFER_BYTES: u64 = 0x1_0000;
+/// First address of the last page there is.
+const LAST_PAGE: u64 = !0xfff;
 
 /// What the rows are about: a driver that holds a buffer, a mapping of each API, and its neighbour with a buffer and a domain.
 struct Ground {
@@ -220,7 +222,7 @@ async fn the_dma_api_refuses_each_nonsense_with_its_own_reason() {
             DRIVER,
             "AllocateBuffer",
             &allocate(32, u64::MAX),
-            "LIMIT_REACHED",
+            "OUT_OF_MEMORY",
         ));
         let free = |id, gpa| pb::FreeBufferRequest { header: header(id), gpa };
         rows.push(row("a buffer that is none", DRIVER, "FreeBuffer", &free(33, 1 << 40), "NOT_ALLOCATED"));
@@ -281,16 +283,8 @@ async fn the_domain_api_refuses_each_nonsense_with_its_own_reason() {
             map("unaligned memory", &|r| r.gpa += 0x10, "UNALIGNED"),
             map("an unaligned size", &|r| r.size_bytes = 0x1001, "UNALIGNED"),
             map("a range of nothing", &|r| r.size_bytes = 0, "INVALID_RANGE"),
-            map(
-                "a range that wraps",
-                &|r| (r.iova, r.size_bytes) = (!0xfff, 0x2000),
-                "INVALID_RANGE",
-            ),
-            map(
-                "memory that wraps",
-                &|r| (r.gpa, r.size_bytes) = (!0xfff, 0x2000),
-                "INVALID_RANGE",
-            ),
+            map("a range that wraps", &|r| (r.iova, r.size_bytes) = (LAST_PAGE, 0x2000), "INVALID_RANGE"),
+            map("memory that wraps", &|r| (r.gpa, r.size_bytes) = (LAST_PAGE, 0x2000), "INVALID_RANGE"),
             map("the very mapping", &|r| r.iova = FIXED, "RANGE_OVERLAPS"),
             map("the last page of a mapping", &|r| r.iova = last_page, "RANGE_OVERLAPS"),
             map("around a mapping", &|r| (r.iova, r.size_bytes) = (FIXED - 0x1000, 0x6000), "RANGE_OVERLAPS"),
@@ -314,7 +308,7 @@ async fn the_domain_api_refuses_each_nonsense_with_its_own_reason() {
             unmap("an unaligned address", ours, FIXED + 8, FIXED_BYTES, "UNALIGNED"),
             unmap("an unaligned size", ours, FIXED, FIXED_BYTES - 8, "UNALIGNED"),
             unmap("a range of nothing", ours, FIXED, 0, "INVALID_RANGE"),
-            unmap("a range that wraps", ours, !0xfff, 0x2000, "INVALID_RANGE"),
+            unmap("a range that wraps", ours, LAST_PAGE, 0x2000, "INVALID_RANGE"),
             unmap("an unknown domain", 60_000, FIXED, FIXED_BYTES, "UNKNOWN_DOMAIN"),
             unmap("the neighbour's domain", ground.neighbours_domain_id, FIXED, FIXED_BYTES, "NOT_YOURS"),
             domain("a width that is none", 40, 1, "INVALID_FIELD"),

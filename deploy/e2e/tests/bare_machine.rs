@@ -1,11 +1,13 @@
 //! Bare machines over gRPC: brought up through registers, as an operating system would, and side by side.
 
+use dma_engine::registers;
 use guest_sdk::errors::{MemoryError, RegisterError};
-use guest_sdk::{BareClient, MachineDevice, MachineInterrupt, SdkError};
+use guest_sdk::{AccessWidth, BareClient, MachineDevice, MachineInterrupt, SdkError};
 use iommu_e2e::bare::{FEADDR, FECTL, FEDATA, FSTS, IQH, IQT, READ, System, WRITE, message_address};
 use iommu_e2e::device::{Device, fault};
 use iommu_e2e::raw::{self, ask, open_request, reason};
 use iommu_e2e::stage::{SOON, Stage, soon, within};
+use iommu_launch::AgentOptions;
 use iommu_proto::pb;
 use iommu_types::{FaultReason, Iova, Refusal, SourceId};
 
@@ -167,6 +169,67 @@ async fn i6_a_refused_dma_stands_in_the_fault_recording_register_and_raises_the_
         assert_eq!(again.reason, Ok(FaultReason::READ_DENIED));
         let [low, high] = system.fault_record(index + 1).await;
         assert_eq!((low, (high >> 32) & 0xff, high >> 62), ((HOLE + 1) << 12, 6, 0b11), "a read: T1 is set");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dma_engine_behind_a_bare_machine_is_translated_and_its_faults_are_recorded() {
+    within(60, async {
+        let mut stage = Stage::start(&[]).await;
+        let client = stage.bare("lab").await;
+        let devices = vec![MachineDevice { source_id: source(), name: "copy0".to_owned() }];
+        let machine = client.create(MEMORY_BYTES, None, devices).await.expect("a machine");
+        let address = machine.device(source());
+        let options =
+            AgentOptions { name: "copy0".to_owned(), address: address.to_string(), arguments: Vec::new() };
+        let _agent = stage.server.start_dma_engine(&options).expect("the agent starts");
+        let mut system = System::new(machine, source());
+        let read = async |system: &System, offset| {
+            system.machine.mmio_read(source(), offset, AccessWidth::Bytes4).await.expect("a register")
+        };
+        soon("the agent is connected", async || {
+            system.machine.mmio_read(source(), registers::ID_VERSION, AccessWidth::Bytes4).await.ok()
+        })
+        .await;
+        let copy = async |system: &System, from: u64, to: u64| {
+            for (offset, width, value) in [
+                (registers::SOURCE, AccessWidth::Bytes8, from),
+                (registers::DESTINATION, AccessWidth::Bytes8, to),
+                (registers::LENGTH, AccessWidth::Bytes4, 256),
+                (registers::COMMAND, AccessWidth::Bytes4, registers::COMMAND_COPY.into()),
+            ] {
+                system.machine.mmio_write(source(), offset, width, value).await.expect("a register");
+            }
+            soon("the copy ends", async || {
+                let status = read(system, registers::STATUS).await;
+                (status & u64::from(registers::STATUS_BUSY) == 0).then_some(status)
+            })
+            .await
+        };
+        let (done, error) = (u64::from(registers::STATUS_DONE), u64::from(registers::STATUS_ERROR));
+
+        // Without translation, then with it.
+        system.poke(OLD_FRAME, vec![0xa5; 256]).await;
+        assert_eq!(copy(&system, OLD_FRAME, NEW_FRAME).await & (done | error), done);
+        assert_eq!(system.peek(NEW_FRAME, 256).await[..], [0xa5; 256]);
+        system.write_tables().await;
+        system.map(PAGE, OLD_FRAME, READ).await;
+        system.map(PAGE + 1, NEW_FRAME, WRITE).await;
+        system.start_translation().await;
+        system.poke(OLD_FRAME, vec![0x5a; 256]).await;
+        assert_eq!(copy(&system, PAGE << 12, (PAGE + 1) << 12).await & (done | error), done);
+        assert_eq!(system.peek(NEW_FRAME, 256).await[..], [0x5a; 256]);
+
+        // The other way round the first read is refused: the device says so, and the unit has recorded it.
+        assert_eq!(copy(&system, (PAGE + 1) << 12, PAGE << 12).await & (done | error), error);
+        assert_eq!(read(&system, registers::FAULT_REASON).await, 6);
+        let [low, high] = system.fault_record(0).await;
+        assert_eq!(
+            (low, high & 0xffff, (high >> 32) & 0xff),
+            ((PAGE + 1) << 12, u64::from(source().get()), 6)
+        );
+        assert_eq!(system.peek(OLD_FRAME, 256).await[..], [0x5a; 256], "nothing was written");
     })
     .await;
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use device_runtime::{EndReason, Reconnect};
+use dma_engine::registers;
 use guest_sdk::errors::MmioError;
 use guest_sdk::{AccessWidth, Direction, SdkError};
 use iommu_e2e::device::{Device, REGISTER_VALUE, fault};
@@ -74,6 +75,55 @@ async fn an_agent_killed_in_the_middle_of_a_batch_leaves_the_server_and_its_driv
         let _engine = stage.engine(0).await;
         assert!(handle.read32(0).await.is_ok(), "the new agent answers for its registers");
         mapping.unmap().await.expect("the driver still holds its mapping");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dma_engine_killed_in_the_middle_of_a_copy_is_replaced_by_another() {
+    const BYTES: u64 = 12 << 20;
+    within(60, async {
+        let mut stage = Stage::start(&[]).await;
+        let driver = stage.driver(0).await;
+        let handle = driver.device(address(0));
+        let data: Vec<u8> = (0..BYTES).map(|byte| (byte % 251) as u8).collect();
+        let (from, to) =
+            (driver.allocate(BYTES).await.expect("memory"), driver.allocate(BYTES).await.expect("memory"));
+        from.write(0, data.clone()).await.expect("a write");
+        let source =
+            driver.dma_map_single(&handle, from.range(), Direction::ToDevice).await.expect("a mapping");
+        let target =
+            driver.dma_map_single(&handle, to.range(), Direction::FromDevice).await.expect("a mapping");
+        let copy = async || {
+            handle.write64(registers::SOURCE, source.iova().get()).await.expect("SOURCE");
+            handle.write64(registers::DESTINATION, target.iova().get()).await.expect("DESTINATION");
+            handle.write32(registers::LENGTH, BYTES as u32).await.expect("LENGTH");
+            handle.write32(registers::COMMAND, registers::COMMAND_COPY).await.expect("COMMAND");
+        };
+
+        let mut engine = stage.engine(0).await;
+        copy().await;
+        // Not a moment is lost between the first byte and the kill.
+        while to.read(1, 1).await.expect("a read")[..] == [0] {}
+        engine.kill().await.expect("the agent is killed");
+        stage.device_gone(0, SOON).await;
+        assert!(matches!(handle.read32(0).await, Err(SdkError::Refused(MmioError::DeviceAbsent(_)))));
+        let left = to.read(0, BYTES).await.expect("a read");
+        let length = left.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        assert!(length > 1 && length < data.len(), "the copy was in the middle: {length} bytes are there");
+        assert_eq!(left[..length], data[..length], "what was done is done");
+
+        let _engine = stage.engine(0).await;
+        copy().await;
+        soon("the copy of the new agent is done", async || {
+            let status = handle.read32(registers::STATUS).await.expect("STATUS");
+            assert_eq!(status & registers::STATUS_ERROR, 0);
+            (status & registers::STATUS_DONE != 0).then_some(())
+        })
+        .await;
+        assert!(to.read(0, BYTES).await.expect("a read")[..] == data[..], "all of it");
+        source.unmap().await.expect("an unmap");
+        target.unmap().await.expect("an unmap");
     })
     .await;
 }

@@ -38,7 +38,9 @@ enum Ended {
 async fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::Completion { shell } = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "iommuctl", &mut std::io::stdout());
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "iommuctl", &mut script);
+        print::write(&script);
         return ExitCode::SUCCESS;
     }
     let operator = match Connection::to(&cli.server).operator(&cli.name).await {

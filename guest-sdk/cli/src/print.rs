@@ -17,11 +17,15 @@ pub(crate) struct Output {
 impl Output {
     /// Prints `value` as JSON, or what `page` makes of it in words.
     pub(crate) fn page(self, value: &Value, page: impl FnOnce() -> String) {
-        if self.json { write(&format!("{value:#}\n")) } else { write(&page()) }
+        if self.json { write(format!("{value:#}\n").as_bytes()) } else { write(page().as_bytes()) }
     }
     /// Prints one record in one line.
     pub(crate) fn line(self, value: &Value, line: impl FnOnce() -> String) {
-        if self.json { write(&format!("{value}\n")) } else { write(&format!("{}\n", line())) }
+        if self.json {
+            write(format!("{value}\n").as_bytes())
+        } else {
+            write(format!("{}\n", line()).as_bytes())
+        }
     }
     /// Prints rows under a head.
     pub(crate) fn table(self, value: &Value, head: &[&str], rows: Vec<Vec<String>>) {
@@ -30,9 +34,9 @@ impl Output {
 }
 
 /// Writes to standard output. A reader that has seen enough (`| head`) ends the program, without an error.
-fn write(text: &str) {
+pub(crate) fn write(bytes: &[u8]) {
     let mut out = std::io::stdout().lock();
-    if let Err(failed) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    if let Err(failed) = out.write_all(bytes).and_then(|()| out.flush()) {
         if failed.kind() == std::io::ErrorKind::BrokenPipe {
             std::process::exit(0);
         }

@@ -20,7 +20,7 @@ use crate::cache::{CachedContext, ContextTranslation};
 use crate::drain::SlotIndex;
 use crate::memory::PhysicalMemory;
 
-/// Operations that one burst covers at most, so that the wait for an epoch is bounded (DESIGN.md §4).
+/// Operations that one burst covers at most, so that the wait for an epoch is bounded (ARCHITECTURE.md, "How an invalidation is done").
 pub const BURST_OPERATIONS_MAX: u32 = 128;
 /// Bytes that one burst moves at most, for the same reason.
 pub const BURST_BYTES_MAX: u32 = 64 << 10;
