@@ -208,7 +208,7 @@ async fn a_driver_that_comes_back_within_the_grace_has_its_mappings_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_agent_loses_its_session_and_the_others_go_on() {
     within(90, async {
-        let stage = Stage::start(&[]).await;
+        let stage = Stage::start(&["--keepalive", "2s"]).await;
         let driver = stage.driver(0).await;
         let buffer = driver.allocate(4096).await.expect("memory");
         let handle = driver.device(address(0));
