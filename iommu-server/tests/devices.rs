@@ -130,6 +130,7 @@ async fn who_breaks_the_rules_of_the_stream_is_told_which() {
             "columns that do not add up",
             Some(Up::Dma(pb::DmaBatch { iova: vec![1, 2, 3], size_bytes: vec![1, 2], ..Default::default() })),
         ),
+        ("a reset that nobody asked for", Some(Up::ResetDone(pb::ResetDone { tag: 1 }))),
         ("too many operations", Some(Up::Dma(read_batch(&vec![0; 2000], 1)))),
     ];
     for (what, message) in bad {
@@ -344,6 +345,8 @@ async fn a_reset_reaches_the_device_when_its_driver_is_reclaimed() {
     let server = server().await;
     let (driver, mut agent, _, iova) = mapped(&server, 1).await;
     drop(driver);
-    assert!(matches!(agent.receive().await.unwrap(), Down::Reset(_)));
+    let Down::Reset(reset) = agent.receive().await.unwrap() else { panic!("no reset") };
+    assert!(agent.read(iova, 8).await.is_ok(), "what it held is taken away after the reset");
+    agent.send(Up::ResetDone(pb::ResetDone { tag: reset.tag })).await;
     eventually("nothing is mapped any more", async || agent.read(iova, 8).await.is_err()).await;
 }

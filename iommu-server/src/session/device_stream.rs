@@ -228,7 +228,10 @@ impl Live {
         match message {
             Some(device_to_server::Message::Dma(batch)) => self.dma(host, &batch).map(Some),
             Some(device_to_server::Message::Mmio(completion)) => self.mmio(completion).map(|()| None),
-            Some(device_to_server::Message::ResetDone(_)) => Ok(None),
+            Some(device_to_server::Message::ResetDone(done)) if self.session.reset_done(done.tag) => Ok(None),
+            Some(device_to_server::Message::ResetDone(done)) => {
+                Err(format!("reset_done.tag: no reset with tag {} was asked for", done.tag))
+            }
             Some(device_to_server::Message::Hello(_)) => Err("a second Hello".to_owned()),
             None => Err("message: absent, or of a kind that this version does not know".to_owned()),
         }

@@ -258,9 +258,12 @@ impl Agent {
     }
     pub async fn batch(&mut self, batch: pb::DmaBatch) -> pb::DmaCompletions {
         self.send(Up::Dma(batch)).await;
-        match self.receive().await.unwrap() {
-            Down::Dma(completions) => completions,
-            other => panic!("no completions: {other:?}"),
+        loop {
+            match self.receive().await.unwrap() {
+                Down::Dma(completions) => return completions,
+                Down::Reset(reset) => self.send(Up::ResetDone(pb::ResetDone { tag: reset.tag })).await,
+                other => panic!("no completions: {other:?}"),
+            }
         }
     }
     pub async fn read(&mut self, iova: u64, size: u32) -> Result<bytes::Bytes, u32> {
