@@ -12,7 +12,7 @@ use guest_sdk::{
 use iommu_proto::errors::WireError;
 use iommu_proto::model::operation_error;
 use iommu_proto::pb;
-use iommu_types::{Fault, FaultReason, FaultRecord, TranslationFault};
+use iommu_types::{AddressType, Fault, FaultReason, FaultRecord, TranslationFault};
 use support::{BATCH_BYTES_MAX, Fake, soon};
 use tonic::Status;
 
@@ -266,6 +266,7 @@ async fn faults_are_watched_on_from_the_last_token() {
             pasid: None,
             iova: Iova::new(0x1000),
             access: Access::Read,
+            address_type: AddressType::Untranslated,
             reason: FaultReason::READ_DENIED,
         }),
         collapsed_count: 0,

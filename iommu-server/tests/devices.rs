@@ -34,7 +34,7 @@ async fn a_batch_goes_on_after_a_fault_and_keeps_its_order() {
         size_bytes: vec![8, 8, 4, 8, 4],
         kind: Bytes::from_static(&[0, 0, 3, 1, 77]),
         payload: Bytes::from_static(&[1, 0, 0, 0, 9, 9, 9, 9, 9, 9, 9, 9]),
-        pasid: None,
+        ..Default::default()
     };
     let answer = agent.batch(batch).await;
     assert_eq!(answer.first_tag, 9);
@@ -51,6 +51,17 @@ async fn i1_after_an_unmap_is_answered_no_dma_uses_it() {
     assert!(agent.read(iova, 64).await.is_ok());
     driver.unmap(ENGINE0, iova, PAGE).await.unwrap();
     assert!(agent.read(iova, 64).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_claims_to_have_translated_by_itself_is_refused() {
+    let server = server().await;
+    let (_driver, mut agent, _, iova) = mapped(&server, 1).await;
+    for address_type in [1, 2] {
+        let answer = agent.batch(pb::DmaBatch { address_type, ..read_batch(&[iova], 8) }).await;
+        assert_eq!((&answer.fault_index[..], &answer.fault_reason[..]), (&[0][..], &[0xd][..]));
+    }
+    assert!(agent.read(iova, 8).await.is_ok(), "the same address, untranslated");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -732,7 +732,7 @@ async fn an_operation_that_is_nonsense_is_refused_in_the_answer_and_the_ones_aro
                 size_bytes: vec![8, size_bytes, 8],
                 kind: vec![0, kind, 0].into(),
                 payload: vec![1; payload_bytes].into(),
-                pasid: None,
+                ..Default::default()
             };
             assert!(stream.say(envelope(FromDevice::Dma(batch))).await);
             let answer = stream.hear_dma().await.expect(claim);

@@ -305,6 +305,7 @@ impl Batch {
             kind,
             payload: self.payload.into_bytes(),
             pasid: self.pasid.map(Pasid::get),
+            address_type: 0,
         };
         (message, shape)
     }

@@ -12,7 +12,7 @@ use iommu_hardware::vtd::spec::pte::{SecondStageEntry, entry_address};
 use iommu_hardware::vtd::spec::root_context::{self, ContextEntry, RootEntry};
 use iommu_hardware::vtd::walk::{RootMode, RootTable};
 use iommu_hardware::vtd::{EventMessage, EventSink, Port, Request, Unit, UnitConfig};
-use iommu_types::{Access, Capabilities, DomainId, Hpa, Iova, PageSize, Permissions, SourceId};
+use iommu_types::{Access, AddressType, Capabilities, DomainId, Hpa, Iova, PageSize, Permissions, SourceId};
 
 /// Operations of one measured round: the most that one epoch covers.
 const OPERATIONS: u64 = 128;
@@ -104,7 +104,13 @@ impl Shuffled {
 }
 
 fn read(page: u64) -> Request {
-    Request { iova: Iova::new(page * 4096), size_bytes: 64, access: Access::Read, pasid: None }
+    Request {
+        iova: Iova::new(page * 4096),
+        size_bytes: 64,
+        access: Access::Read,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    }
 }
 
 fn round(port: &mut Port, pages: &mut Shuffled) {

@@ -12,7 +12,8 @@ use iommu_hardware::vtd::spec::invalidation::Descriptor;
 use iommu_hardware::vtd::spec::registers::{Ccmd, Gcmd, Gsts, Iotlb, offset};
 use iommu_hardware::vtd::{Port, QueueProgress, Request, WriteEffect};
 use iommu_types::{
-    Access, Capabilities, DomainId, FunctionMask, Invalidation, Iova, IovaRange, Permissions, SourceId,
+    Access, AddressType, Capabilities, DomainId, FunctionMask, Invalidation, Iova, IovaRange, Permissions,
+    SourceId,
 };
 use machine::{DEVICE, DOMAIN, Machine, RW, STATUS};
 
@@ -31,7 +32,13 @@ impl HeldDma {
         let (release, released): (Sender<()>, Receiver<()>) = channel();
         let (entered, inside) = channel();
         let thread = std::thread::spawn(move || {
-            let request = Request { iova: Iova::new(iova), size_bytes: 8, access: Access::Read, pasid: None };
+            let request = Request {
+                iova: Iova::new(iova),
+                size_bytes: 8,
+                access: Access::Read,
+                pasid: None,
+                address_type: AddressType::Untranslated,
+            };
             let held = port.burst().translate(request, |_lent| {
                 entered.send(()).expect("the test waits for it");
                 released.recv().expect("the test releases it");
@@ -234,7 +241,13 @@ fn i1_a_device_that_changed_its_domain_is_drained_with_the_new_one() {
     let table = machine.table(4);
     machine.map_new(table, PAGE, RW);
     let mut port = machine.port(DEVICE);
-    let touch = Request { iova: Iova::new(PAGE), size_bytes: 1, access: Access::Read, pasid: None };
+    let touch = Request {
+        iova: Iova::new(PAGE),
+        size_bytes: 1,
+        access: Access::Read,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    };
     assert!(port.burst().translate(touch, |_| ()).is_ok());
     machine.attach(DEVICE, OTHER_DOMAIN, table);
     machine.invalidate(Invalidation::ContextGlobal);
@@ -265,7 +278,13 @@ fn i4_a_fill_that_an_invalidation_overtook_is_not_served() {
     machine.store(entry, leaf(0));
     let over = AtomicBool::new(false);
     let read = |port: &mut Port| {
-        let request = Request { iova: Iova::new(PAGE), size_bytes: 8, access: Access::Read, pasid: None };
+        let request = Request {
+            iova: Iova::new(PAGE),
+            size_bytes: 8,
+            access: Access::Read,
+            pasid: None,
+            address_type: AddressType::Untranslated,
+        };
         port.burst().translate(request, |lent| machine.load(lent.hpa)).expect("always mapped")
     };
     std::thread::scope(|scope| {

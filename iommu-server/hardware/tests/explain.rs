@@ -5,8 +5,8 @@ mod machine;
 use expect_test::expect;
 use iommu_hardware::vtd::{Port, Request};
 use iommu_types::{
-    Access, CacheState, Capabilities, Explanation, Hpa, Invalidation, Iova, Outcome, Pasid, Permissions,
-    Structure, TranslationFault,
+    Access, AddressType, CacheState, Capabilities, Explanation, Hpa, Invalidation, Iova, Outcome, Pasid,
+    Permissions, Structure, TranslationFault,
 };
 use machine::{DEVICE, Machine, ROOT, RW};
 use proptest::prelude::*;
@@ -83,7 +83,13 @@ fn request() -> impl Strategy<Value = Request> {
     let size = prop_oneof![1 => Just(0u32), 6 => Just(8u32)];
     (address, access, size, pasid).prop_map(|(address, access, size_bytes, pasid)| {
         let size_bytes = if access == Access::Read { size_bytes } else { 8 };
-        Request { iova: Iova::new(address), size_bytes, access, pasid }
+        Request {
+            iova: Iova::new(address),
+            size_bytes,
+            access,
+            pasid,
+            address_type: AddressType::Untranslated,
+        }
     })
 }
 
@@ -158,7 +164,13 @@ proptest! {
 }
 
 fn read(iova: u64) -> Request {
-    Request { iova: Iova::new(iova), size_bytes: 8, access: Access::Read, pasid: None }
+    Request {
+        iova: Iova::new(iova),
+        size_bytes: 8,
+        access: Access::Read,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    }
 }
 
 #[test]
@@ -208,7 +220,13 @@ fn accesses_that_no_table_decides_are_explained_too() {
     let machine = Machine::new(Capabilities::FULL);
     let off = ask(&machine, read(0x5000));
     assert_eq!((off.outcome, &off.iotlb), (Outcome::Untranslated(Hpa::new(0x5000)), &CacheState::NotAsked));
-    let message = Request { iova: Iova::new(0xfee0_0000), size_bytes: 4, access: Access::Write, pasid: None };
+    let message = Request {
+        iova: Iova::new(0xfee0_0000),
+        size_bytes: 4,
+        access: Access::Write,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    };
     assert_eq!(ask(&machine, message).outcome, Outcome::Interrupt);
     let (machine, _) = Machine::with_domain(Capabilities::FULL);
     let refused = |request| match ask(&machine, request).outcome {

@@ -5,8 +5,8 @@
 //! filled, counted or recorded.
 
 use iommu_types::{
-    Access, CacheState, Explanation, FaultReason, Hpa, Iova, Outcome, Pasid, Permissions, SourceId, Step,
-    Structure, Translation,
+    Access, AddressType, CacheState, Explanation, FaultReason, Hpa, Iova, Outcome, Pasid, Permissions,
+    SourceId, Step, Structure, Translation,
 };
 
 use super::miss::{known_absent, walk_tables, within_page};
@@ -36,7 +36,7 @@ impl Unit {
         access: Access,
         size_bytes: u32,
     ) -> Explanation {
-        let request = Request { iova, size_bytes, access, pasid };
+        let request = Request { iova, size_bytes, access, pasid, address_type: AddressType::Untranslated };
         let mut steps = StepCollector::new(self.capabilities());
         let (end, context) = self.end_by_tables(source, &request, &mut steps);
         let asks_caches = self.is_translating() && !request.is_in_interrupt_range() && pasid.is_none();

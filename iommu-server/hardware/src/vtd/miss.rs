@@ -7,7 +7,7 @@
 //! so that software which forgets to invalidate after mapping sees what such hardware does; root, context and table entries
 //! that are not present are not cached even then, which CM=1 allows.
 
-use iommu_types::{Access, FaultReason, Generation, Hpa, Iova, PageSize, Permissions, SourceId};
+use iommu_types::{Access, AddressType, FaultReason, Generation, Hpa, Iova, PageSize, Permissions, SourceId};
 
 use super::counters::SlotTally;
 use super::port::Request;
@@ -227,7 +227,13 @@ mod tests {
     fn check(overtaking: Option<Invalidation>, cached: bool) {
         let (unit, tally) = (unit(), SlotTally::default());
         let generation = unit.drains.context_generation();
-        let request = Request { iova: PAGE, size_bytes: 8, access: Access::Read, pasid: None };
+        let request = Request {
+            iova: PAGE,
+            size_bytes: 8,
+            access: Access::Read,
+            pasid: None,
+            address_type: AddressType::Untranslated,
+        };
         let walked = walk_and_fill(&unit, &tally, &context(), generation, &request, || {
             if let Some(invalidation) = overtaking {
                 let _drained = unit.invalidate(invalidation).wait_blocking();
