@@ -7,8 +7,9 @@
 //!
 //! **Architecture invariant (I2):** nothing outside an epoch ([`drain`]) holds a host-physical address that a device may use.
 
+pub mod bare;
 pub mod cache;
-pub mod drain;
 pub mod dma;
+pub mod drain;
 pub mod memory;
 pub mod vtd;

@@ -1,9 +1,37 @@
-//! What host software does: domains, IOVA allocation, the DMA API and the domain API, ownership of memory, topology, fault logs.
+//! What host software does: domains, IOVA allocation, the DMA API and the domain API, ownership of memory, topology,
+//! interrupts, fault logs.
 //!
-//! Plain data without I/O, clock or runtime. [`Kernel`] holds what all share and is safe to use from any thread; everything else is plain and
-//! locked by the service, one lock per object. **Lock order:** topology, owner memory, domain, fault logs. Operations that need DMA to be quiet return a pending
-//! value with a [`PendingDrain`](iommu_hardware::drain::PendingDrain) inside; the service awaits it with no lock held and then finishes.
-// CONTRACT (kernel engineer owns this crate; the server engineer codes against these signatures in parallel)
+//! Plain data without I/O, clock or runtime. [`Kernel`] holds what all share and is safe to use from any thread;
+//! everything else is plain and locked by the service, one lock per object. **Lock order:** topology, owner memory,
+//! domain, fault logs; the locks inside [`Kernel`] are leaves, held for a few instructions and never together.
+//!
+//! Operations that need DMA to be quiet return a pending value with a
+//! [`PendingDrain`](iommu_hardware::drain::PendingDrain) inside; the service awaits it with no lock held and then finishes
+//! ("unmapped" and "quiet" are different types).
+//!
+//! **Architecture invariants held here:** I1 (an unmap is answered only after [`Domain::finish_unmap`], which takes the
+//! proof of a drain), I2 (entries point only at frames that the owner's memory map resolves to), I5 (attach asserts that
+//! the context entry is not present), I7 (every count has a limit, per owner), and of I9 the pins: a frame is pinned
+//! before an entry to it is written and unpinned after flush and drain; memory with pins is not freed.
 
-mod contract;
-pub use contract::*;
+mod account;
+mod boot;
+mod contexts;
+mod domain;
+mod fault_logs;
+mod frames;
+mod interrupts;
+mod iova;
+mod owner_memory;
+mod records;
+mod topology;
+
+pub use account::{OwnerAccount, OwnerLimits};
+pub use boot::{BootError, Kernel, KernelConfig};
+pub use domain::{
+    DmaMap, DmaUnmap, Domain, DomainCounters, MapFixed, MappingState, PendingDestroy, PendingUnmap, Undone,
+};
+pub use fault_logs::FaultLogs;
+pub use interrupts::MsiMessage;
+pub use owner_memory::OwnerMemory;
+pub use topology::{DeviceEntry, OwnerEntry, Topology};

@@ -1,8 +1,28 @@
 //! The VT-d unit in legacy mode (VT-d 5.10).
-// CONTRACT. Helper C owns vtd/spec/, vtd/walk.rs, vtd/interrupt.rs (remapping). Helper D owns the rest of vtd/ (unit.rs, port.rs, fault_log.rs, registers/, queue.rs, explain.rs) and dma.rs.
+//!
+//! [`spec`] holds bits, [`walk`] and [`interrupt`] are free functions over tables in memory, and everything with state is
+//! here: the [`Unit`] with its typed operations, the [`Port`]s of devices, the fault log. A *managed* unit is driven by those
+//! operations directly; a *bare* one by the same operations behind a [`RegisterFile`] and its invalidation queue.
+//!
+//! **Architecture invariant:** there is one translation path ([`Burst::translate`]), one walk and one order of
+//! invalidation ([`Unit::invalidate`]); the two kinds of unit share all three.
 
-pub mod spec;           // C: root_context.rs, pte.rs, irte.rs, invalidation.rs (descriptors), registers.rs (bit layouts of CAP, ECAP, GCMD.. FRCD), each item citing VT-d 5.10 §n once
-pub mod walk;           // C
-pub mod interrupt;      // C
+mod counters;
+mod event;
+mod explain;
+mod fault_log;
+pub mod interrupt;
+mod port;
+mod queue;
+mod registers;
+pub mod spec;
 mod unit;
-pub use unit::*;
+pub mod walk;
+
+pub use counters::{CacheCounters, Counters};
+pub use event::{EventMessage, EventSink};
+pub use fault_log::RecordedFault;
+pub use port::{BURST_BYTES_MAX, BURST_OPERATIONS_MAX, Burst, Lent, Port, Request};
+pub use queue::QUEUE_DESCRIPTORS_PER_STEP;
+pub use registers::{BadRegisterAccess, HeldDrain, QueueProgress, RegisterFile, WriteEffect};
+pub use unit::{PortsExhausted, Unit, UnitConfig};

@@ -1,85 +1,335 @@
-//! The unit: typed operations, ports for devices, and what can be looked at.
-// CONTRACT (helper D)
-use std::sync::Arc;
-use iommu_types::*;
-use crate::cache::{CacheGeometry, IotlbEntry};
-use crate::drain::PendingDrain;
+//! The unit: its caches, what it has latched, and the typed operations behind both front ends.
+//!
+//! **Architecture invariant (I1, I4):** an invalidation moves the generation, *then* clears the caches under their set locks,
+//! *then* takes a new epoch and drains. A walk that began before the move cannot fill any more; a DMA that found the old
+//! entry is in an older epoch and is waited for.
+//!
+//! ```text
+//!  device:      enter epoch ─ context ─ lookup ─(generation ─ walk ─ fill)─ copy ─ leave epoch
+//!  invalidator:                  move generation ─ clear ─ new epoch ─ wait for older epochs ─ answer
+//! ```
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crossbeam_utils::CachePadded;
+use iommu_types::{Capabilities, DomainId, Fault, FunctionMask, Hpa, InvalidCapabilities, Invalidation, IovaRange};
+use iommu_types::SourceId;
+
+use super::counters::{Counters, SlotTally};
+use super::event::EventSink;
+use super::fault_log::{FaultLog, RecordedFault};
+use super::interrupt::{InterruptState, InterruptTable};
+use super::spec::registers::{Gsts, Irta, Rtaddr};
+use super::walk::{RootMode, RootTable};
+use crate::cache::{CacheGeometry, ContextCache, Iotlb, IotlbEntry, PagingStructureCache};
+use crate::drain::{Drains, PendingDrain, Scope, SlotIndex};
 use crate::memory::PhysicalMemory;
-use super::interrupt::{DeliveredInterrupt, InterruptTable};
-use super::walk::RootTable;
 
+/// The choices of a unit.
 #[derive(Clone, Debug)]
-pub struct UnitConfig { pub capabilities: Capabilities, pub iotlb: CacheGeometry, pub context_cache: CacheGeometry, pub paging_structure_cache: CacheGeometry, pub ports_max: u16 }
+pub struct UnitConfig {
+    /// What it can do, as its capability registers say it.
+    pub capabilities: Capabilities,
+    /// Size of the IOTLB.
+    pub iotlb: CacheGeometry,
+    /// Size of the context cache.
+    pub context_cache: CacheGeometry,
+    /// Size of the paging-structure cache.
+    pub paging_structure_cache: CacheGeometry,
+    /// How many ports it has at most at one time.
+    pub ports_max: u16,
+}
 
-/// An event message: a write of data to an address, never remapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EventMessage { pub address: u64, pub data: u32 }
-/// Where event messages go. Called synchronously, must not block.
-pub trait EventSink: Send + Sync { fn deliver(&self, message: EventMessage); }
-
-pub struct Unit {}
+/// Every port of the unit is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("all ports of the unit are taken")]
 pub struct PortsExhausted;
 
-/// A recorded fault, decoded from a fault recording register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordedFault { pub fault: Fault /* iova is the page address here: FI has no low 12 bits */, pub collapsed_count: u32 }
+/// A remapping unit (VT-d 5.10, legacy mode). Shared by all ports and by whoever programs it.
+pub struct Unit {
+    config: UnitConfig,
+    memory: Arc<PhysicalMemory>,
+    events: Arc<dyn EventSink>,
+    pub(super) drains: Drains,
+    pub(super) iotlb: Iotlb,
+    pub(super) contexts: ContextCache,
+    pub(super) paging: PagingStructureCache,
+    latches: Latches,
+    pub(super) faults: FaultLog,
+    tallies: Box<[CachePadded<SlotTally>]>,
+    /// Which source sits behind a slot; the scope of a device-selective invalidation.
+    sources: Mutex<Box<[Option<SourceId>]>>,
+    invalidations: AtomicU64,
+    drains_waited: AtomicU64,
+}
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CacheCounters { pub hits: u64, pub misses: u64, pub fills: u64, pub evictions: u64, pub outdated_fills: u64 }
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters { pub iotlb: CacheCounters, pub context_cache: CacheCounters, pub paging_structure_cache: CacheCounters, pub walks: u64, pub walk_reads: u64,
-    pub invalidations: u64, pub drains_waited: u64, pub faults: u64, pub faults_recorded: u64, pub faults_collapsed: u64, pub faults_overflowed: u64, pub faults_suppressed: u64, pub interrupts: u64 }
+/// What commands have latched: read by every burst, written by software.
+struct Latches {
+    /// As GSTS: TES, IRES, CFIS and IRTPS.
+    status: AtomicU32,
+    /// As RTADDR.
+    root: AtomicU64,
+    /// As IRTA.
+    interrupt_table: AtomicU64,
+}
 
 impl Unit {
     /// Starts with translation and remapping off, caches empty (as after a reset).
-    pub fn new(config: UnitConfig, memory: Arc<PhysicalMemory>, events: Arc<dyn EventSink>) -> Result<Arc<Self>, InvalidCapabilities> { todo!() }
-    pub fn memory(&self) -> &Arc<PhysicalMemory> { todo!() }
-    pub fn capabilities(&self) -> &Capabilities { todo!() }
-    // ---- typed operations: the one implementation behind both front ends
-    pub fn set_root_table(&self, root: RootTable) { todo!() }
-    pub fn set_translation(&self, enabled: bool) -> PendingDrain { todo!() }
-    pub fn set_interrupt_table(&self, table: InterruptTable) { todo!() }
-    pub fn set_interrupt_remapping(&self, enabled: bool) -> PendingDrain { todo!() }
-    pub fn set_compatibility_interrupts(&self, allowed: bool) { todo!() }
-    /// Invalidate exactly as DESIGN.md §4 orders it. The PendingDrain's scope is the invalidation's granule.
-    pub fn invalidate(&self, what: Invalidation) -> PendingDrain { todo!() }
-    /// Many page-selective invalidations of one domain with ONE generation move, ONE epoch and ONE drain (batched strict unmaps).
-    pub fn invalidate_pages(&self, domain: DomainId, ranges: &[IovaRange], leaf_only: bool) -> PendingDrain { todo!() }
-    // ---- devices
-    pub fn port(self: &Arc<Self>, source: SourceId) -> Result<Port, PortsExhausted> { todo!() }
-    // ---- faults: hands out (and clears) the recording registers, oldest first. For a managed unit the kernel floor calls this.
-    pub fn take_faults(&self) -> Vec<RecordedFault> { todo!() }
-    /// Cheap: whether take_faults would give something.
-    pub fn faults_pending(&self) -> bool { todo!() }
-    // ---- looking
-    pub fn explain(&self, source: SourceId, pasid: Option<Pasid>, iova: Iova, access: Access, size_bytes: u32) -> Explanation { todo!() }
-    pub fn iotlb_entries(&self) -> Vec<IotlbEntry> { todo!() }
-    pub fn iotlb_capacity(&self) -> usize { todo!() }
-    pub fn counters(&self) -> Counters { todo!() }
-}
+    pub fn new(
+        config: UnitConfig,
+        memory: Arc<PhysicalMemory>,
+        events: Arc<dyn EventSink>,
+    ) -> Result<Arc<Self>, InvalidCapabilities> {
+        config.capabilities.validate()?;
+        let slots = usize::from(config.ports_max);
+        Ok(Arc::new(Self {
+            drains: Drains::new(config.ports_max),
+            iotlb: Iotlb::new(config.iotlb),
+            contexts: ContextCache::new(config.context_cache),
+            paging: PagingStructureCache::new(config.paging_structure_cache),
+            latches: Latches {
+                status: AtomicU32::new(0),
+                root: AtomicU64::new(0),
+                interrupt_table: AtomicU64::new(0),
+            },
+            faults: FaultLog::new(config.capabilities.fault_records),
+            tallies: (0..slots).map(|_| CachePadded::default()).collect(),
+            sources: Mutex::new(vec![None; slots].into_boxed_slice()),
+            invalidations: AtomicU64::new(0),
+            drains_waited: AtomicU64::new(0),
+            config,
+            memory,
+            events,
+        }))
+    }
+    /// The memory that the unit's tables lie in and that DMA reaches.
+    pub fn memory(&self) -> &Arc<PhysicalMemory> {
+        &self.memory
+    }
+    /// What the unit can do.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.config.capabilities
+    }
 
-/// A device's way in. One per device session; &mut, so one thread at a time. Owns a drain slot (released on Drop).
-pub struct Port {}
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request { pub iova: Iova, pub size_bytes: u32 /* 0 = zero-length read; never crosses a 4 KiB page */, pub access: Access, pub pasid: Option<Pasid> }
-/// Where a request may go: lent to the closure, inside the epoch.
-#[derive(Clone, Copy, Debug)]
-pub struct Lent { pub hpa: Hpa }
+    // === typed operations ===
 
-impl Port {
-    pub fn source_id(&self) -> SourceId { todo!() }
-    /// Enters an epoch: context looked up once, held to the end of the burst. Dropping the burst leaves the epoch.
-    /// **Bound:** a burst covers at most BURST_OPERATIONS_MAX (128) operations or BURST_BYTES_MAX (64 KiB); the caller keeps it (see dma.rs).
-    pub fn burst(&mut self) -> Burst<'_> { todo!() }
-    /// An interrupt request: a 4-byte write without PASID to FEEx_xxxx.
-    pub fn interrupt(&mut self, address: u64, data: u32) -> Result<DeliveredInterrupt, InterruptFault> { todo!() }
-}
-pub const BURST_OPERATIONS_MAX: u32 = 128;
-pub const BURST_BYTES_MAX: u32 = 64 << 10;
-pub struct Burst<'p> { _p: std::marker::PhantomData<&'p mut Port> }
-impl Burst<'_> {
-    /// Hit -> permission -> op, with no allocation, no lock, no shared write. FEEx_xxxx is checked first. Faults are recorded (I6) before this returns.
-    pub fn translate<R>(&mut self, request: Request, op: impl FnOnce(Lent) -> R) -> Result<R, TranslationFault> { todo!() }
+    /// Latches the root table. Caches keep what they have: invalidate contexts, then translations, afterwards.
+    pub fn set_root_table(&self, root: RootTable) {
+        let mode = match root.mode {
+            RootMode::Legacy => 0,
+            RootMode::Scalable => 1,
+            RootMode::Reserved => 2,
+            RootMode::AbortDma => 3,
+        };
+        let register = Rtaddr::new().with_frame(root.base.page_number()).with_table_mode(mode);
+        self.latches.root.store(register.into_bits(), Ordering::SeqCst);
+    }
+    /// Turns translation on or off. DMA admitted before is drained; what comes after is treated the new way at once.
+    pub fn set_translation(&self, enabled: bool) -> PendingDrain {
+        self.latch(Gsts::new().with_translation(true), enabled);
+        self.drains.drain(Scope::Everything)
+    }
+    /// Latches the interrupt remapping table.
+    pub fn set_interrupt_table(&self, table: InterruptTable) {
+        assert!((1..=16).contains(&table.entries_log2), "a table has 2 to 65,536 entries");
+        let register = Irta::new()
+            .with_frame(table.base.page_number())
+            .with_extended_mode(table.extended_mode)
+            .with_size(table.entries_log2 - 1);
+        self.latches.interrupt_table.store(register.into_bits(), Ordering::SeqCst);
+        self.latch(Gsts::new().with_set_interrupt_table(true), true);
+    }
+    /// Turns interrupt remapping on or off. Interrupts accepted before are drained.
+    pub fn set_interrupt_remapping(&self, enabled: bool) -> PendingDrain {
+        self.latch(Gsts::new().with_interrupt_remapping(true), enabled);
+        self.drains.drain(Scope::Everything)
+    }
+    /// Lets compatibility-format interrupts pass or blocks them.
+    pub fn set_compatibility_interrupts(&self, allowed: bool) {
+        self.latch(Gsts::new().with_compatibility_interrupts(true), allowed);
+    }
+    /// Forgets what `what` names. When the drain completes, no DMA uses what was forgotten (I1); its scope is the granule,
+    /// so DMA of other domains does not hold it up.
+    pub fn invalidate(&self, what: Invalidation) -> PendingDrain {
+        match what {
+            Invalidation::IotlbPages { domain_id, range, leaf_only } => {
+                return self.invalidate_pages(domain_id, &[range], leaf_only);
+            }
+            Invalidation::IotlbGlobal => self.forget(Scope::Everything, || {
+                self.iotlb.invalidate_all();
+                self.paging.invalidate_all();
+            }),
+            Invalidation::IotlbDomain(domain) => self.forget(Scope::Domain(domain), || {
+                self.iotlb.invalidate_domain(domain);
+                self.paging.invalidate_domain(domain);
+            }),
+            Invalidation::ContextGlobal => {
+                self.forget_contexts(Scope::Everything, || self.contexts.invalidate_all())
+            }
+            Invalidation::ContextDomain(domain) => {
+                self.forget_contexts(Scope::Domain(domain), || self.contexts.invalidate_domain(domain))
+            }
+            Invalidation::ContextDevice { source_id, function_mask, .. } => {
+                self.forget_contexts_of(source_id, function_mask)
+            }
+            // Entries of the interrupt table are not cached, so there is nothing to clear; interrupts in flight are drained.
+            Invalidation::InterruptGlobal | Invalidation::InterruptIndex { .. } => {
+                self.counted(self.drains.drain(Scope::Everything))
+            }
+        }
+    }
+    /// Page-selective invalidations of one domain with one move of the generation, one epoch and one drain for all of them
+    /// (batched strict unmaps).
+    pub fn invalidate_pages(&self, domain: DomainId, ranges: &[IovaRange], leaf_only: bool) -> PendingDrain {
+        self.forget(Scope::Domain(domain), || {
+            for range in ranges {
+                self.iotlb.invalidate_range(domain, *range);
+                if !leaf_only {
+                    self.paging.invalidate_range(domain, *range);
+                }
+            }
+        })
+    }
+
+    // === faults ===
+
+    /// Hands out (and clears) the recording registers, oldest first, and clears the overflow mark.
+    pub fn take_faults(&self) -> Vec<RecordedFault> {
+        self.faults.take()
+    }
+    /// Whether [`take_faults`](Self::take_faults) would give something; one load.
+    pub fn faults_pending(&self) -> bool {
+        self.faults.is_any_pending()
+    }
+
+    // === looking ===
+
+    /// What the IOTLB holds, sorted.
+    pub fn iotlb_entries(&self) -> Vec<IotlbEntry> {
+        self.iotlb.entries()
+    }
+    /// How many entries the IOTLB can hold.
+    pub fn iotlb_capacity(&self) -> usize {
+        self.iotlb.capacity()
+    }
+    /// Everything counted since the start, by ports that are gone included.
+    pub fn counters(&self) -> Counters {
+        let mut sum = Counters {
+            invalidations: self.invalidations.load(Ordering::Relaxed),
+            drains_waited: self.drains_waited.load(Ordering::Relaxed),
+            ..Counters::default()
+        };
+        self.tallies.iter().for_each(|tally| tally.add_to(&mut sum));
+        self.faults.add_to(&mut sum);
+        sum
+    }
+
+    // === for ports, the register file and Explain ===
+
+    pub(super) fn events(&self) -> &dyn EventSink {
+        &*self.events
+    }
+    #[inline]
+    pub(super) fn is_translating(&self) -> bool {
+        self.status().translation()
+    }
+    /// TES, IRES, CFIS and IRTPS as they act now. GSTS may lag behind by a drain.
+    #[inline]
+    pub(super) fn status(&self) -> Gsts {
+        Gsts::from_bits(self.latches.status.load(Ordering::Acquire))
+    }
+    pub(super) fn root_table(&self) -> RootTable {
+        let register = Rtaddr::from_bits(self.latches.root.load(Ordering::Acquire));
+        RootTable {
+            base: Hpa::new(register.frame() << 12),
+            mode: RootMode::from_ttm(register.table_mode()),
+        }
+    }
+    pub(super) fn interrupt_state(&self) -> InterruptState {
+        let status = self.status();
+        let register = Irta::from_bits(self.latches.interrupt_table.load(Ordering::Acquire));
+        InterruptState {
+            remapping_enabled: status.interrupt_remapping(),
+            compatibility_allowed: status.compatibility_interrupts(),
+            table: status.set_interrupt_table().then(|| InterruptTable {
+                base: Hpa::new(register.frame() << 12),
+                entries_log2: register.size() + 1,
+                extended_mode: register.extended_mode(),
+            }),
+        }
+    }
+    /// Records a refusal, or counts it where FPD suppresses the record (I6).
+    pub(super) fn record(&self, fault: &Fault, suppressed: bool) {
+        self.faults.record(fault, suppressed, self.events());
+    }
+    #[inline]
+    pub(super) fn tally(&self, slot: SlotIndex) -> &SlotTally {
+        &self.tallies[usize::from(slot.0)]
+    }
+    /// A slot for a port of `source`.
+    pub(super) fn claim_slot(&self, source: SourceId) -> Result<SlotIndex, PortsExhausted> {
+        let slot = self.drains.claim_slot().ok_or(PortsExhausted)?;
+        self.lock_sources()[usize::from(slot.0)] = Some(source);
+        Ok(slot)
+    }
+    /// The port of the slot is gone.
+    pub(super) fn release_slot(&self, slot: SlotIndex) {
+        self.lock_sources()[usize::from(slot.0)] = None;
+        self.drains.release_slot(slot);
+    }
+
+    fn lock_sources(&self) -> std::sync::MutexGuard<'_, Box<[Option<SourceId>]>> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn latch(&self, bit: Gsts, on: bool) {
+        let bit = bit.into_bits();
+        let status = if on {
+            self.latches.status.fetch_or(bit, Ordering::SeqCst) | bit
+        } else {
+            self.latches.status.fetch_and(!bit, Ordering::SeqCst) & !bit
+        };
+        let status = Gsts::from_bits(status);
+        if !status.translation() && !status.interrupt_remapping() {
+            self.faults.rewind();
+        }
+    }
+    fn forget(&self, scope: Scope, clear: impl FnOnce()) -> PendingDrain {
+        let invalidating = self.drains.move_generation(scope);
+        clear();
+        self.counted(invalidating.drain())
+    }
+    fn forget_contexts(&self, scope: Scope, clear: impl FnOnce()) -> PendingDrain {
+        let invalidating = self.drains.move_context_generation(scope);
+        clear();
+        self.counted(invalidating.drain())
+    }
+    /// Forgets contexts of sources and drains every slot of such a source. A port that comes later looks its context up
+    /// after the clearing, because both go through the lock of the sources.
+    fn forget_contexts_of(&self, target: SourceId, mask: FunctionMask) -> PendingDrain {
+        let invalidating = self.drains.move_context_generation(Scope::Everything);
+        self.contexts.invalidate_device(target, mask);
+        // The drains below are narrower than the scope named above, which only the drain of `invalidating` would use.
+        drop(invalidating);
+        let meant: Vec<SlotIndex> = (0u16..)
+            .zip(self.lock_sources().iter())
+            .filter(|(_, source)| source.is_some_and(|source| mask.matches(target, source)))
+            .map(|(slot, _)| SlotIndex(slot))
+            .collect();
+        let pending = meant
+            .into_iter()
+            .map(|slot| self.drains.drain(Scope::Slot(slot)))
+            .fold(PendingDrain::none(), PendingDrain::and);
+        self.counted(pending)
+    }
+    fn counted(&self, pending: PendingDrain) -> PendingDrain {
+        self.invalidations.fetch_add(1, Ordering::Relaxed);
+        match pending.try_complete() {
+            Ok(_drained) => PendingDrain::none(),
+            Err(pending) => {
+                self.drains_waited.fetch_add(1, Ordering::Relaxed);
+                pending
+            }
+        }
+    }
 }

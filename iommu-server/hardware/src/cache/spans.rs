@@ -1,0 +1,189 @@
+//! What the IOTLB and the paging-structure cache have in common: entries that cover an aligned span of one domain's addresses, in
+//! three sizes.
+//!
+//! ```text
+//!  tag    63    62      47 46     45 44                        0
+//!        [valid| domain   | size    | first 4 KiB page of the span ]
+//!  data   63                                 12 11     2 1     0
+//!        [ host-physical address                |   0    | W | R ]
+//! ```
+//!
+//! **Where an entry stands.** The set is `fold(span number) + offset(domain)`. The fold XORs the span number with itself shifted by
+//! the index width, so neighbouring spans stand in neighbouring sets and a contiguous region fills all sets evenly. The offset is the domain ID
+//! times the golden ratio, its upper bits (Fibonacci hashing): allocators give every tenant the same addresses, and this
+//! spreads any run of domain IDs evenly over the sets instead of piling the tenants up.
+
+use std::sync::atomic::Ordering;
+
+use crossbeam_utils::CachePadded;
+use iommu_types::{DomainId, Generation, Hpa, Iova, IovaRange, Permissions};
+
+use super::set::Sets;
+use super::{CacheGeometry, Filled};
+use crate::drain::{AtomicWord, Atomics, Drains};
+
+/// Sizes of span that one cache may hold.
+const SIZES: usize = 3;
+/// Address bits that a tag has room for: those of a 5-level table.
+const ADDRESS_BITS: u32 = 57;
+const PAGE_SHIFT: u32 = 12;
+const VALID: u64 = 1 << 63;
+const DOMAIN_SHIFT: u32 = 47;
+const SIZE_SHIFT: u32 = 45;
+const PAGE_MASK: u64 = (1 << SIZE_SHIFT) - 1;
+const HPA_MASK: u64 = ((1 << 52) - 1) & !((1 << PAGE_SHIFT) - 1);
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Spans of a range that are looked for one by one. A larger range scans all sets.
+const PROBES_MAX: u64 = 64;
+
+/// One entry. `size` is an index into the shifts of the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Span {
+    pub(super) domain: DomainId,
+    pub(super) base: Iova,
+    pub(super) size: usize,
+    pub(super) target: Hpa,
+    pub(super) permissions: u8,
+}
+
+/// A cache of spans.
+pub(super) struct Spans<A: Atomics> {
+    sets: Sets<A>,
+    /// Offset bits of each size, smallest first. Lookups go in this order.
+    shifts: [u32; SIZES],
+    index_bits: u32,
+    /// Bit n is set once size n was filled. Read by every lookup, written three times at most.
+    filled: CachePadded<A::Word>,
+}
+
+impl<A: Atomics> Spans<A> {
+    pub(super) fn new(geometry: CacheGeometry, shifts: [u32; SIZES]) -> Self {
+        Self {
+            sets: Sets::new(geometry),
+            shifts,
+            index_bits: geometry.sets.trailing_zeros(),
+            filled: CachePadded::new(A::Word::new(0)),
+        }
+    }
+
+    pub(super) fn capacity(&self) -> usize {
+        self.sets.capacity()
+    }
+
+    /// The smallest span that covers the address.
+    #[inline]
+    pub(super) fn lookup(&self, domain: DomainId, iova: Iova) -> Option<Span> {
+        if iova.get() >> ADDRESS_BITS != 0 {
+            return None;
+        }
+        let filled = self.filled.load(Ordering::Relaxed);
+        for (size, &shift) in self.shifts.iter().enumerate() {
+            if filled >> size & 1 == 0 {
+                continue;
+            }
+            let number = iova.get() >> shift;
+            let data = self.sets.find(self.index(domain, number), self.tag(domain, size, number));
+            if let Some(data) = data {
+                return Some(Span { domain, base: Iova::new(number << shift), size, ..from_data(data) });
+            }
+        }
+        None
+    }
+
+    /// Puts a span in, unless an invalidation overtook its walk (I4).
+    pub(super) fn fill(&self, drains: &Drains<A>, walked_under: Generation, span: Span) -> Filled {
+        let number = span.base.get() >> self.shifts[span.size];
+        assert!(span.base.get() >> ADDRESS_BITS == 0, "a walk checks the width first: {span:?}");
+        assert!(number << self.shifts[span.size] == span.base.get(), "a span is aligned: {span:?}");
+        assert!(span.target.get() & !HPA_MASK == 0, "a walk checks reserved bits first: {span:?}");
+        // Before the lock, and so before the fence behind it: an invalidation whose move of the generation this fill does not see, sees this.
+        let bit = 1 << span.size;
+        if self.filled.load(Ordering::Relaxed) & bit == 0 {
+            self.filled.fetch_or(bit, Ordering::Relaxed);
+        }
+        let (index, tag) = (self.index(span.domain, number), self.tag(span.domain, span.size, number));
+        let data = span.target.get() | u64::from(span.permissions);
+        self.sets.insert(index, tag, data, || drains.is_current(span.domain, walked_under))
+    }
+
+    pub(super) fn invalidate_all(&self) {
+        if self.filled.load(Ordering::Relaxed) != 0 {
+            self.sets.clear_everywhere(|_, _| true);
+        }
+    }
+
+    pub(super) fn invalidate_domain(&self, domain: DomainId) {
+        if self.filled.load(Ordering::Relaxed) != 0 {
+            self.sets.clear_everywhere(|tag, _| domain_of(tag) == domain);
+        }
+    }
+
+    /// Forgets every span that shares an address with the range.
+    pub(super) fn invalidate_range(&self, domain: DomainId, range: IovaRange) {
+        let (first, last) = (range.base().get(), range.last().get().min((1 << ADDRESS_BITS) - 1));
+        if first > last {
+            return;
+        }
+        let filled = self.filled.load(Ordering::Relaxed);
+        for (size, &shift) in self.shifts.iter().enumerate().filter(|(size, _)| filled >> size & 1 != 0) {
+            let (first, last) = (first >> shift, last >> shift);
+            if last - first < PROBES_MAX.min(self.sets.len() as u64) {
+                for number in first..=last {
+                    let wanted = self.tag(domain, size, number);
+                    self.sets.clear(self.index(domain, number), |tag, _| tag == wanted);
+                }
+            } else {
+                let wanted = self.tag(domain, size, first)..=self.tag(domain, size, last);
+                self.sets.clear_everywhere(|tag, _| wanted.contains(&tag));
+            }
+        }
+    }
+
+    /// All entries, sorted.
+    pub(super) fn entries(&self) -> Vec<Span> {
+        let mut spans: Vec<Span> = self.sets.entries().into_iter().map(from_words).collect();
+        spans.sort_unstable();
+        spans
+    }
+
+    /// See the module.
+    #[inline]
+    fn index(&self, domain: DomainId, number: u64) -> usize {
+        let folded = number ^ number >> self.index_bits;
+        let offset = u64::from(domain.get()).wrapping_mul(GOLDEN) >> (u64::BITS - 1 - self.index_bits) >> 1;
+        folded.wrapping_add(offset) as usize
+    }
+
+    /// Tags of one domain and size are ordered as their spans are.
+    #[inline]
+    fn tag(&self, domain: DomainId, size: usize, number: u64) -> u64 {
+        let page = number << (self.shifts[size] - PAGE_SHIFT);
+        VALID | u64::from(domain.get()) << DOMAIN_SHIFT | (size as u64) << SIZE_SHIFT | page
+    }
+}
+
+fn domain_of(tag: u64) -> DomainId {
+    DomainId::new((tag >> DOMAIN_SHIFT) as u16)
+}
+
+/// A span of which only the data is known.
+#[inline]
+fn from_data(data: u64) -> Span {
+    Span {
+        domain: DomainId::default(),
+        base: Iova::default(),
+        size: 0,
+        target: Hpa::new(data & HPA_MASK),
+        permissions: data as u8 & Permissions::READ_WRITE.bits(),
+    }
+}
+
+fn from_words((tag, data): (u64, u64)) -> Span {
+    Span {
+        domain: domain_of(tag),
+        base: Iova::new((tag & PAGE_MASK) << PAGE_SHIFT),
+        size: (tag >> SIZE_SHIFT & 3) as usize,
+        ..from_data(data)
+    }
+}

@@ -1,0 +1,72 @@
+//! Raw entries in words, for Explain and for table dumps.
+//!
+//! Every reading begins with `present` or `not present`, and a present entry that the walk would refuse says so at its end.
+
+use iommu_types::{Capabilities, PageSize};
+
+use super::second_stage::reserved_checks;
+use crate::vtd::spec::pte::SecondStageEntry;
+use crate::vtd::spec::root_context::{ContextEntry, RootEntry, TranslationType};
+
+/// What stands for an entry that could not be read.
+pub const UNREADABLE: &str = "no memory here";
+
+/// A root entry.
+pub fn root(raw: u128, capabilities: &Capabilities) -> String {
+    let entry = RootEntry::from_bits(raw);
+    if !entry.is_present() {
+        return "not present".to_owned();
+    }
+    let mut words = format!("present, context table {}", entry.context_table());
+    append_reserved(&mut words, raw & RootEntry::reserved_bits(capabilities.host_width_bits));
+    words
+}
+
+/// A context entry.
+pub fn context(raw: u128, capabilities: &Capabilities) -> String {
+    let entry = ContextEntry::from_bits(raw);
+    let recording = if entry.fault_processing_disable() { ", faults not recorded (FPD)" } else { "" };
+    if !entry.is_present() {
+        return format!("not present{recording}");
+    }
+    let width = match entry.width() {
+        Some(width) if capabilities.widths.contains(width) => {
+            format!("{}-bit", 30 + 9 * u32::from(entry.address_width()))
+        }
+        _ => format!("unsupported width (AW={})", entry.address_width()),
+    };
+    let domain = entry.domain_id();
+    let target = match entry.translation_type() {
+        TranslationType::SECOND_STAGE => format!("table {}", entry.second_stage_table()),
+        TranslationType::PASS_THROUGH if capabilities.pass_through => "pass-through".to_owned(),
+        other => format!("unsupported type (TT={})", other.0),
+    };
+    let mut words = format!("present, {width}, domain {domain}, {target}{recording}");
+    append_reserved(&mut words, raw & entry.reserved_bits(capabilities.host_width_bits));
+    words
+}
+
+/// An entry of a second-stage table of `level`.
+pub fn second_stage(raw: u64, level: u8, capabilities: &Capabilities) -> String {
+    let entry = SecondStageEntry::from_bits(raw);
+    if !entry.is_present() {
+        return "not present".to_owned();
+    }
+    let permissions = entry.permissions();
+    let address = entry.address();
+    let mut words = match PageSize::at_level(level).filter(|_| entry.is_leaf_at(level)) {
+        Some(size) => format!("present, {permissions}, {size} page {address}"),
+        None => format!("present, {permissions}, table {address}"),
+    };
+    if entry.is_leaf_at(level) && entry.partial_page() {
+        words.push_str(", granted in part");
+    }
+    append_reserved(&mut words, u128::from(raw & entry.reserved_bits(level, reserved_checks(capabilities))));
+    words
+}
+
+fn append_reserved(words: &mut String, reserved_set: u128) {
+    if reserved_set != 0 {
+        words.push_str(&format!(", reserved bits {reserved_set:#x} set"));
+    }
+}

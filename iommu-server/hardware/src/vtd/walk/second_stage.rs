@@ -1,0 +1,151 @@
+//! Second-stage tables of 3, 4 and 5 levels (VT-d 5.10 §3.7).
+
+use iommu_types::{Access, Capabilities, FaultReason, Hpa, Iova, PageSize, Permissions};
+
+use super::{Leaf, TableMemory, Trace, WalkFault, is_interrupt_range};
+use crate::cache::{CachedContext, ContextTranslation, PagingEntry};
+use crate::vtd::spec::beyond_host_width;
+use crate::vtd::spec::pte::{ReservedChecks, SecondStageEntry, entry_address};
+
+/// The highest level of a table that the paging-structure cache keeps.
+const CACHED_TABLE_LEVEL_MAX: u8 = 3;
+
+/// Walks for one access of `size_bytes` (0 is a zero-length read) that lies in one 4 KiB page.
+///
+/// `start` is a table that the paging-structure cache knows, for this domain and address; without it the walk begins at the
+/// top. `on_table` is called for every entry that leads to a table of level 3, 2 or 1, with the AND of the permissions so
+/// far; each has passed every check, so it may be cached, whatever the walk meets below.
+///
+/// A pass-through context gives the page itself, in 4 KiB and with both permissions.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the contract of the walk: a request, its context and two ways to look on"
+)]
+pub fn walk_second_stage(
+    memory: &impl TableMemory,
+    capabilities: &Capabilities,
+    context: &CachedContext,
+    start: Option<PagingEntry>,
+    iova: Iova,
+    access: Access,
+    size_bytes: u32,
+    trace: &mut impl Trace,
+    mut on_table: impl FnMut(PagingEntry),
+) -> Result<Leaf, WalkFault> {
+    let fault = |reason| WalkFault::qualified(reason, context.fault_processing_disable);
+    let (top, levels) = match context.translation {
+        ContextTranslation::SecondStage { table, levels } => (table, levels),
+        ContextTranslation::PassThrough => return pass_through(capabilities, iova).map_err(fault),
+    };
+    // CAP.MGAW and the width of the context bound the address.
+    let width_bits = u32::from(capabilities.max_guest_width_bits).min(12 + 9 * u32::from(levels));
+    if iova.get() >> width_bits != 0 {
+        return Err(fault(FaultReason::ADDRESS_BEYOND_WIDTH));
+    }
+    let (mut table, mut level, mut permissions) = match start {
+        Some(known) => (known.table, known.level, known.permissions),
+        None => (top, levels, Permissions::READ_WRITE),
+    };
+    let checks = reserved_checks(capabilities);
+    let leaf = loop {
+        // The top-level table belongs to the context entry (LCT.4.3), those below to the page tables (LSS.1).
+        let unreadable =
+            if level == levels { FaultReason::CONTEXT_INVALID } else { FaultReason::TABLE_ACCESS };
+        let Some(at) = entry_address(table, iova, level) else { return Err(fault(unreadable)) };
+        let Ok(raw) = memory.load_u64(at) else {
+            trace.read_table(level, at, None, permissions);
+            return Err(fault(unreadable));
+        };
+        let entry = SecondStageEntry::from_bits(raw);
+        permissions = permissions.intersection(entry.permissions());
+        trace.read_table(level, at, Some(raw), permissions);
+        // R=W=0 is not present: nothing else in the entry is looked at.
+        if !entry.is_present() {
+            return Err(fault(denied(access)));
+        }
+        if raw & entry.reserved_bits(level, checks) != 0 {
+            return Err(fault(FaultReason::TABLE_RESERVED));
+        }
+        if entry.is_leaf_at(level) {
+            break entry;
+        }
+        table = entry.address();
+        level -= 1;
+        if level <= CACHED_TABLE_LEVEL_MAX {
+            on_table(PagingEntry { domain_id: context.domain_id, iova, level, table, permissions });
+        }
+    };
+    let size = PageSize::at_level(level).expect("the checks let a page stand only at levels 1 to 3");
+    check_permissions(capabilities, permissions, access, size_bytes).map_err(fault)?;
+    outside_interrupt_range(leaf.address(), size, permissions, iova).map_err(fault)
+}
+
+/// What the unit's capabilities make reserved.
+#[inline]
+pub(crate) const fn reserved_checks(capabilities: &Capabilities) -> ReservedChecks {
+    ReservedChecks {
+        host_width_bits: capabilities.host_width_bits,
+        pages_2m: capabilities.pages_2m,
+        pages_1g: capabilities.pages_1g,
+        snoop_control: capabilities.snoop_control,
+    }
+}
+
+fn pass_through(capabilities: &Capabilities, iova: Iova) -> Result<Leaf, FaultReason> {
+    if iova.get() & beyond_host_width(capabilities.host_width_bits) != 0 {
+        return Err(FaultReason::ADDRESS_BEYOND_WIDTH);
+    }
+    let page = Hpa::new(iova.page_base().get());
+    outside_interrupt_range(page, PageSize::Size4K, Permissions::READ_WRITE, iova)
+}
+
+/// The reason that the first missing permission has. An atomic misses W first.
+#[inline]
+const fn denied(access: Access) -> FaultReason {
+    match access {
+        Access::Read => FaultReason::READ_DENIED,
+        Access::Write | Access::Atomic => FaultReason::WRITE_DENIED,
+    }
+}
+
+#[inline]
+fn check_permissions(
+    capabilities: &Capabilities,
+    permissions: Permissions,
+    access: Access,
+    size_bytes: u32,
+) -> Result<(), FaultReason> {
+    if permissions.allow(access) {
+        return Ok(());
+    }
+    let zero_length_read =
+        access == Access::Read && size_bytes == 0 && capabilities.zero_length_read && !permissions.is_empty();
+    if zero_length_read {
+        return Ok(());
+    }
+    // An atomic that may write misses the read permission only.
+    let only_read_missing = access == Access::Atomic && permissions.contains(Permissions::WRITE);
+    Err(if only_read_missing { FaultReason::READ_DENIED } else { denied(access) })
+}
+
+/// A request may not end in FEEx_xxxx (LGN.4). The range is smaller than a large page, so the rest of one that touches it is
+/// handed out in small pieces.
+#[inline]
+fn outside_interrupt_range(
+    page: Hpa,
+    size: PageSize,
+    permissions: Permissions,
+    iova: Iova,
+) -> Result<Leaf, FaultReason> {
+    let offset = iova.get() & (size.bytes() - 1);
+    if is_interrupt_range(page.get() | offset) {
+        return Err(FaultReason::RESULT_IN_INTERRUPT_RANGE);
+    }
+    let touches =
+        size != PageSize::Size4K && page.get() & !(size.bytes() - 1) == 0xfee0_0000 & !(size.bytes() - 1);
+    if touches {
+        let piece = Hpa::new(page.get() | offset).page_base();
+        return Ok(Leaf { hpa: piece, size: PageSize::Size4K, permissions });
+    }
+    Ok(Leaf { hpa: page, size, permissions })
+}

@@ -1,0 +1,210 @@
+//! Bringing the host up: what physical memory is carved into, and what all floors above share.
+//!
+//! ```text
+//! 0                                                            memory end
+//! |frame array|mapping records|root table|interrupt table| buffers →    ← page tables |
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use iommu_hardware::memory::{FrameArray, MappingRecords, PhysicalMemory};
+use iommu_hardware::vtd::interrupt::InterruptTable;
+use iommu_hardware::vtd::walk::{RootMode, RootTable};
+use iommu_hardware::vtd::{EventMessage, EventSink, Unit, UnitConfig};
+use iommu_types::errors::LimitReached;
+use iommu_types::{DomainId, Hpa, InvalidCapabilities, Invalidation, Owner, PAGE_SIZE_BYTES};
+
+use crate::account::{OwnerAccount, OwnerLimits};
+use crate::contexts::ContextTables;
+use crate::frames::{FrameAllocator, FrameRun};
+use crate::interrupts::{self, InterruptEntries};
+use crate::records::RecordPool;
+
+/// One mapping record per so many bytes of memory.
+const MEMORY_BYTES_PER_RECORD: u64 = 1024;
+/// Frames that must be left for buffers and tables.
+const FRAMES_LEFT_MIN: u64 = 64;
+/// Tags below are the frame array's own: free, and the server's.
+const FIRST_OWNER_TAG: u32 = 2;
+
+/// Bounds, each with its reason at the constant that the service passes.
+#[derive(Clone, Debug)]
+pub struct KernelConfig {
+    /// The managed unit's caches and ports.
+    pub unit: UnitConfig,
+    /// Domains at once, over all owners.
+    pub domains_max: u16,
+    /// What each owner may hold.
+    pub owner: OwnerLimits,
+    /// Fault records kept per owner.
+    pub fault_records_per_owner: u32,
+}
+
+/// Why the host did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The tables leave no room for buffers.
+    #[error("the memory is too small; give at least 1 MiB")]
+    MemoryTooSmall,
+    /// The unit cannot be built so.
+    #[error(transparent)]
+    Capabilities(#[from] InvalidCapabilities),
+}
+
+/// What all share: memory, the managed unit, the frame allocator and frame array, mapping records, root and context tables, the
+/// interrupt remapping table, identifiers. Safe to use from any thread.
+pub struct Kernel {
+    memory: Arc<PhysicalMemory>,
+    unit: Arc<Unit>,
+    config: KernelConfig,
+    pub(crate) frames: FrameAllocator,
+    pub(crate) records: RecordPool,
+    pub(crate) contexts: ContextTables,
+    pub(crate) interrupts: InterruptEntries,
+    domain_ids: Mutex<DomainIds>,
+    accounts: Mutex<BTreeMap<Owner, Arc<OwnerAccount>>>,
+}
+
+#[derive(Default)]
+struct DomainIds {
+    handed_out: u16,
+    returned: Vec<DomainId>,
+}
+
+/// The managed unit needs no event messages: its fault log is read by `FaultLogs::collect`.
+struct NoEvents;
+
+impl EventSink for NoEvents {
+    fn deliver(&self, _message: EventMessage) {}
+}
+
+impl Kernel {
+    /// Carves the frame array, the records (one per KiB of memory), the root table and the interrupt table out of memory; turns
+    /// translation and interrupt remapping on (a managed unit never runs with TES=0).
+    pub fn boot(memory: Arc<PhysicalMemory>, config: KernelConfig) -> Result<Arc<Self>, BootError> {
+        let layout = Layout::of(&memory)?;
+        let unit = Unit::new(config.unit.clone(), Arc::clone(&memory), Arc::new(NoEvents))?;
+        let array = FrameArray::new(Arc::clone(&memory), Hpa::new(0));
+        let records = MappingRecords::new(Arc::clone(&memory), layout.records, layout.record_count);
+        let extended_mode = config.unit.capabilities.extended_interrupt_mode;
+        let kernel = Self {
+            frames: FrameAllocator::new(Arc::clone(&memory), array, layout.reserved),
+            records: RecordPool::new(records),
+            contexts: ContextTables::new(layout.root_table),
+            interrupts: InterruptEntries::new(layout.interrupt_table, extended_mode),
+            domain_ids: Mutex::default(),
+            accounts: Mutex::default(),
+            memory,
+            unit,
+            config,
+        };
+        kernel.start_unit(&layout, extended_mode);
+        Ok(Arc::new(kernel))
+    }
+    /// Points the unit at its tables as software does: pointer, global invalidation, then on (VT-d 5.10 §6.6).
+    fn start_unit(&self, layout: &Layout, extended_mode: bool) {
+        let unit = &self.unit;
+        unit.set_root_table(RootTable { base: layout.root_table, mode: RootMode::Legacy });
+        let _quiet = unit.invalidate(Invalidation::ContextGlobal).wait_blocking();
+        let _quiet = unit.invalidate(Invalidation::IotlbGlobal).wait_blocking();
+        let _quiet = unit.set_translation(true).wait_blocking();
+        if self.config.unit.capabilities.interrupt_remapping {
+            unit.set_interrupt_table(InterruptTable {
+                base: layout.interrupt_table,
+                entries_log2: interrupts::ENTRIES_LOG2,
+                extended_mode,
+            });
+            let _quiet = unit.invalidate(Invalidation::InterruptGlobal).wait_blocking();
+            let _quiet = unit.set_interrupt_remapping(true).wait_blocking();
+        }
+    }
+    /// The managed unit.
+    pub fn unit(&self) -> &Arc<Unit> {
+        &self.unit
+    }
+    /// Physical memory.
+    pub fn memory(&self) -> &Arc<PhysicalMemory> {
+        &self.memory
+    }
+    /// Bounds as given at boot.
+    pub fn config(&self) -> &KernelConfig {
+        &self.config
+    }
+    /// Bytes of physical memory that nobody has.
+    pub fn free_bytes(&self) -> u64 {
+        self.frames.free_bytes()
+    }
+    /// Mapping records that no domain has taken.
+    pub fn free_records(&self) -> u64 {
+        self.records.free_count()
+    }
+    /// The account of an owner: made at the first call, the same at every later one.
+    pub fn account(&self, owner: Owner) -> Arc<OwnerAccount> {
+        let mut accounts = self.accounts();
+        let tag = FIRST_OWNER_TAG + accounts.len() as u32;
+        let account = || Arc::new(OwnerAccount::new(owner, tag, self.config.owner));
+        Arc::clone(accounts.entry(owner).or_insert_with(account))
+    }
+    fn accounts(&self) -> MutexGuard<'_, BTreeMap<Owner, Arc<OwnerAccount>>> {
+        self.accounts.lock().expect("nothing panics while it holds the accounts")
+    }
+    /// An identifier that no domain has. 0 is never used (VT-d 5.10 §9.3 reserves it when CM=1).
+    pub(crate) fn take_domain_id(&self) -> Result<DomainId, LimitReached> {
+        let mut ids = self.domain_ids.lock().expect("nothing panics while it holds the identifiers");
+        if let Some(id) = ids.returned.pop() {
+            return Ok(id);
+        }
+        if ids.handed_out == self.config.domains_max {
+            return Err(LimitReached { limit: "domains".to_owned(), allowed: self.config.domains_max.into() });
+        }
+        ids.handed_out += 1;
+        Ok(DomainId::new(ids.handed_out))
+    }
+    /// Takes an identifier back. Everything cached under it must be flushed and drained.
+    pub(crate) fn return_domain_id(&self, id: DomainId) {
+        self.domain_ids.lock().expect("nothing panics while it holds the identifiers").returned.push(id);
+    }
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernel").field("free_bytes", &self.free_bytes()).finish_non_exhaustive()
+    }
+}
+
+/// Where everything fixed lies.
+struct Layout {
+    records: Hpa,
+    record_count: u32,
+    root_table: Hpa,
+    interrupt_table: Hpa,
+    reserved: FrameRun,
+}
+
+impl Layout {
+    fn of(memory: &PhysicalMemory) -> Result<Self, BootError> {
+        let first = memory.ranges().first().copied().ok_or(BootError::MemoryTooSmall)?;
+        assert!(first.base() == Hpa::new(0), "physical memory begins at address 0");
+        // On a large host the records would outgrow the memory below 4 GiB: they get a quarter of it at most.
+        let fitting = first.size_bytes() / 4 / MappingRecords::RECORD_BYTES;
+        let record_count = (memory.size_bytes() / MEMORY_BYTES_PER_RECORD).min(fitting);
+        let record_count = u32::try_from(record_count).unwrap_or(u32::MAX);
+        let mut end = 0;
+        let mut carve = |bytes: u64, alignment: u64| {
+            let at = u64::next_multiple_of(end, alignment);
+            end = at + bytes;
+            Hpa::new(at)
+        };
+        carve(FrameArray::bytes_needed(memory), PAGE_SIZE_BYTES);
+        let records = carve(u64::from(record_count) * MappingRecords::RECORD_BYTES, PAGE_SIZE_BYTES);
+        let root_table = carve(PAGE_SIZE_BYTES, PAGE_SIZE_BYTES);
+        let interrupt_table = carve(interrupts::TABLE_BYTES, interrupts::TABLE_BYTES);
+        let frames = end.div_ceil(PAGE_SIZE_BYTES);
+        if frames + FRAMES_LEFT_MIN > first.size_bytes() / PAGE_SIZE_BYTES {
+            return Err(BootError::MemoryTooSmall);
+        }
+        let reserved = FrameRun { base: Hpa::new(0), frames };
+        Ok(Self { records, record_count, root_table, interrupt_table, reserved })
+    }
+}

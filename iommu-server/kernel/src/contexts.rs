@@ -1,0 +1,78 @@
+//! Root and context tables: which source translates through which domain.
+//!
+//! **Architecture invariant (I5):** a source has one context entry and so at most one domain. `attach` asserts that the entry is not
+//! present; changing a domain is detach, drain, attach. A context table is made at the first attach on its
+//! bus and stays.
+
+use std::sync::Mutex;
+
+use iommu_hardware::drain::PendingDrain;
+use iommu_hardware::memory::PhysicalMemory;
+use iommu_hardware::vtd::spec::root_context::{self, ContextEntry, RootEntry};
+use iommu_types::errors::OutOfMemory;
+use iommu_types::{DomainId, FunctionMask, Hpa, Invalidation, SourceId};
+
+use crate::boot::Kernel;
+use crate::domain::Domain;
+
+/// The root table. The lock orders writers; the hardware walks without it.
+pub(crate) struct ContextTables {
+    root: Mutex<Hpa>,
+}
+
+impl ContextTables {
+    pub(crate) fn new(root: Hpa) -> Self {
+        Self { root: Mutex::new(root) }
+    }
+}
+
+impl Kernel {
+    /// Writes the context entry (I5). A source that is attached elsewhere must be detached and drained first. Nothing is invalidated:
+    /// what was not present was not cached (I3).
+    pub fn attach(&self, source: SourceId, domain: &Domain) -> Result<(), OutOfMemory> {
+        let root = self.contexts.root.lock().expect("nothing panics while it holds the root table");
+        let root_entry = entry_at(root_context::entry_address(*root, source.bus()));
+        let mut table = RootEntry::from_bits(load(self.memory(), root_entry));
+        if !table.is_present() {
+            table = RootEntry::present(self.frames.allocate_table()?);
+            store(self.memory(), root_entry, table.into_bits());
+        }
+        let at = entry_at(root_context::entry_address(table.context_table(), source.devfn()));
+        let before = ContextEntry::from_bits(load(self.memory(), at));
+        assert!(!before.is_present(), "I5: {source} is attached to {} already", before.domain_id());
+        let (top, levels) = domain.top_table();
+        store(self.memory(), at, ContextEntry::second_stage(top, levels, domain.id()).into_bits());
+        Ok(())
+    }
+    /// Clears the context entry; invalidates the context device-selective and the IOTLB domain-selective (VT-d 5.10 §6.5).
+    pub fn detach(&self, source: SourceId, domain_id: DomainId) -> PendingDrain {
+        {
+            let root = self.contexts.root.lock().expect("nothing panics while it holds the root table");
+            let root_entry = entry_at(root_context::entry_address(*root, source.bus()));
+            let table = RootEntry::from_bits(load(self.memory(), root_entry));
+            assert!(table.is_present(), "{source} was attached before it is detached");
+            let at = entry_at(root_context::entry_address(table.context_table(), source.devfn()));
+            let entry = ContextEntry::from_bits(load(self.memory(), at));
+            assert!(
+                entry.is_present() && entry.domain_id() == domain_id,
+                "{source} is detached from the domain it is attached to"
+            );
+            store(self.memory(), at, 0);
+        }
+        let function_mask = FunctionMask::Exact;
+        let context = Invalidation::ContextDevice { domain_id, source_id: source, function_mask };
+        self.unit().invalidate(context).and(self.unit().invalidate(Invalidation::IotlbDomain(domain_id)))
+    }
+}
+
+fn entry_at(address: Option<Hpa>) -> Hpa {
+    address.expect("tables of ours lie in memory")
+}
+
+fn load(memory: &PhysicalMemory, at: Hpa) -> u128 {
+    memory.load_u128(at).expect("tables of ours lie in memory")
+}
+
+fn store(memory: &PhysicalMemory, at: Hpa, bits: u128) {
+    memory.store_u128(at, bits).expect("tables of ours lie in memory");
+}

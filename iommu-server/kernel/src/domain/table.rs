@@ -1,0 +1,388 @@
+//! The second-stage tables of a domain (VT-d 5.10 §9.8), and what software knows about them.
+//!
+//! Entries stand in physical memory and nowhere else; the walk of the hardware is the truth. Kept beside is one node per table: where
+//! it is, how many entries are present, and for leaf tables which mapping begins at which page. Nodes are found by
+//! (level, address above the table), so no operation walks.
+//!
+//! **A table is reused only after a drain.** A table whose last entry goes stays in place for the next map (a ring that maps and
+//! unmaps one page would otherwise build and tear down tables all the time). When more than [`EMPTY_TABLES_MAX`] are
+//! empty, all of them are unhooked, the whole domain is invalidated, paging structures included, and the frames wait for
+//! that drain before they are tables again or anybody's memory.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use iommu_hardware::memory::{PhysicalMemory, RecordIndex};
+use iommu_hardware::vtd::spec::pte::{self, ENTRIES_PER_TABLE, SecondStageEntry};
+use iommu_types::{Hpa, Iova, PAGE_SIZE_BYTES, PageSize, Permissions};
+
+use super::Shortage;
+use crate::account::OwnerAccount;
+use crate::boot::Kernel;
+use crate::frames::{FrameRun, frame_at};
+
+/// Empty tables that stay in place.
+const EMPTY_TABLES_MAX: usize = 16;
+/// Unused frames that a domain keeps for tables.
+const SPARE_TABLES_MAX: usize = 8;
+/// The deepest tables have 5 levels.
+const LEVELS_MAX: usize = 5;
+
+/// Neighbouring pages of one size, and where they go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) iova: Iova,
+    pub(super) hpa: Hpa,
+    pub(super) size: PageSize,
+    /// In units of `size`.
+    pub(super) pages: u64,
+}
+
+/// A table: its level, and the addresses above it.
+type Key = u64;
+
+fn key(level: u8, iova: Iova) -> Key {
+    (iova.get() >> pte::level_shift(level + 1)) << 3 | Key::from(level)
+}
+
+fn level_of(key: Key) -> u8 {
+    (key & 7) as u8
+}
+
+fn first_address(key: Key) -> Iova {
+    Iova::new((key >> 3) << pte::level_shift(level_of(key) + 1))
+}
+
+/// A multiplication, folded. Keys are few per domain and bounded, and a tenant who makes its own collide slows only itself.
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("keys are u64");
+    }
+    fn write_u64(&mut self, key: u64) {
+        let product = u128::from(key) * 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835;
+        self.0 = (product >> 64) as u64 ^ product as u64;
+    }
+}
+
+type Nodes = HashMap<Key, Node, BuildHasherDefault<KeyHasher>>;
+
+/// What software knows about a table.
+#[derive(Debug)]
+struct Node {
+    table: Hpa,
+    /// Present entries.
+    live: u16,
+    /// Whether the table is in the list of empty ones (it may have filled up since).
+    is_listed: bool,
+    /// Leaf tables with DMA-API mappings: per page, the record of the mapping that begins there, plus one.
+    slots: Option<Box<[u32; ENTRIES_PER_TABLE as usize]>>,
+}
+
+/// The tables of one domain.
+#[derive(Debug)]
+pub(super) struct Tables {
+    top: Hpa,
+    levels: u8,
+    nodes: Nodes,
+    empty: Vec<Key>,
+    /// Zeroed frames for tables.
+    spare: Vec<Hpa>,
+}
+
+impl Tables {
+    /// An empty top-level table.
+    pub(super) fn new(kernel: &Kernel, account: &OwnerAccount, levels: u8) -> Result<Self, Shortage> {
+        let mut tables =
+            Self { top: Hpa::new(0), levels, nodes: Nodes::default(), empty: Vec::new(), spare: Vec::new() };
+        tables.stock_up(kernel, account, 1)?;
+        tables.top = tables.spare.pop().expect("one was stocked");
+        tables.nodes.insert(key(levels, Iova::new(0)), Node::new(tables.top));
+        Ok(tables)
+    }
+    pub(super) fn top(&self) -> (Hpa, u8) {
+        (self.top, self.levels)
+    }
+    pub(super) fn bytes(&self) -> u64 {
+        (self.nodes.len() + self.spare.len()) as u64 * PAGE_SIZE_BYTES
+    }
+    /// Whether a table stands below the entry that a page of `size` at `iova` would take.
+    pub(super) fn has_table_under(&self, iova: Iova, size: PageSize) -> bool {
+        self.nodes.contains_key(&key(size.leaf_level() - 1, iova))
+    }
+    /// Gets every frame that mapping `extents` can need, or changes nothing. `map` then cannot fail.
+    pub(super) fn reserve(
+        &mut self,
+        kernel: &Kernel,
+        account: &OwnerAccount,
+        extents: &[Extent],
+    ) -> Result<(), Shortage> {
+        let missing = self.missing(extents);
+        if missing > self.spare.len() { self.stock_up(kernel, account, missing) } else { Ok(()) }
+    }
+    fn stock_up(&mut self, kernel: &Kernel, account: &OwnerAccount, wanted: usize) -> Result<(), Shortage> {
+        let before = self.spare.len();
+        let taken = (before..wanted).try_for_each(|_| {
+            account.tables.charge(PAGE_SIZE_BYTES)?;
+            let table = kernel.frames.allocate_table();
+            self.spare.push(table.inspect_err(|_| account.tables.refund(PAGE_SIZE_BYTES))?);
+            Ok(())
+        });
+        if taken.is_err() {
+            self.give_back(kernel, account, before);
+        }
+        taken
+    }
+    /// Returns spare frames until only `keep` are left. They are zeroed.
+    fn give_back(&mut self, kernel: &Kernel, account: &OwnerAccount, keep: usize) {
+        for table in self.spare.drain(keep.min(self.spare.len())..) {
+            kernel.frames.free_table(table);
+            account.tables.refund(PAGE_SIZE_BYTES);
+        }
+    }
+    /// Returns spare frames beyond those that are always kept.
+    pub(super) fn trim(&mut self, kernel: &Kernel, account: &OwnerAccount) {
+        self.give_back(kernel, account, SPARE_TABLES_MAX);
+    }
+    /// Tables that do not exist yet. Extents ascend, so a table is counted once by looking at the one before.
+    fn missing(&self, extents: &[Extent]) -> usize {
+        let mut counted: [Option<Key>; LEVELS_MAX + 1] = [None; LEVELS_MAX + 1];
+        let mut missing = 0;
+        for table in extents.iter().flat_map(|extent| extent.tables()) {
+            for level in table.level..self.levels {
+                let key = key(level, table.iova);
+                if counted[usize::from(level)] == Some(key) || self.nodes.contains_key(&key) {
+                    break;
+                }
+                counted[usize::from(level)] = Some(key);
+                missing += 1;
+            }
+        }
+        missing
+    }
+    /// Writes the entries. `reserve` succeeded for these extents, and nothing is mapped there.
+    pub(super) fn map(&mut self, memory: &PhysicalMemory, extents: &[Extent], permissions: Permissions) {
+        for extent in extents {
+            let mut page = 0;
+            for part in extent.tables() {
+                let node = self.install(memory, part.level, part.iova);
+                let at = entry_at(node.table, part.iova, part.level);
+                for entry in 0..part.entries {
+                    let hpa = frame_at(extent.hpa, page * (extent.size.bytes() / PAGE_SIZE_BYTES));
+                    let leaf = SecondStageEntry::leaf(hpa, extent.size, permissions);
+                    store(memory, at, entry, leaf);
+                    page += 1;
+                }
+                node.live += part.entries as u16;
+            }
+        }
+    }
+    /// The node of the table of `level` over `iova`, which is made of a spare frame when it does not exist.
+    fn install(&mut self, memory: &PhysicalMemory, level: u8, iova: Iova) -> &mut Node {
+        let key = key(level, iova);
+        if !self.nodes.contains_key(&key) {
+            let table = self.spare.pop().expect("reserve got a frame for every table");
+            let parent = self.install(memory, level + 1, iova);
+            store(memory, entry_at(parent.table, iova, level + 1), 0, SecondStageEntry::table(table));
+            parent.live += 1;
+            self.nodes.insert(key, Node::new(table));
+        }
+        self.nodes.get_mut(&key).expect("it exists or was made")
+    }
+    /// Clears the entries of a mapping of `pages` 4 KiB pages and appends the frames that they pointed at.
+    pub(super) fn unmap(
+        &mut self,
+        memory: &PhysicalMemory,
+        first_page: u64,
+        pages: u64,
+        frames: &mut Vec<FrameRun>,
+    ) {
+        let end = first_page + pages;
+        let mut page = first_page;
+        while page < end {
+            let iova = Iova::new(page * PAGE_SIZE_BYTES);
+            let size = self.leaf_size(iova);
+            let level = size.leaf_level();
+            let key = key(level, iova);
+            let node = self.nodes.get_mut(&key).expect("a mapping has tables");
+            let frames_per_entry = size.bytes() / PAGE_SIZE_BYTES;
+            let index = pte::table_index(iova, level);
+            let entries = ((end - page) / frames_per_entry).min(ENTRIES_PER_TABLE - index);
+            let at = entry_at(node.table, iova, level);
+            for entry in 0..entries {
+                let leaf = load(memory, at, entry);
+                assert!(leaf.is_present(), "a mapping has an entry for each of its pages");
+                store(memory, at, entry, SecondStageEntry::new());
+                append(frames, FrameRun { base: leaf.address(), frames: frames_per_entry });
+            }
+            node.live -= entries as u16;
+            if node.live == 0 && !node.is_listed && level != self.levels {
+                node.is_listed = true;
+                self.empty.push(key);
+            }
+            page += entries * frames_per_entry;
+        }
+    }
+    /// The size of the page that is mapped at `iova`: a leaf stands in the deepest table that exists.
+    fn leaf_size(&self, iova: Iova) -> PageSize {
+        let has_table = |size: &PageSize| self.nodes.contains_key(&key(size.leaf_level(), iova));
+        PageSize::ALL.into_iter().find(has_table).expect("a mapping has tables")
+    }
+    /// Unhooks all empty tables when there are too many. Their frames may be reused only after a drain that invalidated the paging
+    /// structures of the whole domain; returns whether there are any.
+    pub(super) fn unhook_empty(&mut self, memory: &PhysicalMemory, unhooked: &mut Vec<Hpa>) -> bool {
+        if self.empty.len() <= EMPTY_TABLES_MAX {
+            return false;
+        }
+        let before = unhooked.len();
+        while let Some(empty) = self.empty.pop() {
+            let node = self.nodes.get_mut(&empty).expect("listed tables exist");
+            node.is_listed = false;
+            if node.live > 0 {
+                continue;
+            }
+            unhooked.push(node.table);
+            self.nodes.remove(&empty);
+            let (level, iova) = (level_of(empty) + 1, first_address(empty));
+            let above = key(level, iova);
+            let parent = self.nodes.get_mut(&above).expect("a table is reached through another");
+            store(memory, entry_at(parent.table, iova, level), 0, SecondStageEntry::new());
+            parent.live -= 1;
+            if parent.live == 0 && !parent.is_listed && level != self.levels {
+                parent.is_listed = true;
+                self.empty.push(above);
+            }
+        }
+        unhooked.len() > before
+    }
+    /// Takes back frames of unhooked tables, after the drain. Their entries were all cleared.
+    pub(super) fn recycle(&mut self, kernel: &Kernel, account: &OwnerAccount, tables: &mut Vec<Hpa>) {
+        if !tables.is_empty() {
+            self.spare.append(tables);
+            self.trim(kernel, account);
+        }
+    }
+    /// Returns every frame. Nothing may be cached any more.
+    pub(super) fn destroy(&mut self, kernel: &Kernel, account: &OwnerAccount) {
+        self.spare.extend(self.nodes.drain().map(|(_, node)| node.table));
+        self.give_back(kernel, account, 0);
+    }
+    // === slots: which DMA-API mapping begins at a page ===
+    /// The record of the mapping that begins at a page.
+    pub(super) fn slot(&self, page: u64) -> Option<RecordIndex> {
+        let node = self.nodes.get(&leaf_key(page))?;
+        RecordIndex(node.slots.as_ref()?[slot_index(page)].checked_sub(1)?).into()
+    }
+    pub(super) fn set_slot(&mut self, page: u64, record: RecordIndex) {
+        let node = self.nodes.get_mut(&leaf_key(page)).expect("the mapping has a leaf table");
+        let slots = node.slots.get_or_insert_with(|| Box::new([0; ENTRIES_PER_TABLE as usize]));
+        slots[slot_index(page)] = record.0 + 1;
+    }
+    pub(super) fn clear_slot(&mut self, page: u64) {
+        let node = self.nodes.get_mut(&leaf_key(page)).expect("the mapping has a leaf table");
+        node.slots.as_mut().expect("the mapping has a slot")[slot_index(page)] = 0;
+    }
+    /// The first mapping with a slot that has a page in `first..=last`; `last_page` gives a mapping's last page.
+    pub(super) fn slot_overlapping(
+        &self,
+        first: u64,
+        last: u64,
+        last_page: impl Fn(RecordIndex) -> u64,
+    ) -> Option<(u64, RecordIndex)> {
+        let in_region = |key: Key, node: &Node| {
+            let base = first_address(key).page_number();
+            let mapping = |(n, slot): (usize, &u32)| Some((base + n as u64, RecordIndex(slot.checked_sub(1)?)));
+            let mut mappings = node.slots.iter().flat_map(|slots| slots.iter()).enumerate().filter_map(mapping);
+            mappings.find(|(page, record)| *page <= last && last_page(*record) >= first)
+        };
+        if leaf_key(first) == leaf_key(last) {
+            return in_region(leaf_key(first), self.nodes.get(&leaf_key(first))?);
+        }
+        let is_near = |(key, _): &(&Key, &Node)| {
+            level_of(**key) == 1 && (leaf_key(first)..=leaf_key(last)).contains(*key)
+        };
+        let near = self.nodes.iter().filter(is_near);
+        near.filter_map(|(key, node)| in_region(*key, node)).min_by_key(|(page, _)| *page)
+    }
+    /// Mappings that begin at `from` or after, by page, `limit` at most.
+    pub(super) fn slots_from(&self, from: u64, limit: usize) -> Vec<(u64, RecordIndex)> {
+        let has_slots = |(key, node): &(&Key, &Node)| node.slots.is_some() && **key >= leaf_key(from);
+        let mut regions: Vec<_> = self.nodes.iter().filter(has_slots).collect();
+        regions.sort_unstable_by_key(|(key, _)| **key);
+        let slots_of = |(key, node): (&Key, &Node)| {
+            let first = first_address(*key).page_number();
+            let slots: Vec<u32> = node.slots.as_ref().map(|slots| slots.to_vec()).unwrap_or_default();
+            let slot = move |(n, slot): (usize, u32)| Some((first + n as u64, RecordIndex(slot.checked_sub(1)?)));
+            slots.into_iter().enumerate().filter_map(slot)
+        };
+        let found = regions.into_iter().flat_map(slots_of).skip_while(|(page, _)| *page < from);
+        found.take(limit).collect()
+    }
+}
+
+impl Node {
+    fn new(table: Hpa) -> Self {
+        Self { table, live: 0, is_listed: false, slots: None }
+    }
+}
+
+/// The part of an extent that lies in one table.
+struct Part {
+    level: u8,
+    iova: Iova,
+    entries: u64,
+}
+
+impl Extent {
+    fn tables(&self) -> impl Iterator<Item = Part> {
+        let (level, size_bytes) = (self.size.leaf_level(), self.size.bytes());
+        let (mut iova, mut left) = (self.iova.get(), self.pages);
+        std::iter::from_fn(move || {
+            if left == 0 {
+                return None;
+            }
+            let at = Iova::new(iova);
+            let entries = left.min(ENTRIES_PER_TABLE - pte::table_index(at, level));
+            left -= entries;
+            iova = iova.wrapping_add(entries * size_bytes);
+            Some(Part { level, iova: at, entries })
+        })
+    }
+}
+
+fn leaf_key(page: u64) -> Key {
+    key(1, Iova::new(page * PAGE_SIZE_BYTES))
+}
+
+fn slot_index(page: u64) -> usize {
+    (page % ENTRIES_PER_TABLE) as usize
+}
+
+/// Appends a run, merged with the one before when they touch.
+fn append(frames: &mut Vec<FrameRun>, run: FrameRun) {
+    match frames.last_mut() {
+        Some(last) if last.base.checked_add(last.frames * PAGE_SIZE_BYTES) == Some(run.base) => {
+            last.frames += run.frames;
+        }
+        _ => frames.push(run),
+    }
+}
+
+fn entry_at(table: Hpa, iova: Iova, level: u8) -> Hpa {
+    pte::entry_address(table, iova, level).expect("tables of ours lie in memory")
+}
+
+fn load(memory: &PhysicalMemory, first: Hpa, entry: u64) -> SecondStageEntry {
+    let at = first.checked_add(entry * pte::ENTRY_BYTES).expect("tables of ours lie in memory");
+    SecondStageEntry::from_bits(memory.load_u64(at).expect("tables of ours lie in memory"))
+}
+
+fn store(memory: &PhysicalMemory, first: Hpa, entry: u64, value: SecondStageEntry) {
+    let at = first.checked_add(entry * pte::ENTRY_BYTES).expect("tables of ours lie in memory");
+    memory.store_u64(at, value.into_bits()).expect("tables of ours lie in memory");
+}

@@ -1,0 +1,138 @@
+//! Devices, owners, assignments. Plain data: no hardware is touched here; the service calls `Kernel::attach` and
+//! `Kernel::detach` around it.
+
+use std::collections::BTreeMap;
+
+use iommu_types::errors::{
+    DeclareError, DetachError, DeviceExists, InvalidField, LimitReached, NotAttached, UnknownDevice,
+    UnknownOwner,
+};
+use iommu_types::{DeviceAddress, DomainId, Owner};
+
+/// A declared device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceEntry {
+    /// Where it is.
+    pub address: DeviceAddress,
+    /// What people call it.
+    pub name: String,
+    /// Who it is assigned to.
+    pub owner: Option<Owner>,
+    /// The domain it translates through, when it is attached.
+    pub domain_id: Option<DomainId>,
+}
+
+/// A declared owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnerEntry {
+    /// Who.
+    pub owner: Owner,
+    /// What people call it.
+    pub name: String,
+}
+
+/// What is declared, and what is attached where.
+#[derive(Debug)]
+pub struct Topology {
+    devices: BTreeMap<DeviceAddress, DeviceEntry>,
+    owners: BTreeMap<Owner, OwnerEntry>,
+    devices_max: u32,
+    owners_max: u32,
+}
+
+impl Topology {
+    /// Nothing is declared.
+    pub fn new(devices_max: u32, owners_max: u32) -> Self {
+        Self { devices: BTreeMap::new(), owners: BTreeMap::new(), devices_max, owners_max }
+    }
+    /// Declares an owner. Neither number nor name may be taken.
+    pub fn declare_owner(&mut self, entry: OwnerEntry) -> Result<(), DeclareError> {
+        let taken = |field: &str, what: String| {
+            Err(InvalidField { field: field.to_owned(), why: format!("{what} is declared already") }.into())
+        };
+        if self.owners.contains_key(&entry.owner) {
+            return taken("owner", entry.owner.to_string());
+        }
+        if self.owner_by_name(&entry.name).is_some() {
+            return taken("name", format!("{:?}", entry.name));
+        }
+        check_room("owners", self.owners.len(), self.owners_max)?;
+        self.owners.insert(entry.owner, entry);
+        Ok(())
+    }
+    /// Declares a device. Its owner, when it has one, must be declared; it is attached to nothing yet.
+    pub fn declare_device(&mut self, entry: DeviceEntry) -> Result<(), DeclareError> {
+        assert!(entry.domain_id.is_none(), "a device is declared first and attached then");
+        if self.devices.contains_key(&entry.address) {
+            return Err(DeviceExists { device: entry.address }.into());
+        }
+        if let Some(owner) = entry.owner {
+            self.owner(owner)?;
+        }
+        check_room("devices", self.devices.len(), self.devices_max)?;
+        self.devices.insert(entry.address, entry);
+        Ok(())
+    }
+    /// Removes a device. It must be detached.
+    pub fn remove_device(&mut self, address: DeviceAddress) -> Result<DeviceEntry, UnknownDevice> {
+        let entry = self.devices.remove(&address).ok_or(UnknownDevice { device: address })?;
+        assert!(entry.domain_id.is_none(), "a device is detached before it is removed");
+        Ok(entry)
+    }
+    /// The device at an address.
+    pub fn device(&self, address: DeviceAddress) -> Result<&DeviceEntry, UnknownDevice> {
+        self.devices.get(&address).ok_or(UnknownDevice { device: address })
+    }
+    /// A declared owner.
+    pub fn owner(&self, owner: Owner) -> Result<&OwnerEntry, UnknownOwner> {
+        self.owners.get(&owner).ok_or(UnknownOwner { owner })
+    }
+    /// The owner of that name.
+    pub fn owner_by_name(&self, name: &str) -> Option<&OwnerEntry> {
+        self.owners.values().find(|entry| entry.name == name)
+    }
+    /// Every device, by address.
+    pub fn devices(&self) -> impl Iterator<Item = &DeviceEntry> {
+        self.devices.values()
+    }
+    /// Every owner.
+    pub fn owners(&self) -> impl Iterator<Item = &OwnerEntry> {
+        self.owners.values()
+    }
+    /// The devices that are assigned to an owner.
+    pub fn devices_of(&self, owner: Owner) -> Vec<DeviceAddress> {
+        self.addresses(|entry| entry.owner == Some(owner))
+    }
+    /// The devices that are attached to a domain.
+    pub fn attached_to(&self, domain: DomainId) -> Vec<DeviceAddress> {
+        self.addresses(|entry| entry.domain_id == Some(domain))
+    }
+    fn addresses(&self, is_meant: impl Fn(&DeviceEntry) -> bool) -> Vec<DeviceAddress> {
+        self.devices.values().filter(|entry| is_meant(entry)).map(|entry| entry.address).collect()
+    }
+    /// Notes that a device is attached to a domain of `owner`, who it is now assigned to. It must be attached to nothing (I5).
+    pub fn set_attached(
+        &mut self,
+        address: DeviceAddress,
+        owner: Owner,
+        domain: DomainId,
+    ) -> Result<(), UnknownDevice> {
+        let entry = self.devices.get_mut(&address).ok_or(UnknownDevice { device: address })?;
+        assert!(entry.domain_id.is_none(), "I5: {address} is detached before it is attached again");
+        entry.owner = Some(owner);
+        entry.domain_id = Some(domain);
+        Ok(())
+    }
+    /// Notes that a device is attached to nothing; returns where it was. It stays assigned to its owner.
+    pub fn set_detached(&mut self, address: DeviceAddress) -> Result<DomainId, DetachError> {
+        let entry = self.devices.get_mut(&address).ok_or(UnknownDevice { device: address })?;
+        Ok(entry.domain_id.take().ok_or(NotAttached { device: address })?)
+    }
+}
+
+fn check_room(limit: &str, used: usize, allowed: u32) -> Result<(), LimitReached> {
+    if used < allowed as usize {
+        return Ok(());
+    }
+    Err(LimitReached { limit: limit.to_owned(), allowed: allowed.into() })
+}
