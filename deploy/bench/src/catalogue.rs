@@ -3,7 +3,6 @@
 use crate::in_process;
 use crate::report::Report;
 use crate::stand::Bench;
-use crate::wire;
 
 /// One measurement: one or more figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,14 +53,6 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "growth-domains" => in_process::growth::domains(bench),
         "growth-mappings" => in_process::growth::mappings(bench),
         "memory-mapping" => in_process::memory::per_mapping(bench),
-        "start" => wire::start::ready(bench).await,
-        "latency-tcp" => wire::latency::one_in_flight(bench, wire::Transport::Tcp).await,
-        "latency-unix" => wire::latency::one_in_flight(bench, wire::Transport::Unix).await,
-        "dma-tcp" => wire::throughput::batches(bench, wire::Transport::Tcp).await,
-        "dma-unix" => wire::throughput::batches(bench, wire::Transport::Unix).await,
-        "agents" => wire::agents::many(bench).await,
-        "map-unmap-stream" => wire::map_stream::pairs(bench).await,
-        "memory-session" => wire::memory::per_idle_session(bench).await,
         other => unreachable!("{other} is in the catalogue and has no code"),
     }
 }

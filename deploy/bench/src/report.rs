@@ -52,7 +52,7 @@ impl Report {
     /// The table.
     pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(["name", "value", "unit", "min..max", "reference", "is", "ratio", "target", "verdict"]);
         for figure in &self.figures {
             table.add_row([

@@ -1,0 +1,64 @@
+//! A strict map and unmap through the kernel floor: IOVA, pins, record, entry; then invalidation, drain and everything back.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::sync::RwLock;
+
+use iommu_types::PAGE_SIZE_BYTES;
+
+use super::host::{Caches, Host, LARGE, Pages, map, unmap};
+use crate::figure::{Figure, RatioOf, Target};
+use crate::report::Report;
+use crate::rounds::{in_turn, nanoseconds_each};
+use crate::stand::Bench;
+
+/// Mappings that stay while the pair is measured.
+const LIVE: u64 = 1024;
+
+/// The pair.
+pub(crate) fn pair(bench: &mut Bench) -> anyhow::Result<Report> {
+    let mut host = Host::boot(256 << 20, Caches { iotlb: LARGE, paging: LARGE })?;
+    let mut pages = Pages::of(host.buffer(4 << 20)?);
+    let mut domain = host.domain()?;
+    let mut port = host.device(&domain)?;
+    // The device has been at work in this domain: its slot stands in the list that every drain looks through.
+    drop(port.burst());
+    for _ in 0..LIVE {
+        map(&host, &mut domain, &mut pages);
+    }
+    let tree = RwLock::new(BTreeMap::new());
+    let mut next = 0u64;
+    let mut insert = || {
+        next += 1;
+        let key = next % (1 << 20) * PAGE_SIZE_BYTES;
+        tree.write().expect("no writer panics").insert(key, (next, PAGE_SIZE_BYTES));
+        key
+    };
+    for _ in 0..LIVE {
+        insert();
+    }
+    let operations = bench.plan.operations() / 8;
+    let (ours, reference) = in_turn(
+        bench.plan,
+        || {
+            nanoseconds_each(operations, |n| {
+                for _ in 0..n {
+                    let mapped = map(&host, &mut domain, &mut pages);
+                    unmap(&host, &mut domain, black_box(mapped));
+                }
+            })
+        },
+        || {
+            nanoseconds_each(operations, |n| {
+                for _ in 0..n {
+                    let key = black_box(insert());
+                    tree.write().expect("no writer panics").remove(&key);
+                }
+            })
+        },
+    );
+    let figure = Figure::alone("map-unmap-in-process", "ns", &ours)
+        .beside("BTreeMap insert+remove in an RwLock", &reference, RatioOf::ValueToReference)
+        .judged(Target::value_at_most(500.0));
+    Ok(Report { figures: vec![figure], charts: Vec::new() })
+}
