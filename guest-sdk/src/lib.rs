@@ -1,1 +1,69 @@
-//! Async clients: Driver (DMA API), Observer, Operator, bare machines.
+//! Async clients of the IOMMU: [`Driver`] (DMA API and domain API), [`Observer`], [`Operator`], [`BareClient`].
+//!
+//! Every client begins with a [`Connection`], which says who it is; what it is allowed follows from that. A lost connection is
+//! opened again by itself, with the same session as long as the server's grace lasts. Mutating calls carry request IDs and are
+//! retried with the same ID, so that a retry never does a thing twice.
+//!
+//! A driver in short (`examples/map_a_buffer.rs` is the same with a device that copies):
+//!
+//! ```no_run
+//! use guest_sdk::{Connection, Direction, Owner};
+//!
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! let driver = Connection::to("http://127.0.0.1:7117").driver("net-driver", Owner::Driver(1)).await?;
+//! let device = driver.device("0000:00:05.0".parse()?);
+//! let buffer = driver.allocate(4096).await?;
+//! buffer.write(0, &b"hello"[..]).await?;
+//! let mapping = driver.dma_map_single(&device, buffer.range(), Direction::ToDevice).await?;
+//! // … give mapping.iova() to the device, wait for it …
+//! mapping.unmap().await?; // answered after invalidation and drain; `mapping` is gone
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Sizes are in bytes, addresses are typed by their space ([`Gpa`] for the owner's memory, [`Iova`] for the device's view).
+//! Every call ends with an [`SdkError`]: the operation's own refusal (an enum of [`iommu_types::errors`]), an error that can befall
+//! any call, or no answer within the deadline.
+
+mod admin;
+mod bare;
+mod buffer;
+mod connection;
+mod convert;
+mod dma_stream;
+mod domain;
+mod driver;
+mod error;
+mod faults;
+mod handle;
+mod inspect;
+mod interrupts;
+mod mapping;
+mod memory;
+mod requests;
+mod roles;
+mod subscription;
+
+pub use admin::{Admin, Peer};
+pub use bare::{BareClient, BareMachine, EventMessage, Machine, MachineDevice, MachineInterrupt};
+pub use buffer::Buffer;
+pub use connection::SessionLimits;
+pub use dma_stream::{DmaStream, MapTicket, UnmapTicket};
+pub use domain::{Domain, DomainWidth};
+pub use driver::{Driver, LeakReport};
+pub use error::{InspectError, Never, SdkError, TransportError};
+pub use faults::{FaultFilter, FaultList, Faults, NewFaults};
+pub use handle::DeviceHandle;
+pub use inspect::{
+    AccessQuestion, CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, Inspect, IotlbEntry, MappingState,
+    Mappings, OwnerState, Topology, WalkStep,
+};
+pub use interrupts::{Interrupt, InterruptEvent, MsiVector};
+pub use iommu_types::{
+    Access, AccessWidth, Capabilities, DeviceAddress, Direction, DomainId, Explanation, FaultRecord, Gpa, GpaRange, Iova,
+    Owner, Permissions, Protection, SourceId, errors,
+};
+pub use mapping::{Coherent, DMA_MAPPING_ERROR, DmaMapping};
+pub use memory::Memory;
+pub use roles::{Connection, Observer, Operator};
+pub use subscription::Subscription;

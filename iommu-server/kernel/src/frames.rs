@@ -9,14 +9,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use iommu_hardware::memory::{FrameArray, PhysicalMemory};
+use iommu_hardware::memory::{FrameArray, OWNER_NONE, OWNER_SERVER, PhysicalMemory};
 use iommu_types::errors::OutOfMemory;
 use iommu_types::{Hpa, HpaRange, PAGE_SIZE_BYTES};
 
-/// Tag of free frames in the frame array.
-const FREE: u32 = 0;
-/// Tag of the server's own frames: tables, records, the frame array.
-pub(crate) const SERVER: u32 = 1;
 /// Frames in a 2 MiB page.
 const FRAMES_2M: u64 = 512;
 /// Frames in a 1 GiB page.
@@ -60,7 +56,7 @@ impl FrameAllocator {
         }
         free.take(reserved.base.page_number(), reserved.frames);
         let allocator = Self { memory, array, free: Mutex::new(free) };
-        allocator.hand_over(reserved, FREE, SERVER);
+        allocator.hand_over(reserved, OWNER_NONE, OWNER_SERVER);
         allocator
     }
     pub(crate) fn array(&self) -> &FrameArray {
@@ -75,7 +71,7 @@ impl FrameAllocator {
         let runs =
             runs.ok_or(OutOfMemory { size_bytes: frames.saturating_mul(PAGE_SIZE_BYTES) })?;
         for run in &runs {
-            self.hand_over(*run, FREE, tag);
+            self.hand_over(*run, OWNER_NONE, tag);
         }
         Ok(runs)
     }
@@ -83,17 +79,17 @@ impl FrameAllocator {
     pub(crate) fn allocate_table(&self) -> Result<Hpa, OutOfMemory> {
         let number = self.lock().take_highest().ok_or(OutOfMemory { size_bytes: PAGE_SIZE_BYTES })?;
         let base = Hpa::new(number * PAGE_SIZE_BYTES);
-        self.hand_over(FrameRun { base, frames: 1 }, FREE, SERVER);
+        self.hand_over(FrameRun { base, frames: 1 }, OWNER_NONE, OWNER_SERVER);
         Ok(base)
     }
     /// Wipes the frames and makes them free. They must have no pins (I9).
     pub(crate) fn free(&self, run: FrameRun, tag: u32) {
         self.memory.zero(run.range()).expect("frames of ours lie in memory");
-        self.hand_over(run, tag, FREE);
+        self.hand_over(run, tag, OWNER_NONE);
         self.lock().give(run.base.page_number(), run.frames);
     }
     pub(crate) fn free_table(&self, table: Hpa) {
-        self.free(FrameRun { base: table, frames: 1 }, SERVER);
+        self.free(FrameRun { base: table, frames: 1 }, OWNER_SERVER);
     }
     fn hand_over(&self, run: FrameRun, from: u32, to: u32) {
         for frame in run.iter() {

@@ -233,8 +233,8 @@ mod tests {
         let mut iovas = IovaAllocator::new(39);
         let total = iovas.free_pages();
         let mut taken = Vec::new();
-        // 2,047 whole regions lie below 4 GiB; page 0 and FEEx_xxxx break two.
-        for n in 0..2046 {
+        // Of 2,048 regions below 4 GiB page 0 and FEEx_xxxx break one each, and one fits only tightly.
+        for n in 0..2045 {
             let first = iovas.allocate(512).expect("space");
             assert!(first < PAGE_4G, "allocation {n} at {first:#x}");
             taken.push((first, 512));
@@ -242,10 +242,13 @@ mod tests {
         let first = iovas.allocate(512).expect("space above 4 GiB");
         assert!(first >= PAGE_4G);
         taken.push((first, 512));
-        let rest = iovas.allocate((1 << 27) - (1 << 20) - 512).expect("one range");
-        taken.push((rest, (1 << 27) - (1 << 20) - 512));
+        let above = (1 << 27) - PAGE_4G - 512;
+        taken.push((iovas.allocate(above).expect("one range"), above));
+        let tight = iovas.allocate(512).expect("what fits tightly");
+        assert!(tight < PAGE_4G);
+        taken.push((tight, 512));
         assert_eq!(iovas.allocate(512), None);
-        assert!(iovas.allocate(256).is_some_and(|first| first < PAGE_4G), "what is left beside FEEx_xxxx");
+        assert_eq!(iovas.allocate(256), Some(INTERRUPT_PAGES.1), "what is left beside FEEx_xxxx");
         assert_eq!(iovas.allocate(u64::MAX), None);
         iovas.free(INTERRUPT_PAGES.1, 256);
         for (first, pages) in taken {

@@ -9,7 +9,7 @@ use iommu_types::{Direction, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSiz
 
 use super::table::Extent;
 use super::undone::{PendingUnmap, Remains, Revoked};
-use super::{Domain, RangeMapping, kind};
+use super::{Domain, RangeMapping};
 use crate::boot::Kernel;
 use crate::iova;
 use crate::owner_memory::OwnerMemory;
@@ -66,7 +66,7 @@ impl Domain {
         let record = MappingRecord {
             permissions: request.direction.permissions().bits(),
             protection: self.protection_code(),
-            kind: if request.coherent { kind::COHERENT } else { kind::DMA },
+            kind: kind_of(&request),
             domain_id: self.id.get(),
             owner: self.account.tag(),
             iova: iova.get(),
@@ -141,6 +141,10 @@ impl Domain {
         let mapping = self.ranges.get(&first).filter(|mapping| !mapping.is_fixed)?;
         Some((mapping.record, false))
     }
+}
+
+fn kind_of(request: &DmaMap) -> u8 {
+    if request.coherent { MappingRecord::KIND_COHERENT } else { MappingRecord::KIND_DMA_API }
 }
 
 /// The direction that grants these permissions. Directions and their permissions are one to one.

@@ -15,7 +15,7 @@ use iommu_types::{
 
 use super::table::Extent;
 use super::undone::{PendingUnmap, Revoked};
-use super::{Domain, RangeMapping, kind};
+use super::{Domain, RangeMapping};
 use crate::boot::Kernel;
 use crate::frames::{FrameRun, frame_at};
 use crate::iova::INTERRUPT_PAGES;
@@ -66,7 +66,7 @@ impl Domain {
         let record = MappingRecord {
             permissions: request.permissions.bits(),
             protection: self.protection_code(),
-            kind: kind::FIXED,
+            kind: MappingRecord::KIND_DOMAIN_API,
             domain_id: self.id.get(),
             owner: self.account.tag(),
             iova: request.iova.base().get(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use iommu_hardware::drain::{Drained, PendingDrain};
 use iommu_types::errors::{CreateDomainError, InvalidField};
-use iommu_types::{AddressWidths, Capabilities, Invalidation, Protection};
+use iommu_types::{AddressWidths, Capabilities, Invalidation, Iova, IovaRange, Protection};
 
 use super::table::Tables;
 use super::undone::{PendingUnmap, Revoked, Undone, Unfinished};
@@ -111,15 +111,10 @@ impl Domain {
         for (first, record) in self.tables.slots_from(0, usize::MAX) {
             let (_, facts) = kernel.records.records().get(record);
             let size_bytes = facts.size_bytes;
-            let pages = iommu_types::IovaRange::new(iommu_types::Iova::new(facts.iova), size_bytes)
-                .expect("a record of ours")
-                .pages_touched();
+            let range = IovaRange::new(Iova::new(facts.iova), size_bytes).expect("a record of ours");
+            let pages = range.pages_touched();
             self.tables.clear_slot(first);
-            self.revoke(
-                kernel,
-                Revoked { first, pages, record, size_bytes, is_fixed: false },
-                &mut remains,
-            );
+            self.revoke(kernel, Revoked { first, pages, record, size_bytes, is_fixed: false }, &mut remains);
         }
         self.unfinished.take_all(&mut remains);
         // Page by page would be longer than everything at once.

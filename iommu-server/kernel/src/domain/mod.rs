@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use iommu_hardware::memory::RecordIndex;
-use iommu_types::errors::LimitReached;
+use iommu_types::errors::{LimitReached, OutOfMemory};
 use iommu_types::{DomainId, Gpa, Hpa, Iova, IovaRange, Owner, Permissions, Protection, RequestId};
 
 pub use dma_api::{DmaMap, DmaUnmap};
@@ -37,13 +37,6 @@ use crate::boot::Kernel;
 use crate::iova::IovaAllocator;
 use table::{Extent, Tables};
 use undone::Unfinished;
-
-/// Kinds of mappings, as the record keeps them.
-mod kind {
-    pub(super) const DMA: u8 = 1;
-    pub(super) const FIXED: u8 = 2;
-    pub(super) const COHERENT: u8 = 3;
-}
 
 /// An address space: tables in physical memory, an IOVA allocator, its mappings. Locked by the service.
 #[derive(Debug)]
@@ -136,7 +129,7 @@ impl Domain {
 /// What a map runs out of: a limit, or memory for tables.
 enum Shortage {
     Limit(LimitReached),
-    Memory(iommu_types::errors::OutOfMemory),
+    Memory(OutOfMemory),
 }
 
 macro_rules! shortage_into {
@@ -159,8 +152,8 @@ impl From<LimitReached> for Shortage {
     }
 }
 
-impl From<iommu_types::errors::OutOfMemory> for Shortage {
-    fn from(memory: iommu_types::errors::OutOfMemory) -> Self {
+impl From<OutOfMemory> for Shortage {
+    fn from(memory: OutOfMemory) -> Self {
         Self::Memory(memory)
     }
 }

@@ -5,7 +5,7 @@ use iommu_types::{Access, Capabilities, FaultReason, Hpa, Iova, PageSize, Permis
 use super::{Leaf, TableMemory, Trace, WalkFault, is_interrupt_range};
 use crate::cache::{CachedContext, ContextTranslation, PagingEntry};
 use crate::vtd::spec::beyond_host_width;
-use crate::vtd::spec::pte::{ReservedChecks, SecondStageEntry, entry_address};
+use crate::vtd::spec::pte::{ReservedChecks, SecondStageEntry, entry_address, level_shift};
 
 /// The highest level of a table that the paging-structure cache keeps.
 const CACHED_TABLE_LEVEL_MAX: u8 = 3;
@@ -72,7 +72,15 @@ pub fn walk_second_stage(
         table = entry.address();
         level -= 1;
         if level <= CACHED_TABLE_LEVEL_MAX {
-            on_table(PagingEntry { domain_id: context.domain_id, iova, level, table, permissions });
+            // What the table covers begins at a multiple of what an entry one level up covers.
+            let covered = Iova::new(iova.get() & (u64::MAX << level_shift(level + 1)));
+            on_table(PagingEntry {
+                domain_id: context.domain_id,
+                iova: covered,
+                level,
+                table,
+                permissions,
+            });
         }
     };
     let size = PageSize::at_level(level).expect("the checks let a page stand only at levels 1 to 3");

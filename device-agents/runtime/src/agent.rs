@@ -1,0 +1,131 @@
+//! An agent: one device model, its sessions one after another.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use iommu_types::DeviceAddress;
+use tokio_util::sync::CancellationToken;
+
+use crate::link::Link;
+use crate::session::{Peer, serve};
+use crate::{Backoff, DeviceModel, Dma, EndReason, LinkState, Reconnect};
+
+/// How an agent is to run.
+#[derive(Clone, Debug)]
+#[must_use = "a builder does nothing until it is run or built"]
+pub struct AgentBuilder {
+    peer: Peer,
+    reconnect: Reconnect,
+    stop: CancellationToken,
+}
+
+impl AgentBuilder {
+    /// When to connect again; [`Reconnect::STANDARD`] unless given.
+    pub fn reconnect(mut self, policy: Reconnect) -> Self {
+        self.reconnect = policy;
+        self
+    }
+
+    /// Ends the agent gracefully when the token is cancelled: no new DMA, what is in flight is awaited for 2 s.
+    pub fn stop_on(mut self, token: CancellationToken) -> Self {
+        self.stop = token;
+        self
+    }
+
+    /// An agent, not yet running; for models that need its [`Dma`] handle when they are made.
+    pub fn build(self) -> Agent {
+        Agent { peer: self.peer, reconnect: self.reconnect, stop: self.stop, link: Arc::new(Link::new()) }
+    }
+
+    /// Builds the agent and runs it; see [`Agent::run`].
+    pub async fn run<M: DeviceModel>(self, model: M) -> Result<(), EndReason> {
+        self.build().run(model).await
+    }
+}
+
+/// A device agent.
+#[derive(Debug)]
+pub struct Agent {
+    peer: Peer,
+    reconnect: Reconnect,
+    stop: CancellationToken,
+    link: Arc<Link>,
+}
+
+impl Agent {
+    /// An agent that connects to `endpoint` (`http://127.0.0.1:7117` or `unix:///run/iommu.sock`) as the device that the server's
+    /// configuration knows as `name` at `address`.
+    pub fn builder(
+        endpoint: impl Into<String>,
+        name: impl Into<String>,
+        address: DeviceAddress,
+    ) -> AgentBuilder {
+        AgentBuilder {
+            peer: Peer { endpoint: endpoint.into(), name: name.into(), address },
+            reconnect: Reconnect::STANDARD,
+            stop: CancellationToken::new(),
+        }
+    }
+
+    /// The handle for DMA; good before, during and between sessions.
+    pub fn dma(&self) -> Dma {
+        Dma::new(Arc::clone(&self.link))
+    }
+
+    /// Runs the model until the agent is stopped (`Ok`) or its session ends for a reason that a new session would not
+    /// mend (`Err`), such as a newer agent for the same address.
+    pub async fn run<M: DeviceModel>(self, model: M) -> Result<(), EndReason> {
+        let model = Arc::new(model);
+        let dma = self.dma();
+        let own_work = {
+            let model = Arc::clone(&model);
+            tokio::spawn(async move { model.run(dma).await })
+        };
+        // Dropping this future must not leave the model running.
+        let _own_work = AbortOnDrop(own_work);
+        let reason = self.sessions(&model).await;
+        self.link.down(LinkState::Ended { reason: reason.clone() });
+        match reason {
+            EndReason::Cancelled => Ok(()),
+            reason => Err(reason),
+        }
+    }
+
+    async fn sessions<M: DeviceModel>(&self, model: &Arc<M>) -> EndReason {
+        let mut backoff = Backoff::new(&self.reconnect);
+        let mut attempts = 0u32;
+        loop {
+            let mut stood = false;
+            let reason = serve(&self.peer, &self.link, model, &self.stop, || stood = true).await;
+            if stood {
+                attempts = 0;
+                backoff.succeeded();
+            }
+            let exhausted = self.reconnect.attempts_max.is_some_and(|most| attempts >= most);
+            if exhausted || !reason.allows_reconnect(&self.reconnect) {
+                return reason;
+            }
+            attempts = attempts.saturating_add(1);
+            let delay = backoff.next_delay();
+            self.tell_retry(&reason, delay);
+            self.link.down(LinkState::Down { reason: Some(reason), retry_in: delay });
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return EndReason::Cancelled,
+                () = tokio::time::sleep(delay) => {}
+            }
+        }
+    }
+
+    fn tell_retry(&self, reason: &EndReason, delay: Duration) {
+        tracing::warn!(device = %self.peer.address, %reason, retry_ms = delay.as_millis() as u64, "session ended");
+    }
+}
+
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

@@ -1,0 +1,164 @@
+//! One session from Hello to its end: the handshake, and the task that reads the stream.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use iommu_proto::pb;
+use iommu_proto::pb::device_service_client::DeviceServiceClient;
+use iommu_proto::pb::device_to_server::Message as Up;
+use iommu_proto::pb::server_to_device::Message as Down;
+use iommu_types::{DeviceAddress, Generation};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+
+use crate::connect::{MESSAGE_BYTES_MAX, connect};
+use crate::device_task::{self, Work};
+use crate::link::{DMA_CREDITS_MAX, Link, MMIO_CREDITS, OUTBOUND_MAX, Session};
+use crate::{DeviceModel, Dma, EndReason, SessionLimits};
+
+/// Major version of the schema that this crate speaks.
+const SCHEMA_VERSION: u32 = 1;
+/// How long the server may take from Hello to Welcome.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a graceful stop waits for batches in flight.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+/// How long a register access may run on after its session has ended.
+const DEVICE_TASK_GRACE: Duration = Duration::from_secs(5);
+
+/// Who says Hello, and where.
+#[derive(Clone, Debug)]
+pub(crate) struct Peer {
+    pub(crate) endpoint: String,
+    pub(crate) name: String,
+    pub(crate) address: DeviceAddress,
+}
+
+/// Connects, shakes hands, and serves until the session ends. `established` is called once it stands.
+pub(crate) async fn serve<M: DeviceModel>(
+    peer: &Peer,
+    link: &Arc<Link>,
+    model: &Arc<M>,
+    stop: &CancellationToken,
+    established: impl FnOnce(),
+) -> EndReason {
+    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, shake_hands(peer));
+    let shaken = tokio::select! {
+        biased;
+        () = stop.cancelled() => return EndReason::Cancelled,
+        shaken = handshake => shaken,
+    };
+    let (session, mut inbound) = match shaken {
+        Ok(Ok(shaken)) => shaken,
+        Ok(Err(reason)) => return reason,
+        Err(_) => return EndReason::Lost(format!("no Welcome within {HANDSHAKE_TIMEOUT:?}")),
+    };
+    link.up(Arc::clone(&session));
+    established();
+    let (work, queue) = device_task::work_queue();
+    let dma = Dma::new(Arc::clone(link));
+    let mut device =
+        tokio::spawn(device_task::run(Arc::clone(model), dma, Arc::clone(&session), queue));
+    let reason = tokio::select! {
+        reason = read(&session, &mut inbound, &work) => reason,
+        reason = stop_gracefully(&session, stop) => reason,
+    };
+    session.close();
+    drop(work);
+    // The next session's accesses must not run beside one of this session: order on the bus.
+    if tokio::time::timeout(DEVICE_TASK_GRACE, &mut device).await.is_err() {
+        tracing::warn!("a register access did not end with its session and is dropped");
+        device.abort();
+    }
+    reason
+}
+
+async fn shake_hands(peer: &Peer) -> Result<(Arc<Session>, Streaming<pb::ServerToDevice>), EndReason> {
+    let channel = connect(&peer.endpoint).await?;
+    let mut client = DeviceServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let (outbound, messages) = mpsc::channel(OUTBOUND_MAX);
+    let hello = pb::Hello {
+        schema_version: SCHEMA_VERSION,
+        name: peer.name.clone(),
+        address: Some(peer.address.into()),
+        mmio_credits: MMIO_CREDITS,
+    };
+    let first = pb::DeviceToServer { message: Some(Up::Hello(hello)) };
+    outbound.try_send(first).expect("a new channel has room");
+    let refused = |status| EndReason::of(&status, false);
+    let mut inbound = client.attach(ReceiverStream::new(messages)).await.map_err(refused)?.into_inner();
+    let welcome = match inbound.message().await.map_err(refused)? {
+        Some(pb::ServerToDevice { message: Some(Down::Welcome(welcome)) }) => welcome,
+        Some(_) => return Err(EndReason::Protocol("the first message is not Welcome".into())),
+        None => return Err(EndReason::Lost("the stream ended before Welcome".into())),
+    };
+    let limits = limits_of(&welcome)?;
+    Ok((Arc::new(Session::new(Generation(welcome.generation), limits, outbound)), inbound))
+}
+
+fn limits_of(welcome: &pb::Welcome) -> Result<SessionLimits, EndReason> {
+    let rule = |holds: bool, what: &str| {
+        if holds { Ok(()) } else { Err(EndReason::Protocol(format!("welcome.{what}"))) }
+    };
+    rule(welcome.schema_version == SCHEMA_VERSION, "schema_version: this agent speaks version 1")?;
+    rule(welcome.dma_credits >= 1, "dma_credits: at least 1 is needed")?;
+    rule(welcome.batch_operations_max >= 1, "batch_operations_max: at least 1 is needed")?;
+    rule(welcome.batch_bytes_max >= 1, "batch_bytes_max: at least 1 is needed")?;
+    Ok(SessionLimits {
+        dma_credits: welcome.dma_credits.min(DMA_CREDITS_MAX),
+        batch_operations_max: welcome.batch_operations_max,
+        batch_bytes_max: welcome.batch_bytes_max,
+    })
+}
+
+/// Reads the stream until it ends. Waits for nothing but the stream.
+async fn read(
+    session: &Session,
+    inbound: &mut Streaming<pb::ServerToDevice>,
+    work: &mpsc::Sender<Work>,
+) -> EndReason {
+    loop {
+        let message = match inbound.message().await {
+            Ok(Some(message)) => message,
+            Ok(None) => return EndReason::Lost("the server ended the stream".into()),
+            Err(status) => return EndReason::of(&status, true),
+        };
+        if let Err(broken) = take(session, work, message) {
+            return EndReason::Protocol(broken);
+        }
+    }
+}
+
+/// Takes one message. `Err` says which rule it breaks.
+fn take(session: &Session, work: &mpsc::Sender<Work>, message: pb::ServerToDevice) -> Result<(), String> {
+    let queue = |item| {
+        work.try_send(item)
+            .map_err(|_| format!("more than {MMIO_CREDITS} register accesses unanswered"))
+    };
+    match message.message {
+        Some(Down::Dma(completions)) => session.completed(completions),
+        Some(Down::Mmio(request)) => queue(Work::Mmio(request)),
+        Some(Down::Reset(reset)) => {
+            session.reset_begun()?;
+            queue(Work::Reset { tag: reset.tag })
+        }
+        Some(Down::Welcome(_)) => Err("a second Welcome".into()),
+        None => Err("ServerToDevice.message: absent, or a case of a newer schema".into()),
+    }
+}
+
+/// Waits to be asked to stop, then for what is in flight, but not for long.
+async fn stop_gracefully(session: &Session, stop: &CancellationToken) -> EndReason {
+    stop.cancelled().await;
+    session.stop_admitting();
+    let quiet = async {
+        while !session.is_quiet() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    if tokio::time::timeout(STOP_GRACE, quiet).await.is_err() {
+        tracing::warn!("batches are still in flight after {STOP_GRACE:?}; the session ends without their answers");
+    }
+    EndReason::Cancelled
+}

@@ -1,0 +1,284 @@
+//! The session of a client: opened once, opened again when its connection is lost, and the calls on it.
+//!
+//! A session lives on one HTTP/2 connection. When that is lost, the next call (or a retry) connects anew and comes back with the
+//! resume token; each connection has a number (epoch), so that of many calls that see one loss only one opens again.
+
+use std::future::Future;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use iommu_proto::errors::WireError;
+use iommu_proto::pb;
+use iommu_proto::pb::open_request::Role as WireRole;
+use iommu_proto::pb::session_service_client::SessionServiceClient;
+use iommu_types::Generation;
+use iommu_types::errors::{CallError, SessionError};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, IntoRequest, Request, Response, Status};
+
+use crate::error::{causes, of_status};
+use crate::{SdkError, TransportError};
+
+/// Major version of the schema that this crate speaks.
+const SCHEMA_VERSION: u32 = 1;
+/// How often an idle connection is probed, and how long a probe may stay unanswered.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long one attempt to connect may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// HTTP/2 windows and frames in bytes: bulk memory without waiting for window updates.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+const FRAME_BYTES_MAX: u32 = 256 << 10;
+/// Largest message that is taken from the server.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 8 << 20;
+/// Delays between the attempts of a call.
+const RETRY_FIRST: Duration = Duration::from_millis(20);
+const RETRY_LONGEST: Duration = Duration::from_millis(500);
+
+/// Limits of a session, enforced by the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionLimits {
+    /// Largest message in bytes, either way.
+    pub message_bytes_max: u32,
+    /// Most operations in one batch.
+    pub batch_operations_max: u32,
+    /// Most bytes that one memory message may read or write.
+    pub batch_bytes_max: u32,
+    /// Most request IDs remembered for retries.
+    pub request_window: u32,
+}
+
+/// One connection on which the session stands.
+#[derive(Debug)]
+pub(crate) struct Live {
+    pub(crate) channel: Channel,
+    pub(crate) epoch: u64,
+    pub(crate) limits: SessionLimits,
+    generation: Generation,
+    grace: Duration,
+}
+
+/// A session and all that is needed to open it again.
+#[derive(Debug)]
+pub(crate) struct Core {
+    endpoint: Endpoint,
+    endpoint_text: String,
+    deadline: Duration,
+    /// What Open is called with; its token is the latest.
+    open: tokio::sync::Mutex<pb::OpenRequest>,
+    live: RwLock<Arc<Live>>,
+}
+
+impl Core {
+    /// Connects and opens the session. Tries once: a server that is not there is told at once.
+    pub(crate) async fn open(
+        endpoint_text: String,
+        deadline: Duration,
+        name: String,
+        role: WireRole,
+    ) -> Result<Arc<Self>, SdkError<SessionError>> {
+        let endpoint = configured(&endpoint_text)?;
+        let mut open =
+            pb::OpenRequest { schema_version: SCHEMA_VERSION, name, role: Some(role), resume_token: Bytes::new() };
+        let opening = open_session(&endpoint, &endpoint_text, &mut open, 1);
+        let (live, _) = tokio::time::timeout(deadline, opening)
+            .await
+            .map_err(|_| TransportError::Deadline { waited: deadline, last: None })??;
+        Ok(Arc::new(Self {
+            endpoint,
+            endpoint_text,
+            deadline,
+            open: tokio::sync::Mutex::new(open),
+            live: RwLock::new(Arc::new(live)),
+        }))
+    }
+
+    pub(crate) fn live(&self) -> Arc<Live> {
+        Arc::clone(&self.live.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn limits(&self) -> SessionLimits {
+        self.live().limits
+    }
+
+    pub(crate) fn generation(&self) -> Generation {
+        self.live().generation
+    }
+
+    pub(crate) fn grace(&self) -> Duration {
+        self.live().grace
+    }
+
+    /// Opens the session again after connection `epoch` was lost. Whoever comes second gets what the first one opened.
+    pub(crate) async fn reopen(&self, epoch: u64) -> Result<Arc<Live>, SdkError<SessionError>> {
+        let mut open = self.open.lock().await;
+        let current = self.live();
+        if current.epoch != epoch {
+            return Ok(current);
+        }
+        let token_given = !open.resume_token.is_empty();
+        let mut asked = open.clone();
+        let (live, resumed) =
+            open_session(&self.endpoint, &self.endpoint_text, &mut asked, epoch.wrapping_add(1)).await?;
+        if token_given && !resumed {
+            // What we held is gone. The token stays as it is, so that every later attempt is told the same.
+            return Err(TransportError::StateLost.into());
+        }
+        *open = asked;
+        let live = Arc::new(live);
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&live);
+        tracing::info!(generation = live.generation.0, "session opened again");
+        Ok(live)
+    }
+
+    /// Calls until there is an answer, a refusal, or the deadline. `attempt` is given the connection of each attempt.
+    pub(crate) async fn call<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: Fn(Channel) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let mut last = None;
+        let retried = async {
+            let mut delay = RETRY_FIRST;
+            loop {
+                let live = self.live();
+                let status = match attempt(live.channel.clone()).await {
+                    Ok(answer) => return Ok(answer.into_inner()),
+                    Err(status) => status,
+                };
+                if !may_retry(&status) {
+                    return Err(of_status(&status));
+                }
+                last = Some(causes(&status));
+                if let Err(error) = self.reopen(live.epoch).await {
+                    last = Some(error.to_string());
+                    passing(error)?;
+                }
+                tokio::time::sleep(delay).await;
+                delay = (delay * 2).min(RETRY_LONGEST);
+            }
+        };
+        let ended = tokio::time::timeout(self.deadline, retried).await;
+        ended.unwrap_or_else(|_| Err(TransportError::Deadline { waited: self.deadline, last }.into()))
+    }
+
+    /// Calls once, for what must not be done twice and has no request ID. A session that the server does not know any more has
+    /// not done anything, so that is opened again first.
+    pub(crate) async fn call_once<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: Fn(Channel) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let live = self.live();
+        let once = async {
+            let status = match attempt(live.channel.clone()).await {
+                Ok(answer) => return Ok(answer.into_inner()),
+                Err(status) => status,
+            };
+            if !matches!(CallError::from_status(&status), Some(CallError::SessionRequired(_))) {
+                return Err(of_status(&status));
+            }
+            match self.reopen(live.epoch).await {
+                Ok(live) => attempt(live.channel.clone())
+                    .await
+                    .map(Response::into_inner)
+                    .map_err(|status| of_status(&status)),
+                Err(error) => passing(error).and(Err(of_status(&status))),
+            }
+        };
+        let ended = tokio::time::timeout(self.deadline, once).await;
+        ended.unwrap_or(Err(TransportError::Deadline { waited: self.deadline, last: None }.into()))
+    }
+
+    /// A request with the deadline of one call, for unary methods.
+    pub(crate) fn request<M>(&self, message: M) -> Request<M> {
+        let mut request = message.into_request();
+        request.set_timeout(self.deadline);
+        request
+    }
+}
+
+/// Whether a call that ended so may be made again: there was no answer, or the session is not known any more.
+pub(crate) fn may_retry(status: &Status) -> bool {
+    match CallError::from_status(status) {
+        Some(error) => matches!(error, CallError::SessionRequired(_) | CallError::ShuttingDown(_)),
+        None => status.code() == Code::Unavailable || is_broken_connection(status),
+    }
+}
+
+/// Whether a failure to open again is worth another attempt.
+fn passing<E>(error: SdkError<SessionError>) -> Result<(), SdkError<E>> {
+    match error {
+        SdkError::Refused(SessionError::ShuttingDown(_) | SessionError::LimitReached(_)) => Ok(()),
+        SdkError::Refused(refused) => Err(TransportError::SessionRefused(refused).into()),
+        SdkError::Transport(TransportError::Unreachable { .. } | TransportError::Status { .. }) => Ok(()),
+        SdkError::Transport(error) => Err(error.into()),
+        SdkError::Call(CallError::ShuttingDown(_)) => Ok(()),
+        SdkError::Call(error) => Err(error.into()),
+    }
+}
+
+/// tonic tells a connection that broke under a call as Unknown or Cancelled with a source, or as a broken stream (Internal).
+fn is_broken_connection(status: &Status) -> bool {
+    matches!(status.code(), Code::Unknown | Code::Internal | Code::Cancelled)
+        && std::error::Error::source(status).is_some()
+}
+
+fn configured(text: &str) -> Result<Endpoint, TransportError> {
+    let bad = |why: String| TransportError::BadEndpoint { endpoint: text.to_owned(), why };
+    if !text.starts_with("http://") && !text.starts_with("unix:") {
+        return Err(bad("the scheme must be http or unix".into()));
+    }
+    let endpoint = Endpoint::from_shared(text.to_owned()).map_err(|error| bad(causes(&error)))?;
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX))
+}
+
+/// Connects and opens; leaves the new token in `open`. Also tells whether the session goes on where it was.
+async fn open_session(
+    endpoint: &Endpoint,
+    endpoint_text: &str,
+    open: &mut pb::OpenRequest,
+    epoch: u64,
+) -> Result<(Live, bool), SdkError<SessionError>> {
+    let unreachable = |why| TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why };
+    let channel = endpoint.connect().await.map_err(|error| unreachable(causes(&error)))?;
+    let mut request = open.clone().into_request();
+    request.set_timeout(CONNECT_TIMEOUT);
+    let answer = SessionServiceClient::new(channel.clone())
+        .open(request)
+        .await
+        .map_err(|status| match of_status(&status) {
+            SdkError::Transport(TransportError::Status { code: Code::Unavailable, message }) => {
+                unreachable(message).into()
+            }
+            error => error,
+        })?
+        .into_inner();
+    if answer.schema_version != SCHEMA_VERSION {
+        let why = format!("schema_version: {} where 1 was agreed", answer.schema_version);
+        return Err(TransportError::BadAnswer(why).into());
+    }
+    let limits = answer.limits.ok_or_else(|| TransportError::BadAnswer("limits: absent".into()))?;
+    let limits = SessionLimits {
+        message_bytes_max: limits.message_bytes_max,
+        batch_operations_max: limits.batch_operations_max.max(1),
+        batch_bytes_max: limits.batch_bytes_max.max(1),
+        request_window: limits.request_window.max(1),
+    };
+    open.resume_token = answer.resume_token;
+    let generation = Generation(answer.generation);
+    let grace = Duration::from_millis(answer.grace_ms);
+    Ok((Live { channel, epoch, limits, generation, grace }, answer.resumed))
+}

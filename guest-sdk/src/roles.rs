@@ -1,0 +1,115 @@
+//! Who a client is: the first thing it says, and what it can do from then on.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use iommu_proto::pb;
+use iommu_proto::pb::open_request::Role as WireRole;
+use iommu_types::Owner;
+use iommu_types::errors::SessionError;
+
+use crate::connection::Core;
+use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, SdkError};
+
+/// How long a call may take, retries included, unless said otherwise.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A connection that is still to be opened: where to, and with which deadline.
+#[derive(Clone, Debug)]
+#[must_use = "a connection does nothing until a role is opened on it"]
+pub struct Connection {
+    endpoint: String,
+    deadline: Duration,
+}
+
+impl Connection {
+    /// A connection to `http://ADDRESS:PORT` or `unix:///PATH`.
+    pub fn to(endpoint: impl Into<String>) -> Self {
+        Self { endpoint: endpoint.into(), deadline: DEADLINE }
+    }
+
+    /// How long a call may take, retries included; 10 s unless given. Subscriptions and bulk transfers have none.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Opens a session as the driver software of `owner`, under the name that the server's configuration has for it. An earlier session of
+    /// the same driver that is still there is fenced, and what it held is reclaimed.
+    pub async fn driver(
+        self,
+        name: impl Into<String>,
+        owner: Owner,
+    ) -> Result<Driver, SdkError<SessionError>> {
+        let role = WireRole::Driver(pb::DriverRole { owner: Some(owner.into()) });
+        Ok(Driver::new(self.open(name, role).await?, owner))
+    }
+
+    /// Opens a session that may look and not touch.
+    pub async fn observer(self, name: impl Into<String>) -> Result<Observer, SdkError<SessionError>> {
+        Ok(Observer { core: self.open(name, WireRole::Observer(pb::ObserverRole {})).await? })
+    }
+
+    /// Opens a session that may look, declare and attach devices, and read and write memory.
+    pub async fn operator(self, name: impl Into<String>) -> Result<Operator, SdkError<SessionError>> {
+        let core = self.open(name, WireRole::Operator(pb::OperatorRole {})).await?;
+        Ok(Operator { observer: Observer { core } })
+    }
+
+    /// Opens a session that creates bare machines and owns them.
+    pub async fn bare(self, name: impl Into<String>) -> Result<BareClient, SdkError<SessionError>> {
+        Ok(BareClient::new(self.open(name, WireRole::Bare(pb::BareRole {})).await?))
+    }
+
+    async fn open(
+        self,
+        name: impl Into<String>,
+        role: WireRole,
+    ) -> Result<Arc<Core>, SdkError<SessionError>> {
+        Core::open(self.endpoint, self.deadline, name.into(), role).await
+    }
+}
+
+/// A client that may look, and may not touch.
+#[derive(Clone, Debug)]
+pub struct Observer {
+    core: Arc<Core>,
+}
+
+impl Observer {
+    /// Topology, domains, mappings, tables, IOTLB, counters, explanations.
+    pub fn inspect(&self) -> Inspect {
+        Inspect::new(Arc::clone(&self.core))
+    }
+
+    /// The fault logs of all owners.
+    pub fn faults(&self) -> Faults {
+        Faults::new(Arc::clone(&self.core))
+    }
+}
+
+/// A client that may look at everything, declare and attach devices, and read and write memory.
+#[derive(Clone, Debug)]
+pub struct Operator {
+    observer: Observer,
+}
+
+impl Operator {
+    /// Devices, owners and attachments.
+    pub fn admin(&self) -> Admin {
+        Admin::new(Arc::clone(&self.observer.core))
+    }
+
+    /// The memory of `owner`, around the IOMMU.
+    pub fn memory(&self, owner: Owner) -> Memory {
+        Memory::new(Arc::clone(&self.observer.core), Some(owner))
+    }
+}
+
+impl Deref for Operator {
+    type Target = Observer;
+    fn deref(&self) -> &Observer {
+        &self.observer
+    }
+}

@@ -1,0 +1,131 @@
+//! Every limit of the service floor, with its unit and its reason (I7). Related limits are asserted at compile time.
+
+use std::time::Duration;
+
+use iommu_proto::dma::BatchLimits;
+use iommu_proto::limits;
+
+// ---- messages: what the wire contract fixes stands in iommu_proto::limits
+
+/// What one batch may be: all that the contract allows. A session's memory holds one batch and its answer at a time.
+pub const BATCH: BatchLimits = BatchLimits::CONTRACT;
+/// Most bytes of one piece of a bulk read: small enough to share a connection, large enough to be cheap.
+pub const BULK_PIECE_BYTES: usize = 256 << 10;
+// ---- connections and streams
+
+/// Connections at once. Each costs its HTTP/2 state and windows; 64 agents, 64 drivers and their tools fit many times.
+pub const CONNECTIONS_MAX: usize = 1024;
+/// Of them such that have not said who they are: a flood of strangers must not keep known peers out.
+pub const ANONYMOUS_CONNECTIONS_MAX: usize = 256;
+const _: () = assert!(ANONYMOUS_CONNECTIONS_MAX < CONNECTIONS_MAX);
+/// Streams (calls) at once on one connection.
+pub const STREAMS_PER_CONNECTION_MAX: u32 = 256;
+/// Calls at once on all connections together, streams included.
+pub const CALLS_MAX: usize = 8192;
+/// Subscriptions (interrupts, faults) at once on one connection.
+pub const WATCHERS_PER_CONNECTION_MAX: usize = 16;
+/// HTTP/2 receive window of a stream: two full batches in flight at a round trip of a millisecond give 8 GB/s.
+pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// HTTP/2 receive window of a connection: two streams at full speed.
+pub const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+/// HTTP/2 frames up to this size: fewer frames for large DMA (measured: +50 % bytes/s at 64 KiB).
+pub const FRAME_BYTES_MAX: u32 = 256 << 10;
+/// Bytes of request headers, decompressed: ours need a few hundred.
+pub const HEADER_BYTES_MAX: u32 = 16 << 10;
+/// Streams that a peer reset before they were accepted (rapid reset, CVE-2023-44487); beyond it the connection ends.
+pub const PENDING_RESETS_MAX: usize = 32;
+/// Streams that we reset because of a peer's errors; beyond it the connection ends.
+pub const LOCAL_RESETS_MAX: usize = 256;
+/// A silent partition is noticed after interval and timeout together.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// How long a peer may take to answer a keepalive ping.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// TCP keepalive: idle seconds before the first probe; HTTP/2 pings come first, this is for half-open handshakes.
+pub const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+/// Pause after accept() failed for want of descriptors.
+pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
+/// Connections accepted and not yet taken up by the transport.
+pub const ACCEPTED_QUEUE_MAX: usize = 16;
+
+// ---- device sessions
+
+/// DMA batches that a device may have unanswered. They are carried out one after the other, so memory holds one.
+pub const DMA_CREDITS: u32 = 64;
+/// MMIO calls that wait for a credit of the device; one more is refused.
+pub const MMIO_WAITING_MAX: usize = 256;
+/// How long a driver waits for its device to answer a register access, time for a credit included.
+pub const MMIO_TIMEOUT: Duration = Duration::from_secs(5);
+/// A peer that does not read its stream for so long, while something is to be sent, loses it.
+pub const STREAM_STALLED: Duration = Duration::from_secs(10);
+/// How long an ended stream has to carry its last status to a peer that reads, before its connection is cut.
+pub const ENDING_GRACE: Duration = Duration::from_millis(500);
+/// How often stalled and ended streams are looked for.
+pub const WATCHDOG_TICK: Duration = Duration::from_millis(100);
+/// How long the first message of a device session may take.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Devices on the host: half of a PCI segment's functions would fit; each costs a port's cache lines only while connected.
+pub const DEVICES_MAX: u32 = 4096;
+/// Sessions of devices at once, old ones that are being fenced included: the managed unit's ports.
+pub const DEVICE_PORTS_MAX: u16 = 1024;
+
+// ---- owners
+
+/// Owners declared at once.
+pub const OWNERS_MAX: u32 = 1024;
+/// Domains of all owners together: DomainId has 16 bits, 0 is reserved in caching mode.
+pub const DOMAINS_MAX: u16 = 16_384;
+/// Domains of one owner, default domains of its devices included.
+pub const DOMAINS_PER_OWNER_MAX: u32 = 2048;
+/// Live mappings of one owner: one record of 64 bytes each.
+pub const MAPPINGS_PER_OWNER_MAX: u64 = 1 << 20;
+/// Interrupts of one owner.
+pub const INTERRUPTS_PER_OWNER_MAX: u32 = 2048;
+/// Fault records kept for one owner; older ones are overwritten and counted.
+pub const FAULT_RECORDS_PER_OWNER: u32 = 1024;
+/// How long a driver's things outlive its connection, unless configured otherwise.
+pub const GRACE_DEFAULT: Duration = Duration::from_secs(5);
+/// Request IDs remembered per session identity.
+pub const REQUEST_WINDOW: usize = 1024;
+/// Bytes of answers remembered per session identity; the oldest go first.
+pub const REPLAY_BYTES_MAX: usize = 1 << 20;
+/// Distinct interrupts queued for one subscription; equal ones are merged, so this bounds distinct ones only.
+pub const INTERRUPTS_QUEUED_MAX: usize = 1024;
+/// Answers ready for a slow reader of a subscription or bulk stream.
+pub const FEED_DEPTH: usize = 4;
+/// Items (fault records, mappings, IOTLB entries, table entries) in one message; one takes less than 512 bytes.
+pub const ITEMS_PER_MESSAGE_MAX: usize = 2048;
+const _: () = assert!(ITEMS_PER_MESSAGE_MAX * 512 < limits::MESSAGE_BYTES_MAX);
+const _: () = assert!(BULK_PIECE_BYTES < limits::BATCH_BYTES_MAX as usize);
+/// Table entries in one dump: more than a million mappings have.
+pub const DUMP_ENTRIES_MAX: usize = 4 << 20;
+
+// ---- bare machines
+
+/// Bare machines of one client.
+pub const MACHINES_PER_CLIENT_MAX: usize = 8;
+/// Bare machines of all clients together.
+pub const MACHINES_MAX: usize = 64;
+/// Memory of one bare machine.
+pub const MACHINE_MEMORY_BYTES_MAX: u64 = 1 << 30;
+/// Memory of all bare machines of one client.
+pub const MACHINE_MEMORY_PER_CLIENT_BYTES_MAX: u64 = 2 << 30;
+/// Devices of one bare machine.
+pub const MACHINE_DEVICES_MAX: usize = 64;
+/// Names under which clients of bare machines are known at once.
+pub const BARE_CLIENTS_MAX: usize = 64;
+/// Sets of four ways in the IOTLB of a bare unit.
+pub const MACHINE_IOTLB_SETS: u32 = 256;
+
+// ---- the managed unit
+
+/// Sets of four ways in the IOTLB: 16,384 translations.
+pub const IOTLB_SETS: u32 = 4096;
+/// Sets of four ways in the context cache: all devices that fit the ports.
+pub const CONTEXT_CACHE_SETS: u32 = 1024;
+/// Sets of four ways in the paging-structure cache.
+pub const PAGING_STRUCTURE_CACHE_SETS: u32 = 1024;
+
+// ---- log
+
+/// Log lines of one kind that a peer can cause, per second; the rest is counted and told with the next line.
+pub const PEER_LOG_LINES_PER_SECOND: u32 = 10;

@@ -1,0 +1,396 @@
+//! Configuration: flags, their environment twins, a TOML file and the built-in defaults, in this order, parsed into a
+//! [`Config`] that makes sense before a port is bound. What does not is a [`ConfigError`] that names the flag and the remedy.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use iommu_types::{DeviceAddress, Owner, PAGE_SIZE_BYTES};
+use serde::Deserialize;
+
+use crate::bounds;
+use crate::cli::{LogFormat, ServeArgs};
+
+/// What the server starts with when neither flags nor a file say otherwise.
+pub const DEFAULT_TOML: &str = include_str!("default.toml");
+
+const MEMORY_BYTES_MIN: u64 = 16 << 20;
+const MEMORY_BYTES_MAX: u64 = 1 << 42; // well inside the host address width of 46 bits
+
+/// A setting that makes no sense.
+#[derive(Debug, thiserror::Error)]
+#[error("{flag}: {why}\n  remedy: {remedy}")]
+pub struct ConfigError {
+    /// The flag (or file) at fault.
+    pub flag: String,
+    /// What is wrong.
+    pub why: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+fn error(flag: &str, why: impl Into<String>, remedy: impl Into<String>) -> ConfigError {
+    ConfigError { flag: flag.to_owned(), why: why.into(), remedy: remedy.into() }
+}
+
+/// A declared device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSetting {
+    /// Where.
+    pub address: DeviceAddress,
+    /// Name with which its agent says Hello.
+    pub name: String,
+    /// Whose, if anybody's.
+    pub owner: Option<Owner>,
+}
+
+/// A declared driver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DriverSetting {
+    /// Its owner.
+    pub owner: Owner,
+    /// Name with which it opens its session.
+    pub name: String,
+}
+
+/// Names that may take a role; `*` admits any name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names(pub Vec<String>);
+
+impl Names {
+    /// Whether the name is one of them.
+    pub fn admit(&self, name: &str) -> bool {
+        self.0.iter().any(|known| known == "*" || known == name)
+    }
+}
+
+/// Settings that make sense together.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// TCP addresses to listen on.
+    pub listen: Vec<SocketAddr>,
+    /// UNIX sockets to listen on.
+    pub listen_unix: Vec<PathBuf>,
+    /// Where /metrics is.
+    pub admin: Option<SocketAddr>,
+    /// Physical memory.
+    pub memory_bytes: u64,
+    /// File behind it.
+    pub memory_file: Option<PathBuf>,
+    /// Devices.
+    pub devices: Vec<DeviceSetting>,
+    /// Drivers.
+    pub drivers: Vec<DriverSetting>,
+    /// Who may create bare machines.
+    pub bare: Names,
+    /// Who may look.
+    pub observers: Names,
+    /// Who may look and steer.
+    pub operators: Names,
+    /// How long a driver's things outlive its connection.
+    pub grace: Duration,
+    /// How long a drain may take.
+    pub drain_deadline: Duration,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// What is logged.
+    pub log: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    listen: Option<Vec<SocketAddr>>,
+    listen_unix: Option<Vec<PathBuf>>,
+    admin: Option<String>,
+    memory: Option<String>,
+    memory_file: Option<PathBuf>,
+    grace: Option<String>,
+    drain_deadline: Option<String>,
+    log_format: Option<String>,
+    log: Option<String>,
+    device: Option<Vec<FileDevice>>,
+    driver: Option<Vec<FileDriver>>,
+    bare: Option<Vec<String>>,
+    observers: Option<Vec<String>>,
+    operators: Option<Vec<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileDevice {
+    address: String,
+    name: String,
+    owner: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileDriver {
+    owner: String,
+    name: String,
+}
+
+fn parse_file(flag: &str, text: &str) -> Result<File, ConfigError> {
+    toml::from_str(text).map_err(|reason| {
+        error(flag, reason.to_string(), "correct the file; the settings are those of the flags, see --help")
+    })
+}
+
+/// Bytes of a text such as `1GiB`, `512MiB`, `65536`.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.trim().find(|c: char| !c.is_ascii_digit()).unwrap_or(text.trim().len());
+    let (number, unit) = text.trim().split_at(digits);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" | "K" => 10,
+        "MiB" | "M" => 20,
+        "GiB" | "G" => 30,
+        "TiB" | "T" => 40,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Whether a name is 1 to 64 letters, digits, dots, dashes or underscores.
+pub fn is_name(name: &str) -> bool {
+    (1..=iommu_proto::limits::NAME_BYTES_MAX).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b))
+}
+
+const NAME_REMEDY: &str = "use 1 to 64 letters, digits, dots, dashes or underscores";
+
+fn device(flag: &str, address: &str, name: &str, owner: Option<&str>) -> Result<DeviceSetting, ConfigError> {
+    let address: DeviceAddress = address.parse().map_err(|e: iommu_types::ParseAddressError| {
+        error(flag, e.to_string(), "write ADDRESS=NAME@OWNER, as in 00:01.0=engine0@driver:0")
+    })?;
+    if address.segment != 0 {
+        return Err(error(
+            flag,
+            format!("{address} is not on the host"),
+            "use segment 0; bare machines declare their own devices",
+        ));
+    }
+    if !is_name(name) {
+        return Err(error(flag, format!("{name:?} is not a name"), NAME_REMEDY));
+    }
+    let owner = owner.map(str::parse).transpose().map_err(|e: iommu_types::ParseOwnerError| {
+        error(flag, e.to_string(), "write ADDRESS=NAME@driver:NUMBER")
+    })?;
+    Ok(DeviceSetting { address, name: name.to_owned(), owner })
+}
+
+fn driver(flag: &str, owner: &str, name: &str) -> Result<DriverSetting, ConfigError> {
+    let owner: Owner = owner.parse().map_err(|e: iommu_types::ParseOwnerError| {
+        error(flag, e.to_string(), "write driver:NUMBER=NAME, as in driver:0=driver0")
+    })?;
+    if !matches!(owner, Owner::Driver(_)) {
+        return Err(error(flag, format!("{owner} is not a driver"), "write driver:NUMBER=NAME"));
+    }
+    if !is_name(name) {
+        return Err(error(flag, format!("{name:?} is not a name"), NAME_REMEDY));
+    }
+    Ok(DriverSetting { owner, name: name.to_owned() })
+}
+
+fn device_flag(text: &str) -> Result<DeviceSetting, ConfigError> {
+    let Some((address, rest)) = text.split_once('=') else {
+        return Err(error("--device", format!("{text:?} has no name"), "write ADDRESS=NAME or ADDRESS=NAME@OWNER"));
+    };
+    let (name, owner) = match rest.split_once('@') {
+        Some((name, owner)) => (name, Some(owner)),
+        None => (rest, None),
+    };
+    device("--device", address, name, owner)
+}
+
+fn driver_flag(text: &str) -> Result<DriverSetting, ConfigError> {
+    let Some((owner, name)) = text.split_once('=') else {
+        return Err(error("--driver", format!("{text:?} has no name"), "write driver:NUMBER=NAME"));
+    };
+    driver("--driver", owner, name)
+}
+
+fn duration(flag: &str, text: &str) -> Result<Duration, ConfigError> {
+    humantime::parse_duration(text)
+        .map_err(|e| error(flag, format!("{text:?}: {e}"), "write a number and a unit, such as 5s or 500ms"))
+}
+
+fn memory(text: &str) -> Result<u64, ConfigError> {
+    let remedy = "write a size such as 1GiB, a multiple of 4096 from 16MiB to 4TiB";
+    let bytes =
+        parse_size(text).ok_or_else(|| error("--memory", format!("{text:?} is not a size"), remedy))?;
+    if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&bytes) || bytes % PAGE_SIZE_BYTES != 0 {
+        return Err(error("--memory", format!("{bytes} bytes is out of bounds"), remedy));
+    }
+    Ok(bytes)
+}
+
+fn admin(text: &str) -> Result<Option<SocketAddr>, ConfigError> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| error("--admin", format!("{text:?} is not an address"), "write HOST:PORT, or off"))?;
+    if !address.ip().is_loopback() {
+        return Err(error(
+            "--admin",
+            format!("{address} is not a loopback address, and the admin port has no authentication"),
+            "use 127.0.0.1 or [::1]",
+        ));
+    }
+    Ok(Some(address))
+}
+
+fn log_format(text: &str) -> Result<LogFormat, ConfigError> {
+    clap::ValueEnum::from_str(text, true)
+        .map_err(|_| error("--log-format", format!("{text:?} is no format"), "write human or json"))
+}
+
+/// Plaintext is for this machine only.
+fn check_listeners(
+    plaintext: bool,
+    listen: &[SocketAddr],
+    unix: &[PathBuf],
+) -> Result<(), ConfigError> {
+    if !plaintext {
+        return Err(error(
+            "--insecure-plaintext",
+            "the server has no TLS yet and does not fall back to plaintext by itself",
+            "give --insecure-plaintext, and keep to loopback addresses or UNIX sockets",
+        ));
+    }
+    if let Some(address) = listen.iter().find(|address| !address.ip().is_loopback()) {
+        return Err(error(
+            "--listen",
+            format!("{address} is not a loopback address, and plaintext peers name themselves"),
+            "listen on 127.0.0.1 or [::1], or use --listen-unix",
+        ));
+    }
+    if listen.is_empty() && unix.is_empty() {
+        return Err(error("--listen", "there is nothing to listen on", "give --listen or --listen-unix"));
+    }
+    Ok(())
+}
+
+fn check_declarations(devices: &[DeviceSetting], drivers: &[DriverSetting]) -> Result<(), ConfigError> {
+    for (index, driver) in drivers.iter().enumerate() {
+        let before = &drivers[..index];
+        if before.iter().any(|other| other.owner == driver.owner || other.name == driver.name) {
+            let why = format!("{} or its name {:?} is declared twice", driver.owner, driver.name);
+            return Err(error("--driver", why, "give each driver its own number and name"));
+        }
+    }
+    for (index, device) in devices.iter().enumerate() {
+        let before = &devices[..index];
+        if before.iter().any(|other| other.address == device.address) {
+            return Err(error("--device", format!("{} is declared twice", device.address), "declare it once"));
+        }
+        if let Some(owner) = device.owner
+            && !drivers.iter().any(|driver| driver.owner == owner)
+        {
+            let why = format!("{} is given to {owner}, which is not declared", device.address);
+            return Err(error("--device", why, format!("declare it: --driver {owner}=NAME")));
+        }
+    }
+    if devices.len() > bounds::DEVICES_MAX as usize || drivers.len() > bounds::OWNERS_MAX as usize {
+        return Err(error("--device", "too many devices or drivers", "declare fewer"));
+    }
+    Ok(())
+}
+
+impl Config {
+    /// The settings of a command line, with the file it names and the built-in defaults behind it.
+    pub fn from_args(args: ServeArgs) -> Result<Self, ConfigError> {
+        let defaults = parse_file("the built-in configuration", DEFAULT_TOML)?;
+        let file = match &args.config {
+            None => File::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map_err(|e| {
+                    error("--config", format!("{}: {e}", path.display()), "name a file that can be read")
+                })?;
+                parse_file("--config", &text)?
+            }
+        };
+        Self::layered(args, file, defaults)
+    }
+
+    fn layered(args: ServeArgs, file: File, defaults: File) -> Result<Self, ConfigError> {
+        let listen_unix =
+            if args.listen_unix.is_empty() { file.listen_unix.unwrap_or_default() } else { args.listen_unix };
+        let mut listen = if args.listen.is_empty() { file.listen.unwrap_or_default() } else { args.listen };
+        if listen.is_empty() && listen_unix.is_empty() {
+            listen = defaults.listen.unwrap_or_default();
+        }
+        check_listeners(args.insecure_plaintext, &listen, &listen_unix)?;
+        let pick = |flag: Option<String>, file: Option<String>, default: Option<String>| {
+            flag.or(file).or(default).unwrap_or_default()
+        };
+        let (devices, drivers) = declarations(&args.device, &args.driver, file.device, file.driver, &defaults)?;
+        check_declarations(&devices, &drivers)?;
+        Ok(Self {
+            listen,
+            listen_unix,
+            admin: admin(&pick(args.admin, file.admin, defaults.admin))?,
+            memory_bytes: memory(&pick(args.memory, file.memory, defaults.memory))?,
+            memory_file: args.memory_file.or(file.memory_file),
+            devices,
+            drivers,
+            bare: Names(file.bare.or(defaults.bare).unwrap_or_default()),
+            observers: Names(file.observers.or(defaults.observers).unwrap_or_default()),
+            operators: Names(file.operators.or(defaults.operators).unwrap_or_default()),
+            grace: duration("--grace", &pick(args.grace, file.grace, defaults.grace))?,
+            drain_deadline: duration(
+                "--drain-deadline",
+                &pick(args.drain_deadline, file.drain_deadline, defaults.drain_deadline),
+            )?,
+            log_format: match args.log_format {
+                Some(format) => format,
+                None => log_format(&pick(None, file.log_format, defaults.log_format))?,
+            },
+            log: pick(args.log, file.log, defaults.log),
+        })
+    }
+}
+
+/// Devices and drivers: from the flags if there are any, else from the file, else the built-in ones. Taken together, because
+/// devices name drivers.
+fn declarations(
+    device_flags: &[String],
+    driver_flags: &[String],
+    file_devices: Option<Vec<FileDevice>>,
+    file_drivers: Option<Vec<FileDriver>>,
+    defaults: &File,
+) -> Result<(Vec<DeviceSetting>, Vec<DriverSetting>), ConfigError> {
+    let from_file = |flag: &str, devices: &[FileDevice], drivers: &[FileDriver]| {
+        let devices: Result<Vec<_>, _> =
+            devices.iter().map(|d| device(flag, &d.address, &d.name, d.owner.as_deref())).collect();
+        let drivers: Result<Vec<_>, _> = drivers.iter().map(|d| driver(flag, &d.owner, &d.name)).collect();
+        Ok::<_, ConfigError>((devices?, drivers?))
+    };
+    let in_file = file_devices.is_some() || file_drivers.is_some();
+    let (mut devices, mut drivers) = if in_file {
+        from_file("--config", &file_devices.unwrap_or_default(), &file_drivers.unwrap_or_default())?
+    } else {
+        from_file(
+            "the built-in configuration",
+            defaults.device.as_deref().unwrap_or_default(),
+            defaults.driver.as_deref().unwrap_or_default(),
+        )?
+    };
+    if !device_flags.is_empty() {
+        devices = device_flags.iter().map(|text| device_flag(text)).collect::<Result<_, _>>()?;
+    }
+    if !driver_flags.is_empty() {
+        drivers = driver_flags.iter().map(|text| driver_flag(text)).collect::<Result<_, _>>()?;
+    }
+    if device_flags.is_empty() && !driver_flags.is_empty() && !in_file {
+        // The built-in devices belong to the built-in drivers; other drivers come with devices of their own.
+        devices.retain(|device| device.owner.is_none_or(|owner| drivers.iter().any(|d| d.owner == owner)));
+    }
+    Ok((devices, drivers))
+}
+
+#[cfg(test)]
+mod tests;

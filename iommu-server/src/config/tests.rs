@@ -1,0 +1,64 @@
+use super::*;
+
+fn args() -> ServeArgs {
+    ServeArgs { insecure_plaintext: true, ..ServeArgs::default() }
+}
+
+fn refused(change: impl FnOnce(&mut ServeArgs)) -> String {
+    let mut args = args();
+    change(&mut args);
+    Config::from_args(args).expect_err("must be refused").flag
+}
+
+#[test]
+fn the_built_in_configuration_makes_sense() {
+    let config = Config::from_args(args()).unwrap();
+    assert_eq!(config.drivers.len(), 4);
+    assert_eq!(config.devices.len(), 3);
+    assert_eq!(config.devices[0].owner, Some(Owner::Driver(0)));
+    assert_eq!(config.devices[2].owner, None);
+    assert_eq!(config.memory_bytes, 1 << 30);
+}
+
+#[test]
+fn every_refusal_names_its_flag() {
+    let text = |t: &str| Some(t.to_owned());
+    let cases: Vec<(&str, Box<dyn FnOnce(&mut ServeArgs)>)> = vec![
+        ("--insecure-plaintext", Box::new(|a| a.insecure_plaintext = false)),
+        ("--listen", Box::new(|a| a.listen = vec!["0.0.0.0:1".parse().unwrap()])),
+        ("--admin", Box::new(move |a| a.admin = text("0.0.0.0:1"))),
+        ("--admin", Box::new(move |a| a.admin = text("nowhere"))),
+        ("--memory", Box::new(move |a| a.memory = text("1MiB"))),
+        ("--memory", Box::new(move |a| a.memory = text("lots"))),
+        ("--memory", Box::new(move |a| a.memory = text("99999999999TiB"))),
+        ("--grace", Box::new(move |a| a.grace = text("soon"))),
+        ("--drain-deadline", Box::new(move |a| a.drain_deadline = text("-1"))),
+        ("--config", Box::new(|a| a.config = Some("/nonexistent/file".into()))),
+        ("--device", Box::new(|a| a.device = vec!["00:01.0".into()])),
+        ("--device", Box::new(|a| a.device = vec!["00:01.9=x".into()])),
+        ("--device", Box::new(|a| a.device = vec!["0001:00:01.0=x".into()])),
+        ("--device", Box::new(|a| a.device = vec!["00:01.0=x@driver:9".into()])),
+        ("--device", Box::new(|a| a.device = vec!["00:01.0=x".into(), "00:01.0=y".into()])),
+        ("--device", Box::new(|a| a.device = vec!["00:01.0=a b".into()])),
+        ("--driver", Box::new(|a| a.driver = vec!["vm:1=x".into()])),
+        ("--driver", Box::new(|a| a.driver = vec!["driver:1=x".into(), "driver:2=x".into()])),
+    ];
+    for (flag, change) in cases {
+        assert_eq!(refused(change), flag);
+    }
+}
+
+#[test]
+fn a_file_with_an_unknown_setting_is_refused() {
+    let reason = parse_file("--config", "memroy = \"1GiB\"").unwrap_err();
+    assert!(reason.why.contains("memroy"), "{reason}");
+}
+
+#[test]
+fn flags_win_over_the_file() {
+    let file = parse_file("--config", "memory = \"64MiB\"\ngrace = \"1s\"").unwrap();
+    let defaults = parse_file("defaults", DEFAULT_TOML).unwrap();
+    let args = ServeArgs { memory: Some("32MiB".into()), ..args() };
+    let config = Config::layered(args, file, defaults).unwrap();
+    assert_eq!((config.memory_bytes, config.grace), (32 << 20, Duration::from_secs(1)));
+}

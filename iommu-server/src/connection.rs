@@ -1,0 +1,295 @@
+//! A connection: the bytes of a peer, and who it said it is.
+//!
+//! **Architecture invariant (I8):** a connection's identity is set once, by `SessionService.Open` or by a device's `Hello`,
+//! and never changes; every later call is judged by it. The [`ConnectionHandle`] travels with each request as tonic's
+//! connect info, so that no service has to ask the message who sent it.
+
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
+
+use iommu_types::Identity;
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
+
+use crate::bounds;
+use crate::session::driver::ClientSession;
+
+/// How many connections there are, and how many of them have no identity yet.
+#[derive(Debug, Default)]
+pub struct ConnectionCounts {
+    open: AtomicUsize,
+    anonymous: AtomicUsize,
+}
+
+impl ConnectionCounts {
+    /// Counts one more; `None` when there are too many.
+    pub fn admit(self: &Arc<Self>, open_max: usize, anonymous_max: usize) -> Option<Admission> {
+        // Counted first and taken back if too many, so that two at once cannot both take the last place.
+        let open = self.open.fetch_add(1, Ordering::Relaxed);
+        let anonymous = self.anonymous.fetch_add(1, Ordering::Relaxed);
+        let admission = Admission { counts: Arc::clone(self), anonymous: AtomicBool::new(true) };
+        (open < open_max && anonymous < anonymous_max).then_some(admission)
+    }
+    /// Connections now.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+    /// Connections without an identity now.
+    pub fn anonymous(&self) -> usize {
+        self.anonymous.load(Ordering::Relaxed)
+    }
+}
+
+/// A place among the connections, given back on drop.
+#[derive(Debug)]
+pub struct Admission {
+    counts: Arc<ConnectionCounts>,
+    anonymous: AtomicBool,
+}
+
+impl Admission {
+    fn identified(&self) {
+        if self.anonymous.swap(false, Ordering::Relaxed) {
+            self.counts.anonymous.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.identified();
+        self.counts.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Where a peer comes from, for logs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// TCP.
+    Tcp(std::net::SocketAddr),
+    /// UNIX socket; the process that connected, where the system says it.
+    Unix {
+        /// Its process ID.
+        pid: Option<i32>,
+    },
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix { pid: Some(pid) } => write!(f, "unix:pid={pid}"),
+            Self::Unix { pid: None } => f.write_str("unix"),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    peer: Peer,
+    identity: OnceLock<Identity>,
+    session: OnceLock<Arc<ClientSession>>,
+    closed: CancellationToken,
+    cut: AtomicBool,
+    cut_waker: Mutex<Option<Waker>>,
+    watchers: AtomicUsize,
+    admission: Admission,
+}
+
+/// What the services know of a connection.
+#[derive(Clone, Debug)]
+pub struct ConnectionHandle {
+    shared: Arc<Shared>,
+}
+
+impl ConnectionHandle {
+    fn new(peer: Peer, admission: Admission) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                peer,
+                identity: OnceLock::new(),
+                session: OnceLock::new(),
+                closed: CancellationToken::new(),
+                cut: AtomicBool::new(false),
+                cut_waker: Mutex::new(None),
+                watchers: AtomicUsize::new(0),
+                admission,
+            }),
+        }
+    }
+    /// Where it comes from.
+    pub fn peer(&self) -> &Peer {
+        &self.shared.peer
+    }
+    /// Who it is, once it said so.
+    pub fn identity(&self) -> Option<&Identity> {
+        self.shared.identity.get()
+    }
+    /// Sets who it is; `false` when it is somebody already (I8). The same identity again is allowed only for devices, whose
+    /// stream may be opened anew on the same connection.
+    pub fn identify(&self, identity: &Identity) -> bool {
+        let set = self.shared.identity.set(identity.clone()).is_ok();
+        self.shared.admission.identified();
+        set
+    }
+    /// The session opened with `SessionService.Open`.
+    pub fn session(&self) -> Option<&Arc<ClientSession>> {
+        self.shared.session.get()
+    }
+    /// Binds the session; only after `identify` succeeded, so at most once.
+    pub fn bind(&self, session: Arc<ClientSession>) {
+        assert!(self.shared.session.set(session).is_ok(), "identify() succeeds once, and bind() follows it");
+    }
+    /// Resolves when the connection is gone.
+    pub async fn closed(&self) {
+        self.shared.closed.cancelled().await;
+    }
+    /// Whether it is gone.
+    pub fn is_closed(&self) -> bool {
+        self.shared.closed.is_cancelled()
+    }
+    /// Breaks the connection: the only way to be rid of a peer that does not read.
+    pub fn cut(&self) {
+        self.shared.cut.store(true, Ordering::Release);
+        if let Some(waker) = self.shared.cut_waker.lock().take() {
+            waker.wake();
+        }
+    }
+    /// A place among the subscriptions of this connection.
+    pub fn watcher(&self) -> Option<WatcherPlace> {
+        let before = self.shared.watchers.fetch_add(1, Ordering::Relaxed);
+        let place = WatcherPlace { connection: self.clone() };
+        (before < bounds::WATCHERS_PER_CONNECTION_MAX).then_some(place)
+    }
+}
+
+/// Given back on drop.
+#[derive(Debug)]
+pub struct WatcherPlace {
+    connection: ConnectionHandle,
+}
+
+impl Drop for WatcherPlace {
+    fn drop(&mut self) {
+        self.connection.shared.watchers.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// The bytes of a connection.
+#[derive(Debug)]
+pub struct Connection {
+    socket: Socket,
+    handle: ConnectionHandle,
+}
+
+impl Connection {
+    /// Over TCP. Nagle is switched off here, because tonic ignores its own setting for incoming streams.
+    pub fn tcp(socket: TcpStream, admission: Admission) -> io::Result<Self> {
+        socket.set_nodelay(true)?;
+        let peer = Peer::Tcp(socket.peer_addr()?);
+        rustix::net::sockopt::set_socket_keepalive(&socket, true)?;
+        rustix::net::sockopt::set_tcp_keepidle(&socket, bounds::TCP_KEEPALIVE_IDLE)?;
+        Ok(Self { socket: Socket::Tcp(socket), handle: ConnectionHandle::new(peer, admission) })
+    }
+    /// Over a UNIX socket.
+    pub fn unix(socket: UnixStream, admission: Admission) -> Self {
+        let peer = Peer::Unix { pid: socket.peer_cred().ok().and_then(|peer| peer.pid()) };
+        Self { socket: Socket::Unix(socket), handle: ConnectionHandle::new(peer, admission) }
+    }
+    /// What the services know of it.
+    pub fn handle(&self) -> &ConnectionHandle {
+        &self.handle
+    }
+    fn check_cut(&self) -> io::Result<()> {
+        if self.handle.shared.cut.load(Ordering::Acquire) {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "cut by the server"));
+        }
+        Ok(())
+    }
+    /// A reader that waits is woken by `cut`. HTTP/2 always waits to read, so this covers a stuck writer too.
+    fn watch_cut(&self, context: &Context<'_>) {
+        let mut waker = self.handle.shared.cut_waker.lock();
+        if !waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
+            *waker = Some(context.waker().clone());
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.handle.shared.closed.cancel();
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ConnectionHandle;
+    fn connect_info(&self) -> ConnectionHandle {
+        self.handle.clone()
+    }
+}
+
+macro_rules! on_socket {
+    ($self:ident, $socket:ident => $what:expr) => {
+        match &mut $self.socket {
+            Socket::Tcp($socket) => $what,
+            Socket::Unix($socket) => $what,
+        }
+    };
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let polled = on_socket!(self, socket => Pin::new(socket).poll_read(context, buffer));
+        if polled.is_pending() {
+            self.watch_cut(context);
+            // Looked at after the waker is in place, so that a cut in between is not lost.
+            self.check_cut()?;
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.check_cut()?;
+        on_socket!(self, socket => Pin::new(socket).poll_write(context, bytes))
+    }
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.check_cut()?;
+        on_socket!(self, socket => Pin::new(socket).poll_write_vectored(context, slices))
+    }
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        on_socket!(self, socket => Pin::new(socket).poll_flush(context))
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        on_socket!(self, socket => Pin::new(socket).poll_shutdown(context))
+    }
+}

@@ -1,0 +1,204 @@
+//! What the service keeps of each device: its counters, its owner, and its session.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_utils::CachePadded;
+use dashmap::DashMap;
+use iommu_types::DeviceAddress;
+use iommu_types::errors::UnknownDevice;
+use parking_lot::{Mutex, RwLock};
+
+use crate::ending::Ending;
+use crate::host::owners::OwnerState;
+use crate::machine::Machine;
+use crate::session::device::DeviceSession;
+
+/// What a device did since it was declared. In a cache line of its own: it is written for every batch.
+#[derive(Debug, Default)]
+pub struct DeviceCounters {
+    /// DMA operations answered with success.
+    pub operations: AtomicU64,
+    /// Bytes read and written.
+    pub bytes: AtomicU64,
+    /// DMA operations refused by translation.
+    pub faults: AtomicU64,
+    /// DMA operations refused outside translation.
+    pub refusals: AtomicU64,
+}
+
+/// What one batch adds to them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchCount {
+    /// As in [`DeviceCounters`].
+    pub operations: u64,
+    /// As in [`DeviceCounters`].
+    pub bytes: u64,
+    /// As in [`DeviceCounters`].
+    pub faults: u64,
+    /// As in [`DeviceCounters`].
+    pub refusals: u64,
+}
+
+impl DeviceCounters {
+    /// Adds a batch.
+    pub fn add(&self, count: BatchCount) {
+        let add = |counter: &AtomicU64, by: u64| {
+            if by != 0 {
+                counter.fetch_add(by, Ordering::Relaxed);
+            }
+        };
+        add(&self.operations, count.operations);
+        add(&self.bytes, count.bytes);
+        add(&self.faults, count.faults);
+        add(&self.refusals, count.refusals);
+    }
+    /// As they stand.
+    pub fn read(&self) -> BatchCount {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        BatchCount {
+            operations: get(&self.operations),
+            bytes: get(&self.bytes),
+            faults: get(&self.faults),
+            refusals: get(&self.refusals),
+        }
+    }
+}
+
+/// Behind which unit a device is.
+#[derive(Clone, Debug)]
+pub enum Home {
+    /// The host's managed unit.
+    Host,
+    /// A bare machine's.
+    Machine(Arc<Machine>),
+}
+
+#[derive(Debug, Default)]
+struct DeviceSeat {
+    generation: u64,
+    session: Option<Arc<DeviceSession>>,
+    removed: bool,
+}
+
+/// A declared device.
+#[derive(Debug)]
+pub struct DeviceState {
+    /// Where.
+    pub address: DeviceAddress,
+    /// Name with which its agent says Hello.
+    pub name: String,
+    /// Behind which unit.
+    pub home: Home,
+    /// What it did.
+    pub counters: CachePadded<DeviceCounters>,
+    /// Serialises attach and detach of this device: they wait for drains in between, and nobody but who wants to move this very
+    /// device waits for them.
+    pub placement: tokio::sync::Mutex<()>,
+    owner: RwLock<Option<Arc<OwnerState>>>,
+    seat: Mutex<DeviceSeat>,
+}
+
+impl DeviceState {
+    /// A device without owner and session.
+    pub fn new(address: DeviceAddress, name: String, home: Home) -> Self {
+        Self {
+            address,
+            name,
+            home,
+            counters: CachePadded::default(),
+            placement: tokio::sync::Mutex::default(),
+            owner: RwLock::new(None),
+            seat: Mutex::default(),
+        }
+    }
+    /// To whom its interrupts go.
+    pub fn owner(&self) -> Option<Arc<OwnerState>> {
+        self.owner.read().clone()
+    }
+    /// Changes to whom its interrupts go.
+    pub fn set_owner(&self, owner: Option<Arc<OwnerState>>) {
+        *self.owner.write() = owner;
+    }
+    /// The live session, if any.
+    pub fn session(&self) -> Option<Arc<DeviceSession>> {
+        self.seat.lock().session.clone()
+    }
+    /// Generation of the latest session.
+    pub fn generation(&self) -> u64 {
+        self.seat.lock().generation
+    }
+    /// Seats a new session made by `make` from its generation, and fences the one before.
+    pub fn seat(&self, make: impl FnOnce(u64) -> Arc<DeviceSession>) -> Result<Arc<DeviceSession>, UnknownDevice> {
+        let (session, before) = {
+            let mut seat = self.seat.lock();
+            if seat.removed {
+                return Err(UnknownDevice { device: self.address });
+            }
+            seat.generation += 1;
+            let session = make(seat.generation);
+            (Arc::clone(&session), seat.session.replace(session))
+        };
+        if let Some(before) = before {
+            before.end(Ending::Fenced { by_generation: session.generation });
+        }
+        Ok(session)
+    }
+    /// Takes the session away if it is still this one.
+    pub fn unseat(&self, session: &Arc<DeviceSession>) {
+        let mut seat = self.seat.lock();
+        if seat.session.as_ref().is_some_and(|seated| Arc::ptr_eq(seated, session)) {
+            seat.session = None;
+        }
+    }
+    /// Ends the session, if there is one, as a newer one would.
+    pub fn quarantine(&self) -> bool {
+        let (session, generation) = {
+            let mut seat = self.seat.lock();
+            seat.generation += 1;
+            (seat.session.take(), seat.generation)
+        };
+        session.is_some_and(|session| session.end(Ending::Fenced { by_generation: generation }))
+    }
+    /// Ends the session for good: the device is not declared any more.
+    pub fn remove(&self) {
+        let session = {
+            let mut seat = self.seat.lock();
+            seat.removed = true;
+            seat.session.take()
+        };
+        if let Some(session) = session {
+            session.end(Ending::Removed { device: self.address });
+        }
+    }
+}
+
+/// All devices, of the host and of bare machines.
+#[derive(Debug, Default)]
+pub struct Devices {
+    by_address: DashMap<DeviceAddress, Arc<DeviceState>>,
+}
+
+impl Devices {
+    /// Adds one.
+    pub fn insert(&self, state: Arc<DeviceState>) {
+        self.by_address.insert(state.address, state);
+    }
+    /// The device at an address.
+    pub fn get(&self, address: DeviceAddress) -> Result<Arc<DeviceState>, UnknownDevice> {
+        self.by_address
+            .get(&address)
+            .map(|entry| Arc::clone(entry.value()))
+            .ok_or(UnknownDevice { device: address })
+    }
+    /// Forgets one.
+    pub fn remove(&self, address: DeviceAddress) -> Option<Arc<DeviceState>> {
+        self.by_address.remove(&address).map(|(_, state)| state)
+    }
+    /// All of them by address.
+    pub fn list(&self) -> Vec<Arc<DeviceState>> {
+        let mut all: Vec<_> = self.by_address.iter().map(|entry| Arc::clone(entry.value())).collect();
+        all.sort_by_key(|state| state.address);
+        all
+    }
+}

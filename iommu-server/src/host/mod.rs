@@ -1,0 +1,241 @@
+//! The host: the kernel floor, and the registries around it.
+//!
+//! **Lock order:** topology, owner memory, domain, fault logs. No lock is held across an await; what has to be quiet is awaited
+//! in between. Registries hand out `Arc`s and keep their guards to themselves.
+
+pub mod devices;
+pub mod domains;
+pub mod faults;
+pub mod owners;
+mod placement;
+mod reclaim;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use iommu_hardware::cache::CacheGeometry;
+use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
+use iommu_hardware::vtd::UnitConfig;
+use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, Topology};
+use iommu_types::errors::{DeclareError, LimitReached, UnknownOwner};
+use iommu_types::{Capabilities, Owner};
+use parking_lot::RwLock;
+
+use self::devices::{DeviceState, Devices, Home};
+use self::domains::Domains;
+use self::faults::FaultHub;
+use self::owners::{OwnerState, Owners};
+use crate::bounds;
+use crate::config::Config;
+use crate::connection::ConnectionCounts;
+use crate::ending::{EndSignal, Ending};
+use crate::machine::Machines;
+use crate::metrics::Metrics;
+use crate::session::watchdog::Watchdog;
+
+/// Everything that the services share.
+#[derive(Debug)]
+pub struct Host {
+    /// As configured.
+    pub config: Config,
+    /// Memory, unit, frames.
+    pub kernel: Arc<Kernel>,
+    /// Devices, owners, assignments.
+    pub topology: RwLock<Topology>,
+    /// Owners.
+    pub owners: Owners,
+    /// Devices.
+    pub devices: Devices,
+    /// Domains.
+    pub domains: Domains,
+    /// Bare machines and their clients.
+    pub machines: Machines,
+    /// Fault logs.
+    pub faults: FaultHub,
+    /// Looks after device streams.
+    pub watchdog: Arc<Watchdog>,
+    /// What is counted about the service itself.
+    pub metrics: Arc<Metrics>,
+    /// Connections.
+    pub connections: Arc<ConnectionCounts>,
+    /// Ends when the server goes down.
+    pub shutdown: EndSignal,
+    /// When it started.
+    pub started: Instant,
+    /// Tells this run of the server from others, in resume tokens of fault logs.
+    pub run_id: u64,
+    anonymous_generation: AtomicU64,
+}
+
+/// Why the host did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Physical memory.
+    #[error("physical memory: {0}")]
+    Memory(#[from] iommu_hardware::memory::MemoryError),
+    /// The kernel floor.
+    #[error("boot: {0}")]
+    Boot(#[from] iommu_kernel::BootError),
+    /// A declaration of the configuration.
+    #[error("declaration: {0}")]
+    Declare(#[from] DeclareError),
+}
+
+fn geometry(sets: u32) -> CacheGeometry {
+    CacheGeometry { sets, ways: 4 }
+}
+
+/// The configuration of a unit with this IOTLB.
+pub fn unit_config(capabilities: Capabilities, iotlb_sets: u32, other_sets: u32, ports_max: u16) -> UnitConfig {
+    UnitConfig {
+        capabilities,
+        iotlb: geometry(iotlb_sets),
+        context_cache: geometry(other_sets),
+        paging_structure_cache: geometry(other_sets),
+        ports_max,
+    }
+}
+
+fn kernel_config(config: &Config) -> KernelConfig {
+    let unit = unit_config(
+        Capabilities::FULL,
+        bounds::IOTLB_SETS,
+        bounds::CONTEXT_CACHE_SETS,
+        bounds::DEVICE_PORTS_MAX,
+    );
+    KernelConfig {
+        unit,
+        domains_max: bounds::DOMAINS_MAX,
+        owner: OwnerLimits {
+            domains: bounds::DOMAINS_PER_OWNER_MAX,
+            mappings: bounds::MAPPINGS_PER_OWNER_MAX,
+            // An owner may map its memory many times over; what it costs is tables, and those are bounded by mappings.
+            mapped_bytes: config.memory_bytes.saturating_mul(16),
+            // Half of the host, so that one owner cannot take it all (I7).
+            memory_bytes: config.memory_bytes / 2,
+            interrupts: bounds::INTERRUPTS_PER_OWNER_MAX,
+        },
+        fault_records_per_owner: bounds::FAULT_RECORDS_PER_OWNER,
+    }
+}
+
+impl Host {
+    /// Makes memory, boots the kernel floor, and declares what the configuration says.
+    pub async fn start(config: Config) -> Result<Arc<Self>, StartError> {
+        let backing = config.memory_file.clone().map_or(Backing::Memfd, Backing::File);
+        let memory = PhysicalMemory::new(&MemoryConfig { size_bytes: config.memory_bytes, backing })?;
+        let kernel = Kernel::boot(Arc::new(memory), kernel_config(&config))?;
+        let (devices, drivers) = (config.devices.clone(), config.drivers.clone());
+        let host = Arc::new(Self {
+            config,
+            kernel,
+            topology: RwLock::new(Topology::new(bounds::DEVICES_MAX, bounds::OWNERS_MAX)),
+            owners: Owners::default(),
+            devices: Devices::default(),
+            domains: Domains::default(),
+            machines: Machines::default(),
+            faults: FaultHub::default(),
+            watchdog: Arc::new(Watchdog::new(bounds::STREAM_STALLED)),
+            metrics: Arc::default(),
+            connections: Arc::default(),
+            shutdown: EndSignal::new(),
+            started: Instant::now(),
+            run_id: crate::telemetry::now_unix_ms(),
+            anonymous_generation: AtomicU64::new(0),
+        });
+        for driver in drivers {
+            host.declare_owner(driver.owner, driver.name)?;
+        }
+        for device in devices {
+            host.declare_device(DeviceEntry {
+                address: device.address,
+                name: device.name,
+                owner: device.owner,
+                domain_id: None,
+            })
+            .await?;
+        }
+        Ok(host)
+    }
+
+    /// Declares an owner.
+    pub fn declare_owner(&self, owner: Owner, name: String) -> Result<(), DeclareError> {
+        {
+            let mut topology = self.topology.write();
+            topology.declare_owner(OwnerEntry { owner, name: name.clone() })?;
+        }
+        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, owner, name)));
+        Ok(())
+    }
+
+    /// Declares a device and, when it has an owner, attaches it to that owner's default domain.
+    pub async fn declare_device(self: &Arc<Self>, entry: DeviceEntry) -> Result<(), DeclareError> {
+        let (address, owner) = (entry.address, entry.owner);
+        let owner_state = owner.map(|owner| self.owners.get(owner)).transpose()?;
+        let device = Arc::new(DeviceState::new(address, entry.name.clone(), Home::Host));
+        {
+            let mut topology = self.topology.write();
+            topology.declare_device(entry)?;
+        }
+        self.devices.insert(Arc::clone(&device));
+        let Some(owner_state) = owner_state else { return Ok(()) };
+        let attached = self.give(&device, &owner_state, None).await;
+        if let Err(error) = attached {
+            // Nothing is left of a declaration that failed.
+            self.devices.remove(address);
+            let _entry = self.topology.write().remove_device(address);
+            return Err(declare_error(error, owner_state.owner));
+        }
+        Ok(())
+    }
+
+    /// Ends everything that has a stream: the server goes down.
+    pub fn shut_down(&self) {
+        self.shutdown.end(Ending::ShuttingDown);
+        for owner in self.owners.list() {
+            if let Some(session) = owner.seat.connected() {
+                session.end.end(Ending::ShuttingDown);
+            }
+        }
+        for client in self.machines.clients() {
+            if let Some(session) = client.seat.connected() {
+                session.end.end(Ending::ShuttingDown);
+            }
+        }
+        self.end_device_sessions();
+    }
+
+    /// Ends every session of a device.
+    pub(crate) fn end_device_sessions(&self) {
+        for session in self.watchdog.sessions() {
+            session.end(Ending::ShuttingDown);
+        }
+    }
+
+    /// Cuts every connection of a device session that is still there.
+    pub(crate) fn cut_device_sessions(&self) {
+        for session in self.watchdog.sessions() {
+            session.cut();
+        }
+    }
+
+    /// Counts sessions of those who hold nothing.
+    pub(crate) fn next_anonymous_generation(&self) -> u64 {
+        self.anonymous_generation.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
+fn declare_error(error: iommu_types::errors::AttachError, owner: Owner) -> DeclareError {
+    use iommu_types::errors::AttachError;
+    match error {
+        AttachError::LimitReached(limit) => limit.into(),
+        AttachError::UnknownOwner(unknown) => unknown.into(),
+        AttachError::OutOfMemory(_) => {
+            LimitReached { limit: "physical_memory".to_owned(), allowed: 0 }.into()
+        }
+        AttachError::UnknownDevice(_) | AttachError::UnknownDomain(_) | AttachError::NotYours(_) => {
+            UnknownOwner { owner }.into()
+        }
+    }
+}

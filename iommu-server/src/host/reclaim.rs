@@ -1,0 +1,55 @@
+//! What is left behind is taken back: mappings, domains, interrupts, memory. In this order, because a frame changes owner only when no
+//! translation to it exists and no DMA through one is in flight (I9).
+
+use std::sync::Arc;
+
+use super::Host;
+use super::owners::OwnerState;
+
+/// What a reclaim found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reclaimed {
+    /// Mappings removed.
+    pub mappings: u64,
+    /// Explicit domains destroyed.
+    pub domains: u64,
+    /// Bytes of memory freed.
+    pub memory_bytes: u64,
+}
+
+impl Host {
+    /// Takes back everything that an owner holds but its devices, which go back to their default domains.
+    pub async fn reclaim_owner(self: &Arc<Self>, owner: &Arc<OwnerState>, why: &str) {
+        let mut reclaimed = Reclaimed { mappings: owner.account.mappings(), ..Reclaimed::default() };
+        let devices = self.topology.read().devices_of(owner.owner);
+        for address in &devices {
+            // The next driver finds its device as after a power cycle; what the device still sends meets empty tables.
+            if let Some(session) = self.devices.get(*address).ok().and_then(|device| device.session()) {
+                session.reset();
+            }
+        }
+        for slot in self.domains.list(|slot| slot.owner == owner.owner) {
+            let unmapped = slot.unmap_with(&self.kernel, |domain| ((), Some(domain.unmap_all(&self.kernel))));
+            if let Ok(((), Some(unsettled))) = unmapped {
+                unsettled.settle().await;
+            }
+        }
+        for address in &devices {
+            let drain = self.kernel.free_interrupts(address.source_id);
+            let _drained = drain.await;
+            self.restore(owner, *address).await;
+        }
+        for slot in self.domains.list(|slot| slot.owner == owner.owner && slot.default_of.is_none()) {
+            match self.destroy_domain(owner.owner, slot.id).await {
+                Ok(()) => reclaimed.domains += 1,
+                Err(reason) => tracing::error!(owner = %owner.owner, domain_id = %slot.id, %reason, "domain not reclaimed"),
+            }
+        }
+        reclaimed.memory_bytes = owner.memory.write().free_all(&self.kernel);
+        self.metrics.reclaimed(reclaimed);
+        tracing::info!(
+            owner = %owner.owner, reason = why, mappings = reclaimed.mappings, domains = reclaimed.domains,
+            memory_bytes = reclaimed.memory_bytes, "owner reclaimed"
+        );
+    }
+}

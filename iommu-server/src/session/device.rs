@@ -1,0 +1,128 @@
+//! The session of a device as the rest of the server sees it: where MMIO and resets go in, and where it is ended.
+//!
+//! The stream itself ([`DeviceStream`](super::DeviceStream)) runs inside the task of its HTTP/2 stream and owns the port.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use crossbeam_utils::CachePadded;
+use iommu_proto::model::MmioAccess;
+use iommu_proto::pb;
+use iommu_types::DeviceAddress;
+use iommu_types::errors::MmioError;
+
+use super::mailbox::Mailbox;
+use super::mmio::MmioPort;
+use crate::connection::ConnectionHandle;
+use crate::ending::Ending;
+use crate::telemetry::warn_limited;
+
+/// Whether the stream's last message has left the server. The transport asks a stream for its next message only when it has
+/// room, so being asked again after the last message is the sign that it left.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// Counts polls; a number that stands still is a stream that is not asked.
+    polls: AtomicU64,
+    phase: AtomicU8,
+}
+
+const IDLE: u8 = 0;
+/// A message was handed out.
+const HANDED_OUT: u8 = 1;
+/// Nothing more was there when asked in the same breath: the message is being written.
+const WRITING: u8 = 2;
+
+impl Progress {
+    /// The stream is asked for a message. Only its own task calls this, so plain loads and stores will do.
+    pub(crate) fn polled(&self) {
+        self.polls.store(self.polls.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+    pub(crate) fn handed_out(&self) {
+        self.phase.store(HANDED_OUT, Ordering::Relaxed);
+    }
+    pub(crate) fn nothing(&self) {
+        let next = if self.phase.load(Ordering::Relaxed) == HANDED_OUT { WRITING } else { IDLE };
+        self.phase.store(next, Ordering::Relaxed);
+    }
+    pub(crate) fn polls(&self) -> u64 {
+        self.polls.load(Ordering::Relaxed)
+    }
+    pub(crate) fn is_idle(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == IDLE
+    }
+}
+
+/// A live session of a device.
+#[derive(Debug)]
+pub struct DeviceSession {
+    /// Whose.
+    pub address: DeviceAddress,
+    /// The how manieth session of that device.
+    pub generation: u64,
+    pub(crate) progress: CachePadded<Progress>,
+    pub(crate) mailbox: Mailbox,
+    pub(crate) mmio: MmioPort,
+    ending: OnceLock<Ending>,
+    gone: AtomicBool,
+    connection: ConnectionHandle,
+}
+
+impl DeviceSession {
+    pub(crate) fn new(
+        address: DeviceAddress,
+        generation: u64,
+        mmio_credits: u32,
+        connection: ConnectionHandle,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            address,
+            generation,
+            progress: CachePadded::default(),
+            mailbox: Mailbox::default(),
+            mmio: MmioPort::new(address, mmio_credits),
+            ending: OnceLock::new(),
+            gone: AtomicBool::new(false),
+            connection,
+        })
+    }
+    /// A register access by the driver of the device.
+    pub async fn mmio(&self, access: MmioAccess) -> Result<u64, MmioError> {
+        self.mmio.call(&self.mailbox, access).await
+    }
+    /// Asks the device to forget everything. Posted: nobody waits for the answer.
+    pub fn reset(&self) {
+        self.mailbox.withdraw_resets();
+        self.mailbox.push(pb::server_to_device::Message::Reset(pb::Reset { tag: self.generation }));
+    }
+    /// Ends it; `true` when this call did. DMA of the session is refused from now on.
+    pub fn end(&self, why: Ending) -> bool {
+        let label = why.label();
+        if self.ending.set(why).is_err() {
+            return false;
+        }
+        self.mmio.close();
+        self.mailbox.wake();
+        warn_limited!(device = %self.address, generation = self.generation, reason = label, "device session ended");
+        true
+    }
+    /// Why it ended, when it did.
+    pub fn ended(&self) -> Option<&Ending> {
+        self.ending.get()
+    }
+    /// The stream is gone.
+    pub(crate) fn leave(&self) {
+        self.mmio.close();
+        self.gone.store(true, Ordering::Release);
+    }
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+    /// Whether something is to be sent or being written.
+    pub(crate) fn is_sending(&self) -> bool {
+        !self.progress.is_idle() || self.mailbox.is_waiting()
+    }
+    /// Cuts the connection of a peer that does not even read why its session ended.
+    pub(crate) fn cut(&self) {
+        self.connection.cut();
+    }
+}

@@ -1,0 +1,290 @@
+//! The stream of a device session: one task, no channel, no hop (ADR 0002).
+//!
+//! The transport polls the response stream when it has room to write. Then, in this order: messages for the device (MMIO, resets) go out; else
+//! the next message of the device is read, and a DMA batch is carried out on the spot and its completions returned. So reading
+//! happens only when writing can, excess credit cannot pile up in memory, and since a device always reads its stream nothing
+//! deadlocks: whatever it still has to send waits in its own buffers while completions flow.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use futures_core::Stream;
+use iommu_hardware::vtd::Port;
+use iommu_proto::errors::WireError;
+use iommu_proto::framing::typed_framing_status;
+use iommu_proto::pb::{self, device_to_server, server_to_device};
+use iommu_proto::{limits, model};
+use iommu_types::errors::{
+    IdentityRefused, LimitReached, ProtocolViolation, SessionExists, ShuttingDown, VersionMismatch,
+};
+use iommu_types::{DeviceAddress, Identity, Refusal, Role};
+use tokio::task::coop;
+use tonic::{Status, Streaming};
+
+use super::device::DeviceSession;
+use super::execute::{Executed, execute, refuse};
+use crate::bounds;
+use crate::connection::ConnectionHandle;
+use crate::ending::Ending;
+use crate::host::Host;
+use crate::host::devices::{DeviceState, Home};
+use crate::interrupts::Signal;
+use crate::telemetry::warn_limited;
+
+/// Bytes of a batch that cost one unit of the task's budget, so that a device with large batches lets others run as often as one with small
+/// ones.
+const BYTES_PER_BUDGET_UNIT: u64 = 64 << 10;
+
+struct Live {
+    port: Port,
+    session: Arc<DeviceSession>,
+    device: Arc<DeviceState>,
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.session.leave();
+        self.device.unseat(&self.session);
+        tracing::info!(device = %self.session.address, generation = self.session.generation, "device session left");
+    }
+}
+
+enum Stage {
+    /// Waiting for Hello; the future resolves when it takes too long or the server goes down.
+    Greeting(Pin<Box<dyn Future<Output = Ending> + Send>>),
+    Live(Box<Live>),
+    Over,
+}
+
+/// The response stream of `DeviceService.Attach`.
+pub struct DeviceStream {
+    host: Arc<Host>,
+    connection: ConnectionHandle,
+    inbound: Streaming<pb::DeviceToServer>,
+    stage: Stage,
+}
+
+type Message = server_to_device::Message;
+
+impl DeviceStream {
+    /// A stream that waits for Hello.
+    pub fn new(host: Arc<Host>, connection: ConnectionHandle, inbound: Streaming<pb::DeviceToServer>) -> Self {
+        let shutdown = host.shutdown.wait_owned();
+        let greeting = async move {
+            let why = "no Hello came in time".to_owned();
+            tokio::select! {
+                ending = shutdown => ending,
+                () = tokio::time::sleep(bounds::HELLO_TIMEOUT) => Ending::Violation { why },
+            }
+        };
+        Self { host, connection, inbound, stage: Stage::Greeting(Box::pin(greeting)) }
+    }
+
+    fn poll_greeting(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Message, Status>>> {
+        let Stage::Greeting(limit) = &mut self.stage else { return Poll::Ready(None) };
+        if let Poll::Ready(ending) = limit.as_mut().poll(context) {
+            return Poll::Ready(Some(Err(ending.into_status())));
+        }
+        let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
+            return Poll::Ready(None);
+        };
+        let welcome = message.map_err(typed_framing_status).and_then(|message| match message.message {
+            Some(device_to_server::Message::Hello(hello)) => self.greet(hello),
+            _ => {
+                Err(ProtocolViolation { why: "the first message of a session is Hello".to_owned() }.into_status())
+            }
+        });
+        if let Err(status) = &welcome {
+            warn_limited!(peer = %self.connection.peer(), reason = status.message(), "device refused");
+        }
+        Poll::Ready(Some(welcome.map(Message::Welcome)))
+    }
+
+    fn greet(&mut self, hello: pb::Hello) -> Result<pb::Welcome, Status> {
+        if self.host.shutdown.ended().is_some() {
+            return Err(ShuttingDown {}.into_status());
+        }
+        if hello.schema_version != limits::SCHEMA_VERSION {
+            let (server, peer) = (limits::SCHEMA_VERSION, hello.schema_version);
+            return Err(VersionMismatch { server, peer }.into_status());
+        }
+        let hello = model::Hello::try_from(hello).map_err(WireError::into_status)?;
+        let address = hello.address;
+        let device = self.known(&hello.name, address).map_err(WireError::into_status)?;
+        let identity = Identity { name: hello.name.clone(), role: Role::Device(address) };
+        // The agent of the same device may come back on the connection that it has; anybody else may not (I8).
+        if !self.connection.identify(&identity) && self.connection.identity() != Some(&identity) {
+            return Err(SessionExists {}.into_status());
+        }
+        self.seat(device, hello.mmio_credits)
+    }
+
+    /// The device of that name at that address, as the configuration or a machine's creator declared it.
+    fn known(&self, name: &str, address: DeviceAddress) -> Result<Arc<DeviceState>, IdentityRefused> {
+        let refused = |why: String| IdentityRefused { name: name.to_owned(), why };
+        let device = self.host.devices.get(address).map_err(|unknown| refused(unknown.to_string()))?;
+        if device.name != name {
+            return Err(refused(format!("the device at {address} has another name")));
+        }
+        Ok(device)
+    }
+
+    fn seat(&mut self, device: Arc<DeviceState>, mmio_credits: u32) -> Result<pb::Welcome, Status> {
+        let unit = match &device.home {
+            Home::Host => self.host.kernel.unit(),
+            Home::Machine(machine) => machine.unit(),
+        };
+        let port = unit.port(device.address.source_id).map_err(|_| {
+            let limit = "device_sessions".to_owned();
+            LimitReached { limit, allowed: u64::from(bounds::DEVICE_PORTS_MAX) }.into_status()
+        })?;
+        let connection = self.connection.clone();
+        let make = |generation| DeviceSession::new(device.address, generation, mmio_credits, connection);
+        let session = device.seat(make).map_err(WireError::into_status)?;
+        self.host.watchdog.watch(&session);
+        tracing::info!(
+            device = %device.address, name = %device.name, generation = session.generation, peer = %self.connection.peer(),
+            "device session begins"
+        );
+        let generation = session.generation;
+        self.stage = Stage::Live(Box::new(Live { port, session, device }));
+        if self.host.shutdown.ended().is_some() {
+            // The drain may have looked before this session was there to be seen.
+            self.host.end_device_sessions();
+        }
+        Ok(pb::Welcome {
+            schema_version: limits::SCHEMA_VERSION,
+            generation,
+            dma_credits: bounds::DMA_CREDITS,
+            batch_operations_max: bounds::BATCH.operations_max,
+            batch_bytes_max: bounds::BATCH.bytes_max,
+        })
+    }
+
+    fn poll_live(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Message, Status>>> {
+        let Stage::Live(live) = &mut self.stage else { return Poll::Ready(None) };
+        live.session.progress.polled();
+        loop {
+            if let Some(ending) = live.session.ended() {
+                return Poll::Ready(Some(Err(ending.clone().into_status())));
+            }
+            if let Poll::Ready(message) = live.session.mailbox.poll_take(context) {
+                return Poll::Ready(Some(Ok(message)));
+            }
+            let budget = ready!(coop::poll_proceed(context));
+            let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
+                return Poll::Ready(None);
+            };
+            budget.made_progress();
+            let message = match message {
+                Ok(message) => message.message,
+                Err(status) => return Poll::Ready(Some(Err(typed_framing_status(status)))),
+            };
+            match live.take(&self.host, message) {
+                Ok(Some(executed)) => {
+                    spend(context, executed.count.bytes);
+                    return Poll::Ready(Some(Ok(Message::Dma(executed.completions))));
+                }
+                Ok(None) => {}
+                Err(why) => {
+                    // The ending is then told as for every other reason, at the top of the loop.
+                    live.session.end(Ending::Violation { why });
+                }
+            }
+        }
+    }
+}
+
+/// Takes more of the task's budget for a large batch. Running out is no harm: the task yields at its next poll.
+fn spend(context: &mut Context<'_>, bytes: u64) {
+    for _ in 0..bytes / BYTES_PER_BUDGET_UNIT {
+        match coop::poll_proceed(context) {
+            Poll::Ready(budget) => budget.made_progress(),
+            Poll::Pending => break,
+        }
+    }
+}
+
+impl Live {
+    /// Takes one message of the device; the error is its violation of the protocol.
+    fn take(
+        &mut self,
+        host: &Arc<Host>,
+        message: Option<device_to_server::Message>,
+    ) -> Result<Option<Executed>, String> {
+        match message {
+            Some(device_to_server::Message::Dma(batch)) => self.dma(host, &batch).map(Some),
+            Some(device_to_server::Message::Mmio(completion)) => self.mmio(completion).map(|()| None),
+            Some(device_to_server::Message::ResetDone(_)) => Ok(None),
+            Some(device_to_server::Message::Hello(_)) => Err("a second Hello".to_owned()),
+            None => Err("message: absent, or of a kind that this version does not know".to_owned()),
+        }
+    }
+
+    fn dma(&mut self, host: &Arc<Host>, batch: &pb::DmaBatch) -> Result<Executed, String> {
+        // Fenced between the check at the top of the loop and here: refused, not carried out (I6: answered and counted).
+        let executed = if self.session.ended().is_some() {
+            refuse(batch, Refusal::Fenced)
+        } else {
+            let device = &self.device;
+            execute(&mut self.port, batch, |interrupt| {
+                let signal = Signal::Device {
+                    device: device.address,
+                    vector: interrupt.vector,
+                    destination: interrupt.destination,
+                };
+                match &device.home {
+                    Home::Host => {
+                        if let Some(owner) = device.owner() {
+                            owner.interrupts.deliver(signal);
+                        }
+                    }
+                    Home::Machine(machine) => machine.interrupts.deliver(signal),
+                }
+            })?
+        };
+        self.device.counters.add(executed.count);
+        if executed.count.faults > 0 && matches!(self.device.home, Home::Host) {
+            host.faults.collect(host);
+        }
+        Ok(executed)
+    }
+
+    fn mmio(&self, completion: pb::MmioCompletion) -> Result<(), String> {
+        let completion = model::MmioCompletion::try_from(completion).map_err(|e| format!("mmio.{e}"))?;
+        let tag = completion.tag;
+        if !self.session.mmio.complete(tag, completion.outcome) {
+            return Err(format!("mmio.tag: no request with tag {tag} is outstanding"));
+        }
+        Ok(())
+    }
+}
+
+impl Stream for DeviceStream {
+    type Item = Result<pb::ServerToDevice, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let polled = match &self.stage {
+            Stage::Greeting(_) => self.poll_greeting(context),
+            Stage::Live(_) => self.poll_live(context),
+            Stage::Over => return Poll::Ready(None),
+        };
+        match &polled {
+            Poll::Ready(Some(Ok(_))) => {
+                if let Stage::Live(live) = &self.stage {
+                    live.session.progress.handed_out();
+                }
+            }
+            Poll::Pending => {
+                if let Stage::Live(live) = &self.stage {
+                    live.session.progress.nothing();
+                }
+            }
+            // A status ends the stream, and so does the device by closing its side.
+            Poll::Ready(Some(Err(_)) | None) => self.stage = Stage::Over,
+        }
+        polled.map(|next| next.map(|next| next.map(|message| pb::ServerToDevice { message: Some(message) })))
+    }
+}

@@ -1,0 +1,202 @@
+//! Sessions of clients (drivers, bare machine clients, observers, operators), and what outlives a lost connection.
+//!
+//! Three things are kept apart: a *session* is a connection with an identity; a *tenancy* is what an identity holds, and outlives its
+//! session for the grace period; a *seat* is the place of an identity, which at most one session takes.
+
+use std::sync::Arc;
+
+use iommu_proto::model::ResumeToken;
+use iommu_types::Identity;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::replay::Replay;
+use crate::ending::{EndSignal, Ending};
+use crate::host::owners::OwnerState;
+use crate::machine::BareClient;
+
+/// Who holds things.
+#[derive(Clone, Debug)]
+pub enum Tenant {
+    /// The driver of an owner.
+    Driver(Arc<OwnerState>),
+    /// A client of bare machines.
+    Bare(Arc<BareClient>),
+}
+
+impl Tenant {
+    /// Its seat.
+    pub fn seat(&self) -> &Seat {
+        match self {
+            Self::Driver(owner) => &owner.seat,
+            Self::Bare(client) => &client.seat,
+        }
+    }
+}
+
+impl std::fmt::Display for Tenant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Driver(owner) => owner.owner.fmt(f),
+            Self::Bare(client) => write!(f, "bare-machine client {}", client.name),
+        }
+    }
+}
+
+/// What an identity holds from one fresh start to the next. Closed before it is reclaimed, so that a request which began before does not
+/// leave something behind afterwards.
+#[derive(Debug)]
+pub struct Tenancy {
+    /// With this its client comes back. Secret.
+    pub token: ResumeToken,
+    /// Makes retries safe.
+    pub replay: Arc<Replay>,
+    gate: Mutex<Gate>,
+    left: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    closed: bool,
+    inside: usize,
+}
+
+/// A request that changes what the tenancy holds.
+#[derive(Debug)]
+pub struct Inside {
+    tenancy: Arc<Tenancy>,
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        let last = {
+            let mut gate = self.tenancy.gate.lock();
+            gate.inside -= 1;
+            gate.inside == 0
+        };
+        if last {
+            self.tenancy.left.notify_waiters();
+        }
+    }
+}
+
+impl Tenancy {
+    /// A fresh one.
+    pub fn new(token: ResumeToken) -> Arc<Self> {
+        let (gate, left) = (Mutex::default(), Notify::new());
+        Arc::new(Self { token, replay: Arc::default(), gate, left })
+    }
+    /// Begins a change; `None` once it is being reclaimed.
+    pub fn enter(self: &Arc<Self>) -> Option<Inside> {
+        let mut gate = self.gate.lock();
+        if gate.closed {
+            return None;
+        }
+        gate.inside += 1;
+        Some(Inside { tenancy: Arc::clone(self) })
+    }
+    /// Admits no further change and waits for those under way.
+    pub async fn close(&self) {
+        loop {
+            let left = self.left.notified();
+            tokio::pin!(left);
+            left.as_mut().enable();
+            {
+                let mut gate = self.gate.lock();
+                gate.closed = true;
+                if gate.inside == 0 {
+                    return;
+                }
+            }
+            left.await;
+        }
+    }
+    /// Compares without telling by its time how much was right.
+    pub fn token_is(&self, given: ResumeToken) -> bool {
+        std::iter::zip(given.0, self.token.0).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+    }
+}
+
+/// A session: a connection that said who it is.
+#[derive(Debug)]
+pub struct ClientSession {
+    /// Who.
+    pub identity: Identity,
+    /// The how manieth session of that identity.
+    pub generation: u64,
+    /// Ends it.
+    pub end: EndSignal,
+    /// What it acts for; `None` for observers and operators, who hold nothing.
+    pub tenant: Option<(Tenant, Arc<Tenancy>)>,
+}
+
+impl ClientSession {
+    /// The owner it drives.
+    pub fn owner(&self) -> Option<&Arc<OwnerState>> {
+        match &self.tenant {
+            Some((Tenant::Driver(owner), _)) => Some(owner),
+            _ => None,
+        }
+    }
+    /// The client of bare machines that it is.
+    pub fn bare(&self) -> Option<&Arc<BareClient>> {
+        match &self.tenant {
+            Some((Tenant::Bare(client), _)) => Some(client),
+            _ => None,
+        }
+    }
+    /// What it holds.
+    pub fn tenancy(&self) -> Option<&Arc<Tenancy>> {
+        self.tenant.as_ref().map(|(_, tenancy)| tenancy)
+    }
+}
+
+/// What stands on a seat.
+#[derive(Debug, Default)]
+pub struct Seated {
+    /// Generation of the latest session.
+    pub generation: u64,
+    /// The session, while its connection lives or its grace runs.
+    pub session: Option<Arc<ClientSession>>,
+    /// What is held.
+    pub tenancy: Option<Arc<Tenancy>>,
+}
+
+/// The place of an identity.
+#[derive(Debug, Default)]
+pub struct Seat {
+    /// Held across a reclaim, so that opening and reclaiming of one identity follow each other. Nobody else waits for it.
+    pub seated: tokio::sync::Mutex<Seated>,
+    connected: Mutex<Option<Arc<ClientSession>>>,
+}
+
+impl Seat {
+    /// Empty.
+    pub fn new() -> Self {
+        Self::default()
+    }
+    /// The session that is connected now.
+    pub fn connected(&self) -> Option<Arc<ClientSession>> {
+        self.connected.lock().clone()
+    }
+    /// Sets who is connected, and fences whoever was.
+    pub fn connect(&self, session: Arc<ClientSession>) {
+        let by_generation = session.generation;
+        let before = self.connected.lock().replace(session);
+        if let Some(before) = before {
+            before.end.end(Ending::Fenced { by_generation });
+        }
+    }
+    /// Nobody is connected any more, if it was still this session.
+    pub fn disconnect(&self, session: &Arc<ClientSession>) {
+        let mut connected = self.connected.lock();
+        if connected.as_ref().is_some_and(|seated| Arc::ptr_eq(seated, session)) {
+            *connected = None;
+        }
+    }
+    /// Fences whoever is connected.
+    pub fn fence(&self, by_generation: u64) -> bool {
+        let before = self.connected.lock().take();
+        before.is_some_and(|before| before.end.end(Ending::Fenced { by_generation }))
+    }
+}
