@@ -3,6 +3,7 @@
 use crate::in_process;
 use crate::report::Report;
 use crate::stand::Bench;
+use crate::wire;
 
 /// One measurement: one or more figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,12 +20,16 @@ const fn measurement(name: &'static str, about: &'static str) -> Measurement {
 
 /// All of them, in their order.
 pub(crate) const ALL: &[Measurement] = &[
-    measurement("iotlb-hit", "lookup with the permission check, random keys, 100 % hits, beside vm-memory's Iotlb"),
+    // First, while the heap is untouched.
+    measurement("memory-mapping", "memory per live mapping: heap, record, tables"),
+    measurement(
+        "iotlb-hit",
+        "lookup with the permission check, random keys, 100 % hits, beside vm-memory's Iotlb",
+    ),
     measurement("translate", "a hit, a hit with a 64-byte copy, and a miss (4-level walk and fill)"),
     measurement("map-unmap-in-process", "a strict map and unmap of 4 KiB through the kernel floor"),
     measurement("growth-domains", "the same from 1 to 1,024 domains"),
     measurement("growth-mappings", "the same, first in first out, from 1 k to 1 M live mappings"),
-    measurement("memory-mapping", "memory per live mapping: heap, record, tables"),
     measurement("start", "from spawning the server to its ready line"),
     measurement("latency-tcp", "one DMA in flight over TCP, beside the echo"),
     measurement("latency-unix", "one DMA in flight over a UNIX socket, beside the echo"),
@@ -40,7 +45,8 @@ pub(crate) fn chosen(words: &[String]) -> Result<Vec<Measurement>, &str> {
     if let Some(word) = words.iter().find(|word| !ALL.iter().any(|m| m.name.starts_with(word.as_str()))) {
         return Err(word);
     }
-    let wanted = |m: &&Measurement| words.is_empty() || words.iter().any(|word| m.name.starts_with(word.as_str()));
+    let wanted =
+        |m: &&Measurement| words.is_empty() || words.iter().any(|word| m.name.starts_with(word.as_str()));
     Ok(ALL.iter().filter(wanted).copied().collect())
 }
 
@@ -53,6 +59,14 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "growth-domains" => in_process::growth::domains(bench),
         "growth-mappings" => in_process::growth::mappings(bench),
         "memory-mapping" => in_process::memory::per_mapping(bench),
+        "start" => wire::start::ready(bench).await,
+        "latency-tcp" => wire::latency::one_in_flight(bench, wire::Transport::Tcp).await,
+        "latency-unix" => wire::latency::one_in_flight(bench, wire::Transport::Unix).await,
+        "dma-tcp" => wire::throughput::batches(bench, wire::Transport::Tcp).await,
+        "dma-unix" => wire::throughput::batches(bench, wire::Transport::Unix).await,
+        "agents" => wire::agents::many(bench).await,
+        "map-unmap-stream" => wire::map_stream::pairs(bench).await,
+        "memory-session" => wire::memory::per_idle_session(bench).await,
         other => unreachable!("{other} is in the catalogue and has no code"),
     }
 }

@@ -132,7 +132,12 @@ impl Figure {
     }
 
     /// Puts the reference beside it; medians are compared.
-    pub(crate) fn beside(mut self, reference_is: &'static str, reference: &Samples, ratio_of: RatioOf) -> Self {
+    pub(crate) fn beside(
+        mut self,
+        reference_is: &'static str,
+        reference: &Samples,
+        ratio_of: RatioOf,
+    ) -> Self {
         let median = reference.median();
         let (above, below) = match ratio_of {
             RatioOf::ValueToReference => (self.value, median),

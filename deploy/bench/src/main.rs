@@ -15,6 +15,7 @@ mod resident;
 mod rounds;
 mod samples;
 mod stand;
+mod wire;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -36,7 +37,7 @@ const EXIT_MISSED: u8 = 3;
 async fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     if let Some(Role::EchoServer { listen, listen_unix }) = cli.role {
-        let _=(listen,listen_unix);
+        wire::echo::serve(listen, &listen_unix).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let chosen = catalogue::chosen(&cli.only).unwrap_or_else(|word| {
@@ -79,7 +80,8 @@ async fn measure(cli: &Cli, chosen: &[catalogue::Measurement]) -> anyhow::Result
         let missed = report.figures.iter().filter(|figure| figure.met == Some(false)).count();
         let judged = report.figures.iter().filter(|figure| figure.met.is_some()).count();
         let mut told = format!("{}\n{} of {judged} targets met", report.table(), judged - missed);
-        told += &format!("; {} and {} plots are in {}\n", "report.json", written.len() - 1, directory.display());
+        told +=
+            &format!("; {} and {} plots are in {}\n", "report.json", written.len() - 1, directory.display());
         print(&told)?;
     }
     if !could_not_run.is_empty() {
@@ -97,6 +99,7 @@ fn print(text: &str) -> anyhow::Result<()> {
 /// Cargo's target directory: two above this program.
 fn target_directory() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe().context("find this program's own path")?;
-    let above = own.ancestors().nth(2).with_context(|| format!("{} is not in a target directory", own.display()))?;
+    let above =
+        own.ancestors().nth(2).with_context(|| format!("{} is not in a target directory", own.display()))?;
     Ok(above.to_owned())
 }

@@ -53,7 +53,17 @@ impl Report {
     pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-        table.set_header(["name", "value", "unit", "min..max", "reference", "is", "ratio", "target", "verdict"]);
+        table.set_header([
+            "name",
+            "value",
+            "unit",
+            "min..max",
+            "reference",
+            "is",
+            "ratio",
+            "target",
+            "verdict",
+        ]);
         for figure in &self.figures {
             table.add_row([
                 figure.name.clone(),
@@ -128,7 +138,10 @@ mod tests {
         for field in ["name", "value", "unit", "reference", "ratio", "target", "met"] {
             assert!(!figure[field].is_null(), "{field} is missing in {json}");
         }
-        assert_eq!((figure["spread"]["min"].as_f64(), figure["spread"]["max"].as_f64()), (Some(8.0), Some(10.0)));
+        assert_eq!(
+            (figure["spread"]["min"].as_f64(), figure["spread"]["max"].as_f64()),
+            (Some(8.0), Some(10.0))
+        );
         assert_eq!(figure["met"], true);
     }
 
@@ -142,9 +155,13 @@ mod tests {
 
     #[test]
     fn large_numbers_are_grouped() {
-        for (value, text) in
-            [(0.5, "0.50"), (42.0, "42.0"), (999.6, "1,000"), (12_345_678.0, "12,345,678"), (-1234.0, "-1,234")]
-        {
+        for (value, text) in [
+            (0.5, "0.50"),
+            (42.0, "42.0"),
+            (999.6, "1,000"),
+            (12_345_678.0, "12,345,678"),
+            (-1234.0, "-1,234"),
+        ] {
             assert_eq!(number(value), text);
         }
     }

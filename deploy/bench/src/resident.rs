@@ -53,7 +53,8 @@ mod tests {
 
     #[test]
     fn resident_memory_is_read_from_the_status_file() {
-        let status = "Name:\tx\nVmRSS:\t  900 kB\nRssAnon:\t     300 kB\nRssFile:\t 1 kB\nRssShmem:\t   64 kB\n";
+        let status =
+            "Name:\tx\nVmRSS:\t  900 kB\nRssAnon:\t     300 kB\nRssFile:\t 1 kB\nRssShmem:\t   64 kB\n";
         let expected = Resident { anonymous: 300 << 10, shared: 64 << 10 };
         assert_eq!(Resident::parse(status), Some(expected));
         assert_eq!(Resident::parse("Name:\tx\n"), None);

@@ -51,6 +51,27 @@ pub(crate) fn in_turn(
     (Samples::new(values.0), Samples::new(values.1))
 }
 
+/// [`in_turn`] for what waits and can fail.
+pub(crate) async fn in_turn_async(
+    plan: Plan,
+    mut ours: impl AsyncFnMut() -> anyhow::Result<f64>,
+    mut reference: impl AsyncFnMut() -> anyhow::Result<f64>,
+) -> anyhow::Result<(Samples, Samples)> {
+    let mut values = (Vec::new(), Vec::new());
+    ours().await?;
+    reference().await?;
+    for round in 0..plan.rounds() {
+        if round % 2 == 0 {
+            values.0.push(ours().await?);
+            values.1.push(reference().await?);
+        } else {
+            values.1.push(reference().await?);
+            values.0.push(ours().await?);
+        }
+    }
+    Ok((Samples::new(values.0), Samples::new(values.1)))
+}
+
 /// Nanoseconds that one operation takes: `run` is told how many to do.
 pub(crate) fn nanoseconds_each(operations: u32, run: impl FnOnce(u32)) -> f64 {
     let start = Instant::now();
@@ -81,6 +102,8 @@ impl Random {
     }
     /// `count` of the items, drawn with repetition.
     pub(crate) fn draws<T: Copy>(&mut self, items: &[T], count: usize) -> Vec<T> {
-        (0..count).map(|_| items[usize::try_from(self.below(items.len() as u64)).expect("an index")]).collect()
+        (0..count)
+            .map(|_| items[usize::try_from(self.below(items.len() as u64)).expect("an index")])
+            .collect()
     }
 }

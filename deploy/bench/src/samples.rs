@@ -54,9 +54,12 @@ mod tests {
 
     #[test]
     fn the_median_stands_between_the_halves() {
-        for (values, median) in
-            [(vec![3.0], 3.0), (vec![9.0, 1.0], 5.0), (vec![5.0, 1.0, 2.0], 2.0), (vec![4.0, 1.0, 3.0, 2.0], 2.5)]
-        {
+        for (values, median) in [
+            (vec![3.0], 3.0),
+            (vec![9.0, 1.0], 5.0),
+            (vec![5.0, 1.0, 2.0], 2.0),
+            (vec![4.0, 1.0, 3.0, 2.0], 2.5),
+        ] {
             let samples = Samples::new(values.clone());
             assert_eq!(samples.median(), median, "{values:?}");
             assert!(samples.min() <= median && median <= samples.max(), "{values:?}");

@@ -26,7 +26,14 @@ pub fn binaries() -> anyhow::Result<Binaries> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
-    command.args(["build", "--quiet", "--bins", "--message-format=json-render-diagnostics", "--profile", &profile]);
+    command.args([
+        "build",
+        "--quiet",
+        "--bins",
+        "--message-format=json-render-diagnostics",
+        "--profile",
+        &profile,
+    ]);
     for package in PACKAGES {
         command.args(["--package", package]);
     }
@@ -51,7 +58,11 @@ pub fn binaries() -> anyhow::Result<Binaries> {
             .map(|(_, path)| path.clone())
             .with_context(|| format!("cargo built no binary {name}"))
     };
-    Ok(Binaries { server: find("iommu-server")?, dma_engine: find("dma-engine")?, iommuctl: find("iommuctl")? })
+    Ok(Binaries {
+        server: find("iommu-server")?,
+        dma_engine: find("dma-engine")?,
+        iommuctl: find("iommuctl")?,
+    })
 }
 
 /// The profile that this program was built in, from the directory that cargo put it into.

@@ -1,16 +1,11 @@
 //! A server with its agents, in a directory of its own.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::Deserialize;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 
 use crate::{Binaries, Process};
-
-/// How long a process may take until it is ready. Generous: machines that build are slow.
-const READY_WITHIN: Duration = Duration::from_secs(20);
 
 /// How to start a server.
 #[derive(Clone, Debug, Default)]
@@ -55,17 +50,27 @@ impl Server {
         let directory = tempfile::Builder::new().prefix("iommu-").tempdir().context("create a directory")?;
         let socket = directory.path().join("server.sock");
         let mut arguments: Vec<String> =
-            ["--insecure-plaintext", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"].map(String::from).into();
+            ["--insecure-plaintext", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+                .map(String::from)
+                .into();
         arguments.extend(["--listen-unix".to_owned(), socket.display().to_string()]);
         arguments.extend(options.arguments.iter().cloned());
         let log = directory.path().join("server.log");
         let mut process = Process::start("iommu-server", &binaries.server, &arguments, log)?;
-        let ready = first_line(&mut process).await?;
-        let ready: Ready = serde_json::from_str(&ready)
-            .with_context(|| format!("the server said {ready:?} instead of being ready; its log:\n{}", process.log()))?;
+        let ready = process.first_line().await?;
+        let ready: Ready = serde_json::from_str(&ready).with_context(|| {
+            format!("the server said {ready:?} instead of being ready; its log:\n{}", process.log())
+        })?;
         let Some(address) = ready.listen.first() else { bail!("the server listens nowhere") };
         let endpoint = format!("http://{address}");
-        Ok(Self { process, binaries: binaries.clone(), directory, endpoint, admin: ready.admin, agents_started: 0 })
+        Ok(Self {
+            process,
+            binaries: binaries.clone(),
+            directory,
+            endpoint,
+            admin: ready.admin,
+            agents_started: 0,
+        })
     }
 
     /// Where it listens over TCP, as an endpoint for clients.
@@ -91,7 +96,12 @@ impl Server {
     /// Starts a `dma-engine` agent of this server. It connects by itself, now or later.
     pub fn start_dma_engine(&mut self, options: &AgentOptions) -> anyhow::Result<Process> {
         let mut arguments: Vec<String> = vec!["--server".into(), self.endpoint.clone()];
-        arguments.extend(["--name".into(), options.name.clone(), "--address".into(), options.address.clone()]);
+        arguments.extend([
+            "--name".into(),
+            options.name.clone(),
+            "--address".into(),
+            options.address.clone(),
+        ]);
         arguments.extend(options.arguments.iter().cloned());
         self.agents_started += 1;
         let log = self.path(&format!("agent-{}.log", self.agents_started));
@@ -110,22 +120,5 @@ impl Server {
             .context("run iommuctl")?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ok((output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr)))
-    }
-}
-
-/// The first line that the process prints.
-async fn first_line(process: &mut Process) -> anyhow::Result<String> {
-    let stdout = process.take_stdout().context("standard output is taken already")?;
-    // A process that prints without end must not fill our memory: 64 KiB is far more than the line needs.
-    let mut line = String::new();
-    let mut reader = BufReader::new(stdout.take(64 << 10));
-    match tokio::time::timeout(READY_WITHIN, reader.read_line(&mut line)).await {
-        Ok(Ok(read)) if read > 0 => Ok(line),
-        Ok(Ok(_)) => {
-            let status = process.wait(Duration::from_secs(5)).await?;
-            bail!("the process ended before it was ready ({status}); its log:\n{}", process.log())
-        }
-        Ok(Err(error)) => Err(error).context("read what the process prints"),
-        Err(_) => bail!("the process was not ready within {READY_WITHIN:?}; its log:\n{}", process.log()),
     }
 }

@@ -98,8 +98,12 @@ impl Pages {
 /// Maps the next page for a device that reads and writes it.
 pub(super) fn map(host: &Host, domain: &mut Domain, pages: &mut Pages) -> IovaRange {
     let range = pages.draw();
-    let request =
-        DmaMap { range, direction: Direction::Bidirectional, request_id: RequestId(pages.next), coherent: false };
+    let request = DmaMap {
+        range,
+        direction: Direction::Bidirectional,
+        request_id: RequestId(pages.next),
+        coherent: false,
+    };
     let iova = domain.dma_map(&host.kernel, &host.memory, request).expect("the buffer can be mapped");
     IovaRange::new(iova, PAGE_SIZE_BYTES).expect("what was mapped does not wrap")
 }
@@ -108,6 +112,17 @@ pub(super) fn map(host: &Host, domain: &mut Domain, pages: &mut Pages) -> IovaRa
 pub(super) fn unmap(host: &Host, domain: &mut Domain, range: IovaRange) {
     let request = DmaUnmap { range, direction: Direction::Bidirectional };
     let pending = domain.dma_unmap(&host.kernel, request).expect("the mapping is there");
+    let (drain, undone) = pending.split();
+    let drained = drain.wait_blocking();
+    domain.finish_unmap(&host.kernel, undone, drained);
+}
+
+/// Unmaps all of them strictly, with one invalidation and one drain.
+pub(super) fn unmap_all(host: &Host, domain: &mut Domain, ranges: &[IovaRange]) {
+    let requests: Vec<_> =
+        ranges.iter().map(|&range| DmaUnmap { range, direction: Direction::Bidirectional }).collect();
+    let (results, pending) = domain.dma_unmap_batch(&host.kernel, &requests);
+    assert!(results.iter().all(Result::is_ok), "the mappings are there");
     let (drain, undone) = pending.split();
     let drained = drain.wait_blocking();
     domain.finish_unmap(&host.kernel, undone, drained);

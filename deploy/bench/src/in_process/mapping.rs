@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::RwLock;
 
-use iommu_types::PAGE_SIZE_BYTES;
+use iommu_hardware::vtd::Port;
+use iommu_kernel::Domain;
+use iommu_types::{IovaRange, PAGE_SIZE_BYTES};
 
-use super::host::{Caches, Host, LARGE, Pages, map, unmap};
+use super::host::{Caches, Host, LARGE, Pages, map, unmap, unmap_all};
 use crate::figure::{Figure, RatioOf, Target};
 use crate::report::Report;
 use crate::rounds::{in_turn, nanoseconds_each};
@@ -61,4 +63,36 @@ pub(crate) fn pair(bench: &mut Bench) -> anyhow::Result<Report> {
         .beside("BTreeMap insert+remove in an RwLock", &reference, RatioOf::ValueToReference)
         .judged(Target::value_at_most(500.0));
     Ok(Report { figures: vec![figure], charts: Vec::new() })
+}
+
+/// Batches of maps and unmaps, as a stream carries them, without the stream.
+pub(crate) struct Batches {
+    host: Host,
+    domain: Domain,
+    pages: Pages,
+    mapped: Vec<IovaRange>,
+    operations: usize,
+    _port: Port,
+}
+
+impl Batches {
+    /// Batches of so many operations.
+    pub(crate) fn new(operations: usize) -> anyhow::Result<Self> {
+        let mut host = Host::boot(256 << 20, Caches { iotlb: LARGE, paging: LARGE })?;
+        let pages = Pages::of(host.buffer(operations as u64 * PAGE_SIZE_BYTES)?);
+        let domain = host.domain()?;
+        let mut port = host.device(&domain)?;
+        drop(port.burst());
+        Ok(Self { host, domain, pages, mapped: Vec::with_capacity(operations), operations, _port: port })
+    }
+
+    /// One batch of maps and one of unmaps; how many pairs that is.
+    pub(crate) fn map_and_unmap(&mut self) -> usize {
+        self.mapped.clear();
+        for _ in 0..self.operations {
+            self.mapped.push(map(&self.host, &mut self.domain, &mut self.pages));
+        }
+        unmap_all(&self.host, &mut self.domain, &self.mapped);
+        self.operations
+    }
 }

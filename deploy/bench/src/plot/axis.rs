@@ -73,7 +73,13 @@ pub(super) fn short(value: f64) -> String {
         v if v >= 1e4 => (value / 1e3, " k"),
         _ => (value, ""),
     };
-    let digits = if scaled.abs() >= 100.0 || scaled.fract() == 0.0 { 0 } else if scaled.abs() >= 1.0 { 1 } else { 2 };
+    let digits = if scaled.abs() >= 100.0 || scaled.fract() == 0.0 {
+        0
+    } else if scaled.abs() >= 1.0 {
+        1
+    } else {
+        2
+    };
     format!("{scaled:.digits$}{suffix}")
 }
 
@@ -95,7 +101,9 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        for (value, text) in [(0.5, "0.50"), (7.0, "7"), (64.0, "64"), (1500.0, "1500"), (20_000_000.0, "20 M")] {
+        for (value, text) in
+            [(0.5, "0.50"), (7.0, "7"), (64.0, "64"), (1500.0, "1500"), (20_000_000.0, "20 M")]
+        {
             assert_eq!(short(value), text);
         }
     }
