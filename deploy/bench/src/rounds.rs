@@ -1,6 +1,8 @@
 //! Rounds: ours and the reference in turn, so that whatever else the machine does meets both alike.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::samples::Samples;
 
@@ -12,7 +14,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Rounds of each measurement.
+    /// Rounds of a measurement on the wire.
     pub(crate) const fn rounds(self) -> u32 {
         if self.quick { 3 } else { 5 }
     }
@@ -20,9 +22,13 @@ impl Plan {
     pub(crate) const fn slice(self) -> Duration {
         Duration::from_millis(if self.quick { 120 } else { 500 })
     }
-    /// How many operations one side of a round in process has.
+    /// Rounds of a measurement in process: many short ones, so that a disturbance meets few of them.
+    pub(crate) const fn rounds_in_process(self) -> u32 {
+        if self.quick { 15 } else { 31 }
+    }
+    /// How many operations of some 100 ns one side of a round in process has.
     pub(crate) const fn operations(self) -> u32 {
-        if self.quick { 1_000_000 } else { 4_000_000 }
+        if self.quick { 1 << 16 } else { 1 << 18 }
     }
     /// `full`, or `quick` when in a hurry.
     pub(crate) fn pick<T>(self, quick: T, full: T) -> T {
@@ -39,7 +45,7 @@ pub(crate) fn in_turn(
     let mut values = (Vec::new(), Vec::new());
     ours();
     reference();
-    for round in 0..plan.rounds() {
+    for round in 0..plan.rounds_in_process() {
         if round % 2 == 0 {
             values.0.push(ours());
             values.1.push(reference());
@@ -72,11 +78,18 @@ pub(crate) async fn in_turn_async(
     Ok((Samples::new(values.0), Samples::new(values.1)))
 }
 
-/// Nanoseconds that one operation takes: `run` is told how many to do.
+/// Nanoseconds that one operation takes: `run` is told how many to do. Processor time of this thread, so that a machine that
+/// does other things beside does not count.
 pub(crate) fn nanoseconds_each(operations: u32, run: impl FnOnce(u32)) -> f64 {
-    let start = Instant::now();
+    let start = processor_seconds();
     run(operations);
-    start.elapsed().as_secs_f64() * 1e9 / f64::from(operations)
+    (processor_seconds() - start) * 1e9 / f64::from(operations)
+}
+
+/// Seconds that this thread has had a processor.
+fn processor_seconds() -> f64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
 /// Random numbers for keys and orders (xorshift64*): the same in every run, so that runs compare.

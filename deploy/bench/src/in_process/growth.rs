@@ -70,7 +70,7 @@ fn grow(
     world: impl Fn(usize) -> anyhow::Result<World>,
 ) -> anyhow::Result<Report> {
     let counts = bench.plan.pick(growth.quick, growth.full);
-    let operations = bench.plan.operations() / 8;
+    let operations = bench.plan.operations() / 4;
     let (&smallest, larger) = counts.split_first().expect("a growth begins somewhere");
     let mut base = world(smallest)?;
     let mut report = Report::default();

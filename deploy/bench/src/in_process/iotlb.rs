@@ -73,7 +73,7 @@ fn lookups(bench: &Bench, count: usize) -> anyhow::Result<(Samples, Samples)> {
             .map_err(|error| anyhow::anyhow!("fill the reference: {error}"))?;
     }
     let order = random.draws(&keys, 1 << 15);
-    let operations = bench.plan.operations() / 4;
+    let operations = bench.plan.operations();
     Ok(in_turn(
         bench.plan,
         || nanoseconds_each(operations, |n| look_up(&iotlb, &order, n)),

@@ -39,7 +39,7 @@ pub(crate) fn pair(bench: &mut Bench) -> anyhow::Result<Report> {
     for _ in 0..LIVE {
         insert();
     }
-    let operations = bench.plan.operations() / 8;
+    let operations = bench.plan.operations() / 4;
     let (ours, reference) = in_turn(
         bench.plan,
         || {

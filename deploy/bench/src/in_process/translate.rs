@@ -24,7 +24,7 @@ pub(crate) fn hit_copy_and_miss(bench: &mut Bench) -> anyhow::Result<Report> {
     let mut hitting = Stage::new(Caches { iotlb: LARGE, paging: LARGE })?;
     let mut missing = Stage::new(Caches { iotlb: TINY, paging: TINY })?;
     let mut skipping = Stage::new(Caches { iotlb: TINY, paging: CacheGeometry { sets: 1024, ways: 4 } })?;
-    let operations = bench.plan.operations() / 4;
+    let operations = bench.plan.operations();
 
     bench.progress.detail("miss");
     let (miss, hit) = in_turn(
