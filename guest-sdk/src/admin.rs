@@ -6,8 +6,8 @@ use iommu_proto::model;
 pub use iommu_proto::model::Peer;
 use iommu_proto::pb;
 use iommu_proto::pb::admin_service_client::AdminServiceClient;
-use iommu_types::errors::{AttachError, DeclareError, DetachError};
-use iommu_types::{DeviceAddress, DomainId, Owner};
+use iommu_types::errors::{AttachError, DeclareError, DetachError, MmioError};
+use iommu_types::{AccessWidth, DeviceAddress, DomainId, Owner};
 use tonic::transport::Channel;
 
 use crate::connection::{Core, MESSAGE_BYTES_MAX};
@@ -37,7 +37,8 @@ impl Admin {
         name: impl Into<String>,
         owner: Option<Owner>,
     ) -> Result<(), SdkError<DeclareError>> {
-        let message: pb::DeclareDeviceRequest = model::DeclareDevice { device, name: name.into(), owner }.into();
+        let message: pb::DeclareDeviceRequest =
+            model::DeclareDevice { device, name: name.into(), owner }.into();
         self.core
             .call_once(|channel| {
                 let request = self.core.request(message.clone());
@@ -117,5 +118,46 @@ impl Admin {
             })
             .await?;
         Ok(answer.ended)
+    }
+
+    /// Reads a register of any device, for debugging beside its driver.
+    pub async fn mmio_read(
+        &self,
+        device: DeviceAddress,
+        bar: u8,
+        offset: u64,
+        width: AccessWidth,
+    ) -> Result<u64, SdkError<MmioError>> {
+        let device = Some(device.into());
+        let message = pb::MmioReadRequest { device, bar: bar.into(), offset, width_bytes: width.bytes() };
+        let answer = self
+            .core
+            .call_once(|channel| {
+                let request = self.core.request(message);
+                async move { client(channel).mmio_read(request).await }
+            })
+            .await?;
+        Ok(answer.value)
+    }
+
+    /// Writes a register of any device, for debugging beside its driver; answered when the device has taken it.
+    pub async fn mmio_write(
+        &self,
+        device: DeviceAddress,
+        bar: u8,
+        offset: u64,
+        width: AccessWidth,
+        value: u64,
+    ) -> Result<(), SdkError<MmioError>> {
+        let device = Some(device.into());
+        let message =
+            pb::MmioWriteRequest { device, bar: bar.into(), offset, width_bytes: width.bytes(), value };
+        self.core
+            .call_once(|channel| {
+                let request = self.core.request(message);
+                async move { client(channel).mmio_write(request).await }
+            })
+            .await
+            .map(drop)
     }
 }

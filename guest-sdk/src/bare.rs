@@ -182,7 +182,11 @@ impl BareMachine {
 
     /// Writes `data` into the machine's memory; any amount, message by message. Aligned 8-byte units are written atomically. Writing
     /// the same bytes again is harmless, so lost messages are repeated.
-    pub async fn write_memory(&self, address: u64, data: impl Into<Bytes>) -> Result<(), SdkError<MemoryError>> {
+    pub async fn write_memory(
+        &self,
+        address: u64,
+        data: impl Into<Bytes>,
+    ) -> Result<(), SdkError<MemoryError>> {
         let mut rest: Bytes = data.into();
         check_range(address, rest.len() as u64)?;
         let most = self.core.limits().batch_bytes_max as usize;
@@ -190,7 +194,8 @@ impl BareMachine {
         while !rest.is_empty() {
             let piece = rest.split_to(rest.len().min(most));
             let piece_bytes = piece.len() as u64;
-            let message = pb::WriteMachineMemoryRequest { segment: self.segment.into(), address: at, data: piece };
+            let message =
+                pb::WriteMachineMemoryRequest { segment: self.segment.into(), address: at, data: piece };
             self.core
                 .call(|channel| {
                     let request = self.core.request(message.clone());
@@ -290,9 +295,7 @@ impl Feed for MachineFeed {
     async fn open(&mut self) -> Result<Streaming<Self::Message>, SdkError<UnknownMachine>> {
         let message: pb::WatchMachineInterruptsRequest =
             model::WatchMachineInterrupts { segment: self.segment }.into();
-        self.core
-            .call(|channel| async move { client(channel).watch_interrupts(message).await })
-            .await
+        self.core.call(|channel| async move { client(channel).watch_interrupts(message).await }).await
     }
 
     fn items(&mut self, message: Self::Message) -> Result<Vec<MachineInterrupt>, String> {

@@ -80,8 +80,12 @@ impl Core {
         role: WireRole,
     ) -> Result<Arc<Self>, SdkError<SessionError>> {
         let endpoint = configured(&endpoint_text)?;
-        let mut open =
-            pb::OpenRequest { schema_version: SCHEMA_VERSION, name, role: Some(role), resume_token: Bytes::new() };
+        let mut open = pb::OpenRequest {
+            schema_version: SCHEMA_VERSION,
+            name,
+            role: Some(role),
+            resume_token: Bytes::new(),
+        };
         let opening = open_session(&endpoint, &endpoint_text, &mut open, 1);
         let (live, _) = tokio::time::timeout(deadline, opening)
             .await

@@ -11,6 +11,7 @@ pub(crate) fn bad_answer(error: impl std::fmt::Display) -> TransportError {
 
 /// A domain identifier of 16 bits.
 pub(crate) fn domain_id(raw: u32) -> Result<DomainId, TransportError> {
-    let number = u16::try_from(raw).map_err(|_| bad_answer(format!("domain_id: {raw} needs more than 16 bits")))?;
+    let number =
+        u16::try_from(raw).map_err(|_| bad_answer(format!("domain_id: {raw} needs more than 16 bits")))?;
     Ok(DomainId::new(number))
 }

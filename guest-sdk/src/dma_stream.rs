@@ -11,8 +11,8 @@ use std::task::{Context, Poll};
 
 use iommu_proto::model::{map_outcomes, unmap_outcomes};
 use iommu_proto::pb;
-use iommu_proto::pb::driver_service_client::DriverServiceClient;
 use iommu_proto::pb::dma_stream_request::Batch as WireBatch;
+use iommu_proto::pb::driver_service_client::DriverServiceClient;
 use iommu_types::errors::{DmaMapError, DmaUnmapError, InvalidField, LimitReached};
 use iommu_types::{DeviceAddress, Direction, GpaRange, Iova};
 use tokio::sync::{mpsc, oneshot};
@@ -93,11 +93,7 @@ impl DmaStream {
 
     /// Sends a batch of maps, all of one direction; at most `batch_operations_max` of them. Waits only while the window of request IDs is
     /// full. Sizes of 4 GiB and more need [`Driver::dma_map_single`](crate::Driver::dma_map_single).
-    pub async fn map(
-        &self,
-        memory: &[GpaRange],
-        direction: Direction,
-    ) -> Result<MapTicket, SdkError<Never>> {
+    pub async fn map(&self, memory: &[GpaRange], direction: Direction) -> Result<MapTicket, SdkError<Never>> {
         let sizes = memory.iter().map(|range| size(range.size_bytes())).collect::<Result<_, _>>()?;
         let batch = WireBatch::Map(pb::DmaMapBatch {
             gpa: memory.iter().map(|range| range.base().get()).collect(),
@@ -129,7 +125,9 @@ impl DmaStream {
     async fn send(&self, batch: WireBatch, operations: usize, reply: Reply) -> Result<(), SdkError<Never>> {
         let allowed = u64::from(self.driver.core.limits().batch_operations_max);
         if operations as u64 > allowed {
-            return Err(SdkError::Call(LimitReached { limit: "batch_operations_max".into(), allowed }.into()));
+            return Err(SdkError::Call(
+                LimitReached { limit: "batch_operations_max".into(), allowed }.into(),
+            ));
         }
         let request = self.driver.requests.begin().await;
         let message = pb::DmaStreamRequest {
@@ -189,9 +187,7 @@ async fn pump(driver: Arc<DriverCore>, mut queue: mpsc::UnboundedReceiver<Pendin
 
 type Outbound = mpsc::UnboundedSender<pb::DmaStreamRequest>;
 
-async fn open(
-    driver: &DriverCore,
-) -> Result<(Outbound, Streaming<pb::DmaStreamResponse>), SdkError<Never>> {
+async fn open(driver: &DriverCore) -> Result<(Outbound, Streaming<pb::DmaStreamResponse>), SdkError<Never>> {
     let outbound = Mutex::new(None);
     let inbound = driver
         .core
@@ -265,7 +261,9 @@ fn settle(unanswered: &mut VecDeque<Pending>, answer: pb::DmaStreamResponse) -> 
     // Whoever submitted may have stopped waiting; that is theirs to decide.
     match oldest.reply {
         Reply::Map(reply) => drop(reply.send(Ok(map_outcomes(answer, oldest.operations).map_err(broken)?))),
-        Reply::Unmap(reply) => drop(reply.send(Ok(unmap_outcomes(answer, oldest.operations).map_err(broken)?))),
+        Reply::Unmap(reply) => {
+            drop(reply.send(Ok(unmap_outcomes(answer, oldest.operations).map_err(broken)?)))
+        }
     }
     Ok(())
 }

@@ -91,7 +91,10 @@ impl Domain {
 
     /// Destroys the domain with its mappings. Refused while a device is attached to it.
     pub async fn destroy(self) -> Result<(), SdkError<DestroyDomainError>> {
-        let message = |header: RequestHeader| pb::DestroyDomainRequest { header: Some(header.into()), domain_id: self.id.get().into() };
+        let message = |header: RequestHeader| pb::DestroyDomainRequest {
+            header: Some(header.into()),
+            domain_id: self.id.get().into(),
+        };
         let call = |mut client: Client, request| async move { client.destroy_domain(request).await };
         self.driver.mutate(message, call).await.map(drop)
     }

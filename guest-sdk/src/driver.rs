@@ -18,8 +18,8 @@ use crate::connection::{Core, MESSAGE_BYTES_MAX};
 use crate::convert::bad_answer;
 use crate::requests::Requests;
 use crate::{
-    Buffer, Coherent, DeviceHandle, DmaMapping, DmaStream, Domain, DomainWidth, Faults, Inspect, InterruptEvent,
-    Memory, Never, SdkError, SessionLimits, Subscription,
+    Buffer, Coherent, DeviceHandle, DmaMapping, DmaStream, Domain, DomainWidth, Faults, Inspect,
+    InterruptEvent, Memory, Never, SdkError, SessionLimits, Subscription,
 };
 
 /// A mapping that was dropped without being unmapped.
@@ -54,7 +54,10 @@ pub(crate) struct DriverCore {
 
 impl std::fmt::Debug for DriverCore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DriverCore").field("owner", &self.owner).field("leaked", &self.leaked).finish_non_exhaustive()
+        f.debug_struct("DriverCore")
+            .field("owner", &self.owner)
+            .field("leaked", &self.leaked)
+            .finish_non_exhaustive()
     }
 }
 
@@ -71,9 +74,7 @@ impl DriverCore {
         A: Future<Output = Result<Response<T>, Status>>,
     {
         let request = self.requests.begin().await;
-        self.core
-            .call(|channel| call(client(channel), self.core.request(message(request.header()))))
-            .await
+        self.core.call(|channel| call(client(channel), self.core.request(message(request.header())))).await
     }
 
     pub(crate) fn report_leak(&self, leak: LeakReport) {
@@ -98,8 +99,7 @@ pub(crate) fn client(channel: Channel) -> DriverServiceClient<Channel> {
 impl Driver {
     pub(crate) fn new(core: Arc<Core>, owner: Owner) -> Self {
         let requests = Requests::new(core.limits().request_window);
-        let inner =
-            DriverCore { core, requests, owner, leaked: AtomicU64::new(0), on_leak: OnceLock::new() };
+        let inner = DriverCore { core, requests, owner, leaked: AtomicU64::new(0), on_leak: OnceLock::new() };
         Self { inner: Arc::new(inner) }
     }
 
@@ -156,7 +156,8 @@ impl Driver {
 
     /// Allocates a buffer of at least `size_bytes` (at least 1), rounded up to whole 4 KiB pages and zeroed.
     pub async fn allocate(&self, size_bytes: u64) -> Result<Buffer, SdkError<AllocateError>> {
-        let message = |header: RequestHeader| pb::AllocateBufferRequest { header: Some(header.into()), size_bytes };
+        let message =
+            |header: RequestHeader| pb::AllocateBufferRequest { header: Some(header.into()), size_bytes };
         let answer = self
             .inner
             .mutate(message, |mut client, request| async move { client.allocate_buffer(request).await })
@@ -243,9 +244,7 @@ impl Driver {
 
     /// Interrupts of this owner's devices, from now on. Returns once the subscription stands, so that an interrupt provoked
     /// afterwards is seen.
-    pub async fn watch_interrupts(
-        &self,
-    ) -> Result<Subscription<InterruptEvent, Never>, SdkError<Never>> {
+    pub async fn watch_interrupts(&self) -> Result<Subscription<InterruptEvent, Never>, SdkError<Never>> {
         crate::interrupts::watch(Arc::clone(&self.inner.core)).await
     }
 }

@@ -63,7 +63,9 @@ pub enum TransportError {
     #[error("the session was not opened again: {0}")]
     SessionRefused(#[from] SessionError),
     /// The connection was away for longer than the server's grace: what the session held is reclaimed.
-    #[error("the server has reclaimed what this session held (it was away for longer than the grace); open a new one")]
+    #[error(
+        "the server has reclaimed what this session held (it was away for longer than the grace); open a new one"
+    )]
     StateLost,
     /// The server ended the call with a status that is none of this schema's.
     #[error("{code:?}: {message}")]

@@ -103,10 +103,11 @@ impl DeviceHandle {
 
     /// Allocates an interrupt: what to program into the device, and the vector with which it is delivered.
     pub async fn allocate_interrupt(&self) -> Result<MsiVector, SdkError<InterruptError>> {
-        let message =
-            |header: RequestHeader| pb::AllocateInterruptRequest { header: Some(header.into()), device: Some(self.address.into()) };
-        let call =
-            |mut client: Client, request| async move { client.allocate_interrupt(request).await };
+        let message = |header: RequestHeader| pb::AllocateInterruptRequest {
+            header: Some(header.into()),
+            device: Some(self.address.into()),
+        };
+        let call = |mut client: Client, request| async move { client.allocate_interrupt(request).await };
         let answer = self.driver.mutate(message, call).await?;
         let vector = u8::try_from(answer.vector).map_err(bad_answer)?;
         Ok(MsiVector { address: Iova::new(answer.address), data: answer.data, vector })
@@ -119,13 +120,18 @@ impl DeviceHandle {
 
     /// Detaches the device: every DMA of it is refused. Answered after invalidation and drain.
     pub async fn detach(&self) -> Result<(), SdkError<DetachError>> {
-        let message =
-            |header: RequestHeader| pb::DetachDeviceRequest { header: Some(header.into()), device: Some(self.address.into()) };
+        let message = |header: RequestHeader| pb::DetachDeviceRequest {
+            header: Some(header.into()),
+            device: Some(self.address.into()),
+        };
         let call = |mut client: Client, request| async move { client.detach_device(request).await };
         self.driver.mutate(message, call).await.map(drop)
     }
 
-    pub(crate) async fn attach_to(&self, domain_id: Option<DomainId>) -> Result<DomainId, SdkError<AttachError>> {
+    pub(crate) async fn attach_to(
+        &self,
+        domain_id: Option<DomainId>,
+    ) -> Result<DomainId, SdkError<AttachError>> {
         let message = |header: RequestHeader| pb::AttachDeviceRequest {
             header: Some(header.into()),
             device: Some(self.address.into()),

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use iommu_proto::model;
 pub use iommu_proto::model::{
-    CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, IotlbEntry, MappingState, Mappings, OwnerState,
-    Topology, WalkStep,
+    CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, IotlbEntry, MappingState, Mappings,
+    OwnerState, Topology, WalkStep,
 };
 use iommu_proto::pb;
 use iommu_proto::pb::inspect_service_client::InspectServiceClient;
@@ -80,7 +80,8 @@ impl Inspect {
         from: Iova,
         limit: u32,
     ) -> Result<Mappings, SdkError<InspectError>> {
-        let message: pb::ListMappingsRequest = model::ListMappings { domain_id, from_iova: from, limit }.into();
+        let message: pb::ListMappingsRequest =
+            model::ListMappings { domain_id, from_iova: from, limit }.into();
         let answer = self
             .core
             .call(|channel| {

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use iommu_proto::pb;
 pub use iommu_proto::model::Interrupt;
+use iommu_proto::pb;
 use iommu_types::Iova;
 use tonic::Streaming;
 
@@ -61,8 +61,6 @@ impl Feed for Interrupts {
     }
 }
 
-pub(crate) async fn watch(
-    core: Arc<Core>,
-) -> Result<Subscription<InterruptEvent, Never>, SdkError<Never>> {
+pub(crate) async fn watch(core: Arc<Core>) -> Result<Subscription<InterruptEvent, Never>, SdkError<Never>> {
     subscribe(Interrupts { core }).await
 }

@@ -55,13 +55,13 @@ pub use error::{InspectError, Never, SdkError, TransportError};
 pub use faults::{FaultFilter, FaultList, Faults, NewFaults};
 pub use handle::DeviceHandle;
 pub use inspect::{
-    AccessQuestion, CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, Inspect, IotlbEntry, MappingState,
-    Mappings, OwnerState, Topology, WalkStep,
+    AccessQuestion, CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, Inspect, IotlbEntry,
+    MappingState, Mappings, OwnerState, Topology, WalkStep,
 };
 pub use interrupts::{Interrupt, InterruptEvent, MsiVector};
 pub use iommu_types::{
-    Access, AccessWidth, Capabilities, DeviceAddress, Direction, DomainId, Explanation, FaultRecord, Gpa, GpaRange, Iova,
-    Owner, Permissions, Protection, SourceId, errors,
+    Access, AccessWidth, Capabilities, DeviceAddress, Direction, DomainId, Explanation, FaultRecord, Gpa,
+    GpaRange, Iova, Owner, Permissions, Protection, SourceId, errors,
 };
 pub use mapping::{Coherent, DMA_MAPPING_ERROR, DmaMapping};
 pub use memory::Memory;

@@ -63,8 +63,7 @@ impl Memory {
     async fn read_bulk(&self, gpa: Gpa, size_bytes: u64) -> Result<Bytes, SdkError<MemoryError>> {
         let mut client = client(self.core.live().channel.clone());
         let request = self.read_request(gpa, size_bytes);
-        let mut pieces =
-            client.read_bulk(request).await.map_err(|status| of_status(&status))?.into_inner();
+        let mut pieces = client.read_bulk(request).await.map_err(|status| of_status(&status))?.into_inner();
         let mut data = BytesMut::new();
         while let Some(piece) = pieces.message().await.map_err(|status| of_status(&status))? {
             data.extend_from_slice(&piece.data);

@@ -101,8 +101,7 @@ mod tests {
     #[tokio::test]
     async fn the_watermark_stops_at_the_oldest_request_that_is_not_answered() {
         let requests = Requests::new(8);
-        let (first, second, third) =
-            (requests.begin().await, requests.begin().await, requests.begin().await);
+        let (first, second, third) = (requests.begin().await, requests.begin().await, requests.begin().await);
         assert_eq!((first.id(), second.id(), third.id()), (1, 2, 3));
         drop(second);
         drop(third);

@@ -91,9 +91,7 @@ pub(crate) async fn subscribe<F: Feed>(
     Ok(Subscription { items, pump })
 }
 
-async fn stand<F: Feed>(
-    feed: &mut F,
-) -> Result<(Streaming<F::Message>, Vec<F::Item>), SdkError<F::Error>> {
+async fn stand<F: Feed>(feed: &mut F) -> Result<(Streaming<F::Message>, Vec<F::Item>), SdkError<F::Error>> {
     let mut stream = feed.open().await?;
     match stream.message().await {
         Ok(Some(message)) => {

@@ -107,9 +107,10 @@ fn versions_stand_in_the_workspace_table_only() {
     for package in &metadata().packages {
         let text = std::fs::read_to_string(&package.manifest_path).expect("manifests are readable");
         for line in text.lines() {
-            let pinned = line.contains("version = \"") || line.split_once(" = \"").is_some_and(|(_, v)| {
-                v.starts_with(|c: char| c.is_ascii_digit() || c == '^' || c == '=')
-            });
+            let pinned = line.contains("version = \"")
+                || line.split_once(" = \"").is_some_and(|(_, v)| {
+                    v.starts_with(|c: char| c.is_ascii_digit() || c == '^' || c == '=')
+                });
             assert!(!pinned, "{} pins a version: {line}", package.name);
         }
         assert!(
@@ -142,7 +143,8 @@ fn unsafe_code_is_in_one_crate_only() {
 
 #[test]
 fn nothing_bears_a_banned_name() {
-    const BANNED: [&str; 9] = ["Manager", "Handler", "Helper", "Util", "Utils", "Common", "Misc", "Info", "Data"];
+    const BANNED: [&str; 9] =
+        ["Manager", "Handler", "Helper", "Util", "Utils", "Common", "Misc", "Info", "Data"];
     for (path, text) in sources() {
         let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default().to_lowercase();
         assert!(!BANNED.iter().any(|b| stem == b.to_lowercase()), "{} bears a banned name", path.display());
@@ -203,14 +205,20 @@ fn i1_to_i8_are_each_held_by_a_test_that_names_them() {
             "no test is named {prefix}..."
         );
     }
-    let architecture = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md is there");
+    let architecture =
+        std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md is there");
     for invariant in 1..=10 {
-        assert!(architecture.contains(&format!("**I{invariant}**")), "ARCHITECTURE.md does not print I{invariant}");
+        assert!(
+            architecture.contains(&format!("**I{invariant}**")),
+            "ARCHITECTURE.md does not print I{invariant}"
+        );
     }
     // Every test that the table names exists.
     let named: Vec<&str> = architecture
         .split('`')
-        .filter(|word| word.len() > 3 && word.starts_with('i') && word[1..2].chars().all(|c| c.is_ascii_digit()))
+        .filter(|word| {
+            word.len() > 3 && word.starts_with('i') && word[1..2].chars().all(|c| c.is_ascii_digit())
+        })
         .filter(|word| word.contains('_'))
         .collect();
     assert!(named.len() >= 8, "ARCHITECTURE.md names the tests that hold the invariants");

@@ -1,2 +1,158 @@
-//! The agent binary.
-fn main() {}
+//! The agent binary: command line, logging, signals, exit codes.
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use device_runtime::{Agent, EndReason, Reconnect};
+use dma_engine::Engine;
+use iommu_types::DeviceAddress;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+const ABOUT: &str = "A PCI copy engine behind a software IOMMU";
+
+const TEACH: &str = "\
+This process is one PCI function. It connects to an iommu-server, which brings it the register accesses of its driver and \
+carries out its DMA; every address that it touches is translated, and refused unless the driver mapped it.
+
+Name and address must be those that the server's configuration (or `iommuctl device declare`) gives the device.
+
+EXAMPLES
+  dma-engine --server http://127.0.0.1:7117 --name copy0 --address 0000:00:05.0
+  dma-engine --server unix:///run/iommu.sock --name copy0 --address 00:05.0 --log debug
+  dma-engine completions bash > /etc/bash_completion.d/dma-engine
+
+EXIT CODES
+   0  asked to stop (SIGTERM, SIGINT)
+   3  fenced: a newer agent has taken over the address
+  64  the command line or the endpoint is wrong
+  69  no connection, and no attempts left
+  76  the server or this agent broke the rules of the stream
+  77  the server refused the name or the address";
+
+#[derive(Parser)]
+#[command(version, about = ABOUT, after_long_help = TEACH, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct Cli {
+    /// Where the server listens: http://ADDRESS:PORT or unix:///PATH
+    #[arg(long, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7117")]
+    server: String,
+    /// Name of the device in the server's configuration
+    #[arg(long, env = "IOMMU_DEVICE_NAME", required = true)]
+    name: Option<String>,
+    /// PCI address of the device: segment:bus:device.function, as in 0000:00:05.0
+    #[arg(long, env = "IOMMU_DEVICE_ADDRESS", required = true)]
+    address: Option<DeviceAddress>,
+    /// Attempts in a row to connect before giving up; without it, for ever
+    #[arg(long, env = "IOMMU_CONNECT_ATTEMPTS")]
+    attempts: Option<u32>,
+    /// Go on trying when the server refuses the name or address, for a device that is declared later
+    #[arg(long, env = "IOMMU_WAIT_FOR_DECLARATION")]
+    wait_for_declaration: bool,
+    /// What to log: error, warn, info, debug, trace, or a filter such as device_runtime=debug
+    #[arg(long, env = "IOMMU_LOG", default_value = "info")]
+    log: String,
+    /// Log as JSON, one object a line
+    #[arg(long, env = "IOMMU_LOG_JSON")]
+    log_json: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+}
+
+/// `EX_USAGE` of sysexits.h.
+const USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing is left to do when even the message cannot be printed.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { USAGE } else { 0 });
+        }
+    };
+    if let Some(Command::Completions { shell }) = cli.command {
+        clap_complete::generate(shell, &mut Cli::command(), "dma-engine", &mut std::io::stdout());
+        return ExitCode::SUCCESS;
+    }
+    if let Err(error) = start_log(&cli) {
+        let _ = Cli::command().error(clap::error::ErrorKind::ValueValidation, error).print();
+        return ExitCode::from(USAGE);
+    }
+    let (Some(name), Some(address)) = (cli.name, cli.address) else {
+        unreachable!("clap requires both without a subcommand");
+    };
+    let policy = Reconnect {
+        attempts_max: cli.attempts,
+        after_refused: cli.wait_for_declaration,
+        ..Reconnect::STANDARD
+    };
+    match run(cli.server, name, address, policy) {
+        Ok(reason) => code_of(&reason),
+        Err(error) => {
+            tracing::error!(%error, "the agent could not start");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_log(cli: &Cli) -> Result<(), String> {
+    let filter = EnvFilter::try_new(&cli.log).map_err(|error| format!("--log {:?}: {error}", cli.log))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if cli.log_json { log.json().init() } else { log.init() }
+    Ok(())
+}
+
+#[tokio::main]
+async fn run(
+    server: String,
+    name: String,
+    address: DeviceAddress,
+    policy: Reconnect,
+) -> anyhow::Result<EndReason> {
+    let stop = CancellationToken::new();
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::spawn({
+        let stop = stop.clone();
+        async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            stop.cancel();
+        }
+    });
+    tracing::info!(%server, name, device = %address, "copy engine starting");
+    let agent = Agent::builder(server, name, address).reconnect(policy).stop_on(stop);
+    let ended = agent.run(Engine::new()).await;
+    Ok(ended.err().unwrap_or(EndReason::Cancelled))
+}
+
+/// Tells why the agent ended, and gives the exit code for it.
+fn code_of(reason: &EndReason) -> ExitCode {
+    let code = match reason {
+        EndReason::Cancelled => 0,
+        EndReason::Fenced(_) => 3,
+        EndReason::BadEndpoint { .. } => USAGE,
+        EndReason::Lost(_) => 69,
+        EndReason::Protocol(_) | EndReason::Ended(_) => 76,
+        EndReason::Refused(_) => 77,
+    };
+    if code == 0 {
+        tracing::info!("stopped as asked");
+    } else {
+        tracing::error!(%reason, "the agent ends");
+    }
+    ExitCode::from(code)
+}

@@ -99,7 +99,10 @@ mod tests {
                     .saturating_mul(1u32.checked_shl(step).unwrap_or(u32::MAX))
                     .min(Duration::from_secs(5));
                 let delay = backoff.next_delay();
-                assert!(delay >= whole / 2 && delay <= whole, "seed {seed}, step {step}: {delay:?} of {whole:?}");
+                assert!(
+                    delay >= whole / 2 && delay <= whole,
+                    "seed {seed}, step {step}: {delay:?} of {whole:?}"
+                );
             }
             backoff.succeeded();
             assert!(backoff.next_delay() <= Duration::from_millis(50), "seed {seed}");

@@ -4,6 +4,7 @@
 //! addresses and for nothing else.
 
 use bytes::{BufMut, Bytes, BytesMut};
+use iommu_proto::dma::kind;
 use iommu_proto::pb;
 use iommu_types::{Iova, Pasid};
 
@@ -13,12 +14,12 @@ use crate::completed::Shape;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Kind {
-    Read = 0,
-    Write = 1,
-    PostedWrite = 2,
-    FetchAdd = 3,
-    Swap = 4,
-    Cas = 5,
+    Read = kind::READ,
+    Write = kind::WRITE,
+    PostedWrite = kind::POSTED_WRITE,
+    FetchAdd = kind::FETCH_ADD,
+    Swap = kind::SWAP,
+    Cas = kind::COMPARE_AND_SWAP,
 }
 
 impl Kind {

@@ -1,8 +1,9 @@
 //! The answer to a batch: checked once against the batch it belongs to, then read without allocation.
 
 use bytes::Bytes;
+use iommu_proto::dma::reason_from_code;
 use iommu_proto::pb;
-use iommu_types::{DmaFault, FaultReason, Iova, Refusal};
+use iommu_types::{DmaFault, Iova};
 
 use crate::batch::{Column, Kind};
 
@@ -66,12 +67,19 @@ impl Completed {
         for (&index, ((&reason, &iova), &done_bytes)) in answer.fault_index.iter().zip(columns) {
             let at = index as usize;
             if at >= shape.count || faults.last().is_some_and(|&(before, _)| before >= index) {
-                return Err(format!("fault_index {index} is out of order or beyond {} operations", shape.count));
+                return Err(format!(
+                    "fault_index {index} is out of order or beyond {} operations",
+                    shape.count
+                ));
             }
             if done_bytes > shape.size_bytes(at) {
-                return Err(format!("fault_done_bytes {done_bytes} is more than operation {index} asked for"));
+                return Err(format!(
+                    "fault_done_bytes {done_bytes} is more than operation {index} asked for"
+                ));
             }
-            let fault = DmaFault { done_bytes, iova: Iova::new(iova), reason: reason_of(reason)? };
+            let reason = reason_from_code(reason)
+                .ok_or_else(|| format!("fault_reason {reason:#x} is unknown to this version"))?;
+            let fault = DmaFault { done_bytes, iova: Iova::new(iova), reason };
             let missing = shape.returned(at, None) - shape.returned(at, Some(&fault));
             expected -= missing as u64;
             faults.push((index, fault));
@@ -80,6 +88,12 @@ impl Completed {
             return Err(format!("a payload of {} bytes where {expected} belong", answer.payload.len()));
         }
         Ok(Self { shape, payload: answer.payload, faults })
+    }
+
+    /// How an empty batch ends, which is never sent.
+    pub(crate) fn nothing(shape: Shape) -> Self {
+        assert_eq!(shape.count, 0, "only an empty batch ends without an answer");
+        Self { shape, payload: Bytes::new(), faults: Vec::new() }
     }
 
     /// How many operations there were.
@@ -122,18 +136,5 @@ impl Completed {
             rest = behind;
             OperationResult { bytes, fault }
         })
-    }
-}
-
-/// The reason of a fault column (device.proto): up to 255 VT-d's, from 0x1000 on ours.
-fn reason_of(code: u32) -> Result<Result<FaultReason, Refusal>, String> {
-    match code {
-        0..=0xff => Ok(Ok(FaultReason(code as u8))),
-        0x1000 => Ok(Err(Refusal::Fenced)),
-        0x1001 => Ok(Err(Refusal::StaleGeneration)),
-        0x1002 => Ok(Err(Refusal::OverLimit)),
-        0x1003 => Ok(Err(Refusal::Malformed)),
-        0x1004 => Ok(Err(Refusal::NoMemory)),
-        unknown => Err(format!("fault_reason {unknown:#x} is unknown to this version")),
     }
 }

@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use iommu_proto::pb;
-use iommu_proto::pb::mmio_completion::Outcome;
-use iommu_types::AccessWidth;
+use iommu_proto::model::{MmioAccess, MmioCompletion, MmioRequest};
 use tokio::sync::mpsc;
 
 use crate::link::{MMIO_CREDITS, RESETS_MAX, Session};
@@ -15,7 +13,7 @@ const WORK_MAX: usize = (MMIO_CREDITS + RESETS_MAX) as usize;
 
 /// What the server asks of the model.
 pub(crate) enum Work {
-    Mmio(pb::MmioRequest),
+    Mmio(MmioRequest),
     Reset { tag: u64 },
 }
 
@@ -34,12 +32,9 @@ pub(crate) async fn run<M: DeviceModel>(
     while let Some(work) = queue.recv().await {
         match work {
             Work::Mmio(request) => {
-                let tag = request.tag;
-                let outcome = match access(&*model, &dma, &session, request).await {
-                    Ok(value) => Outcome::Value(value),
-                    Err(refusal) => Outcome::Refused(refusal.why().to_owned()),
-                };
-                session.answer_mmio(pb::MmioCompletion { tag, outcome: Some(outcome) });
+                let refused = |refusal: MmioRefusal| refusal.why().to_owned();
+                let outcome = access(&*model, &dma, &session, request.access).await.map_err(refused);
+                session.answer_mmio(MmioCompletion { tag: request.tag, outcome });
             }
             Work::Reset { tag } => {
                 model.reset().await;
@@ -53,26 +48,14 @@ async fn access<M: DeviceModel>(
     model: &M,
     dma: &Dma,
     session: &Session,
-    request: pb::MmioRequest,
+    access: MmioAccess,
 ) -> Result<u64, MmioRefusal> {
     if session.is_resetting() {
         return Err(MmioRefusal::new("the device is being reset"));
     }
-    let refused = |what: String| MmioRefusal::new(what);
-    let width = AccessWidth::from_bytes(request.width_bytes)
-        .ok_or_else(|| refused(format!("width_bytes: {} is not 1, 2, 4 or 8", request.width_bytes)))?;
-    let bar = u8::try_from(request.bar)
-        .ok()
-        .filter(|&bar| bar <= 5)
-        .ok_or_else(|| refused(format!("bar: {} is not 0 to 5", request.bar)))?;
-    if !request.offset.is_multiple_of(u64::from(width.bytes())) {
-        return Err(refused(format!("offset: {:#x} is not a multiple of the width", request.offset)));
-    }
-    let register = Register { bar, offset: request.offset, width };
-    match request.write_value {
-        Some(value) if value & !width.mask() != 0 => {
-            Err(refused(format!("write_value: {value:#x} does not fit {} bytes", width.bytes())))
-        }
+    let MmioAccess { bar, offset, width, write_value } = access;
+    let register = Register { bar, offset, width };
+    match write_value {
         Some(value) => model.mmio_write(register, value, dma).await.map(|()| 0),
         None => model.mmio_read(register, dma).await.map(|value| value & width.mask()),
     }

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use iommu_proto::model::MmioCompletion;
 use iommu_proto::pb;
 use iommu_proto::pb::device_to_server::Message as Up;
 use iommu_types::Generation;
@@ -152,6 +153,12 @@ impl Session {
         batch: Batch,
     ) -> Result<oneshot::Receiver<Result<Completed, DmaError>>, DmaError> {
         self.check_limits(&batch)?;
+        let (waiter, answer) = oneshot::channel();
+        if batch.is_empty() {
+            let (_, shape) = batch.into_message(0);
+            let _ = waiter.send(Ok(Completed::nothing(shape)));
+            return Ok(answer);
+        }
         let credit = match self.credits.try_acquire() {
             Ok(credit) => credit,
             Err(_) => self.credits.acquire().await.map_err(|_| DmaError::SessionLost)?,
@@ -164,7 +171,6 @@ impl Session {
         traffic.next_tag = first_tag.wrapping_add(batch.len() as u64);
         let (message, shape) = batch.into_message(first_tag);
         traffic.send(Up::Dma(message)).map_err(|_| DmaError::SessionLost)?;
-        let (waiter, answer) = oneshot::channel();
         traffic.in_flight.push_back(InFlight { first_tag, shape, waiter: Some(waiter) });
         credit.forget();
         Ok(answer)
@@ -227,9 +233,9 @@ impl Session {
     }
 
     /// Answers a register access. Never waits.
-    pub(crate) fn answer_mmio(&self, answer: pb::MmioCompletion) {
+    pub(crate) fn answer_mmio(&self, answer: MmioCompletion) {
         // A session that closed meanwhile awaits no answer.
-        let _ = lock(&self.traffic).send(Up::Mmio(answer));
+        let _ = lock(&self.traffic).send(Up::Mmio(answer.into()));
     }
 
     /// Whether a batch is in flight.

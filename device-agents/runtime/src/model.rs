@@ -2,12 +2,10 @@
 
 use std::future::Future;
 
+use iommu_proto::limits::MMIO_REFUSED_BYTES_MAX;
 use iommu_types::AccessWidth;
 
 use crate::Dma;
-
-/// Longest refusal that the wire carries, in bytes.
-pub(crate) const REFUSAL_BYTES_MAX: usize = 256;
 
 /// A register that the driver reads or writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,8 +29,8 @@ impl MmioRefusal {
     /// A refusal with a reason; what goes beyond 256 bytes is cut off.
     pub fn new(why: impl Into<String>) -> Self {
         let mut why = why.into();
-        if why.len() > REFUSAL_BYTES_MAX {
-            let cut = (0..=REFUSAL_BYTES_MAX).rev().find(|&at| why.is_char_boundary(at)).unwrap_or(0);
+        if why.len() > MMIO_REFUSED_BYTES_MAX {
+            let cut = (0..=MMIO_REFUSED_BYTES_MAX).rev().find(|&at| why.is_char_boundary(at)).unwrap_or(0);
             why.truncate(cut);
         }
         Self { why }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use iommu_proto::limits::SCHEMA_VERSION;
+use iommu_proto::model::{FromDevice, Hello, ToDevice, Welcome};
 use iommu_proto::pb;
 use iommu_proto::pb::device_service_client::DeviceServiceClient;
-use iommu_proto::pb::device_to_server::Message as Up;
-use iommu_proto::pb::server_to_device::Message as Down;
-use iommu_types::{DeviceAddress, Generation};
+use iommu_types::DeviceAddress;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -18,8 +18,6 @@ use crate::device_task::{self, Work};
 use crate::link::{DMA_CREDITS_MAX, Link, MMIO_CREDITS, OUTBOUND_MAX, Session};
 use crate::{DeviceModel, Dma, EndReason, SessionLimits};
 
-/// Major version of the schema that this crate speaks.
-const SCHEMA_VERSION: u32 = 1;
 /// How long the server may take from Hello to Welcome.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a graceful stop waits for batches in flight.
@@ -58,8 +56,7 @@ pub(crate) async fn serve<M: DeviceModel>(
     established();
     let (work, queue) = device_task::work_queue();
     let dma = Dma::new(Arc::clone(link));
-    let mut device =
-        tokio::spawn(device_task::run(Arc::clone(model), dma, Arc::clone(&session), queue));
+    let mut device = tokio::spawn(device_task::run(Arc::clone(model), dma, Arc::clone(&session), queue));
     let reason = tokio::select! {
         reason = read(&session, &mut inbound, &work) => reason,
         reason = stop_gracefully(&session, stop) => reason,
@@ -78,26 +75,28 @@ async fn shake_hands(peer: &Peer) -> Result<(Arc<Session>, Streaming<pb::ServerT
     let channel = connect(&peer.endpoint).await?;
     let mut client = DeviceServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let (outbound, messages) = mpsc::channel(OUTBOUND_MAX);
-    let hello = pb::Hello {
+    let hello = FromDevice::Hello(Hello {
         schema_version: SCHEMA_VERSION,
         name: peer.name.clone(),
-        address: Some(peer.address.into()),
+        address: peer.address,
         mmio_credits: MMIO_CREDITS,
-    };
-    let first = pb::DeviceToServer { message: Some(Up::Hello(hello)) };
-    outbound.try_send(first).expect("a new channel has room");
+    });
+    outbound.try_send(hello.into()).expect("a new channel has room");
     let refused = |status| EndReason::of(&status, false);
     let mut inbound = client.attach(ReceiverStream::new(messages)).await.map_err(refused)?.into_inner();
-    let welcome = match inbound.message().await.map_err(refused)? {
-        Some(pb::ServerToDevice { message: Some(Down::Welcome(welcome)) }) => welcome,
-        Some(_) => return Err(EndReason::Protocol("the first message is not Welcome".into())),
-        None => return Err(EndReason::Lost("the stream ended before Welcome".into())),
+    let Some(first) = inbound.message().await.map_err(refused)? else {
+        return Err(EndReason::Lost("the stream ended before Welcome".into()));
+    };
+    let welcome = match ToDevice::try_from(first) {
+        Ok(ToDevice::Welcome(welcome)) => welcome,
+        Ok(_) => return Err(EndReason::Protocol("the first message is not Welcome".into())),
+        Err(error) => return Err(EndReason::Protocol(error.to_string())),
     };
     let limits = limits_of(&welcome)?;
-    Ok((Arc::new(Session::new(Generation(welcome.generation), limits, outbound)), inbound))
+    Ok((Arc::new(Session::new(welcome.generation, limits, outbound)), inbound))
 }
 
-fn limits_of(welcome: &pb::Welcome) -> Result<SessionLimits, EndReason> {
+fn limits_of(welcome: &Welcome) -> Result<SessionLimits, EndReason> {
     let rule = |holds: bool, what: &str| {
         if holds { Ok(()) } else { Err(EndReason::Protocol(format!("welcome.{what}"))) }
     };
@@ -133,18 +132,16 @@ async fn read(
 /// Takes one message. `Err` says which rule it breaks.
 fn take(session: &Session, work: &mpsc::Sender<Work>, message: pb::ServerToDevice) -> Result<(), String> {
     let queue = |item| {
-        work.try_send(item)
-            .map_err(|_| format!("more than {MMIO_CREDITS} register accesses unanswered"))
+        work.try_send(item).map_err(|_| format!("more than {MMIO_CREDITS} register accesses unanswered"))
     };
-    match message.message {
-        Some(Down::Dma(completions)) => session.completed(completions),
-        Some(Down::Mmio(request)) => queue(Work::Mmio(request)),
-        Some(Down::Reset(reset)) => {
+    match ToDevice::try_from(message).map_err(|error| error.to_string())? {
+        ToDevice::Dma(completions) => session.completed(completions),
+        ToDevice::Mmio(request) => queue(Work::Mmio(request)),
+        ToDevice::Reset { tag } => {
             session.reset_begun()?;
-            queue(Work::Reset { tag: reset.tag })
+            queue(Work::Reset { tag })
         }
-        Some(Down::Welcome(_)) => Err("a second Welcome".into()),
-        None => Err("ServerToDevice.message: absent, or a case of a newer schema".into()),
+        ToDevice::Welcome(_) => Err("a second Welcome".into()),
     }
 }
 
@@ -158,7 +155,9 @@ async fn stop_gracefully(session: &Session, stop: &CancellationToken) -> EndReas
         }
     };
     if tokio::time::timeout(STOP_GRACE, quiet).await.is_err() {
-        tracing::warn!("batches are still in flight after {STOP_GRACE:?}; the session ends without their answers");
+        tracing::warn!(
+            "batches are still in flight after {STOP_GRACE:?}; the session ends without their answers"
+        );
     }
     EndReason::Cancelled
 }

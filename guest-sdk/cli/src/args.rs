@@ -13,7 +13,13 @@ use iommu_types::{Access, DeviceAddress, Owner};
 #[command(name = "iommuctl", version, max_term_width = 110, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     /// Where the server listens: http://HOST:PORT or unix:///PATH.
-    #[arg(long, global = true, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7450", value_name = "URL")]
+    #[arg(
+        long,
+        global = true,
+        env = "IOMMU_SERVER",
+        default_value = "http://127.0.0.1:7450",
+        value_name = "URL"
+    )]
     pub(crate) server: String,
     /// Name under which this session opens; the server's configuration may restrict operators by name.
     #[arg(long, global = true, env = "IOMMU_NAME", default_value = "iommuctl", value_name = "NAME")]

@@ -1,2 +1,83 @@
-//! See and steer an IOMMU server from the command line.
-fn main() {}
+//! `iommuctl`: see and steer an IOMMU server from the command line.
+//!
+//! Everything goes through [`guest_sdk`]; what is printed for people and what is printed for programs (`--json`) come from the same
+//! values.
+
+mod args;
+mod ask;
+mod json;
+mod memory;
+mod print;
+mod steer;
+mod words;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use guest_sdk::{Connection, Operator};
+
+use args::{Cli, Command};
+
+/// The server refused or failed.
+const FAILED: u8 = 1;
+/// The access that was asked about would be refused.
+const WOULD_BE_REFUSED: u8 = 3;
+/// The server cannot be reached (`EX_UNAVAILABLE`).
+const UNREACHABLE: u8 = 69;
+
+/// How a command ended when it did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    Done,
+    WouldBeRefused,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Command::Completion { shell } = cli.command {
+        clap_complete::generate(shell, &mut Cli::command(), "iommuctl", &mut std::io::stdout());
+        return ExitCode::SUCCESS;
+    }
+    let operator = match Connection::to(&cli.server).operator(&cli.name).await {
+        Ok(operator) => operator,
+        Err(error) => {
+            print::error(&error);
+            let refused = error.refusal().is_some();
+            return ExitCode::from(if refused { FAILED } else { UNREACHABLE });
+        }
+    };
+    match run(&operator, &cli).await {
+        Ok(Ended::Done) => ExitCode::SUCCESS,
+        Ok(Ended::WouldBeRefused) => ExitCode::from(WOULD_BE_REFUSED),
+        Err(error) => {
+            print::error(&format_args!("{error:#}"));
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+async fn run(operator: &Operator, cli: &Cli) -> anyhow::Result<Ended> {
+    let out = print::Output { json: cli.json };
+    match &cli.command {
+        Command::Status => ask::status(operator, out).await?,
+        Command::Domains { owner } => ask::domains(operator, out, *owner).await?,
+        Command::Mappings { domain, from, limit } => {
+            ask::mappings(operator, out, *domain, *from, *limit).await?
+        }
+        Command::Translate(access) => return ask::translate(operator, out, access).await,
+        Command::Explain(access) => return ask::explain(operator, out, access).await,
+        Command::Tables { device, without_page_tables } => {
+            ask::tables(operator, out, *device, *without_page_tables).await?;
+        }
+        Command::Iotlb { domain, limit } => ask::iotlb(operator, out, *domain, *limit).await?,
+        Command::Counters => ask::counters(operator, out).await?,
+        Command::Fault(command) => ask::faults(operator, out, command).await?,
+        Command::Device(command) => steer::device(operator, out, command).await?,
+        Command::Owner(command) => steer::owner(operator, out, command).await?,
+        Command::Mmio(command) => steer::mmio(operator, out, command).await?,
+        Command::Memory(command) => memory::run(operator, out, command).await?,
+        Command::Completion { .. } => {}
+    }
+    Ok(Ended::Done)
+}

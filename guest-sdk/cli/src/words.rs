@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use guest_sdk::types::{CacheState, Explanation, Fault, FaultRecord, Outcome, Step, Structure, Translation};
+use iommu_types::{CacheState, Explanation, Fault, FaultRecord, Outcome, Step, Structure, Translation};
 
 /// One fault record in one line.
 pub(crate) fn fault_line(record: &FaultRecord) -> String {
@@ -21,7 +21,11 @@ pub(crate) fn fault_line(record: &FaultRecord) -> String {
             None => "interrupt".to_owned(),
         },
     };
-    let more = if record.collapsed_count == 0 { String::new() } else { format!(" (+{} more)", record.collapsed_count) };
+    let more = if record.collapsed_count == 0 {
+        String::new()
+    } else {
+        format!(" (+{} more)", record.collapsed_count)
+    };
     format!(
         "{:>6}  {at}  {}  {owner}, {domain}  {what}  {}{more}",
         record.sequence,
@@ -80,7 +84,12 @@ pub(crate) fn step_line(step: &Step) -> String {
         (Some(low), None) => format!("{low:#018x}"),
     };
     let permissions = step.permissions.map_or_else(String::new, |p| format!(" [{p} so far]"));
-    format!("{name:<8} entry {:>3} at {:<18} {raw}{permissions}  {}", step.index, step.at.to_string(), step.reading)
+    format!(
+        "{name:<8} entry {:>3} at {:<18} {raw}{permissions}  {}",
+        step.index,
+        step.at.to_string(),
+        step.reading
+    )
 }
 
 fn cache_words(state: &CacheState) -> String {
@@ -118,8 +127,10 @@ pub(crate) fn hex_dump(base: u64, bytes: &[u8]) -> String {
             // Writing to a string does not fail.
             let _ = write!(hex, "{byte:02x} ");
         }
-        let text: String =
-            chunk.iter().map(|&b| if b.is_ascii_graphic() || b == b' ' { char::from(b) } else { '.' }).collect();
+        let text: String = chunk
+            .iter()
+            .map(|&b| if b.is_ascii_graphic() || b == b' ' { char::from(b) } else { '.' })
+            .collect();
         let address = base.wrapping_add(16 * row as u64);
         let _ = writeln!(dump, "{address:012x}  {hex:<48} {text}");
     }

@@ -121,7 +121,12 @@ fn context_entry_rows() {
             ("not present, all else zero", |w| w.set_context(ContextEntry::new()), 0x2, QUALIFIED),
             ("not present, reserved bits set", |w| w.damage_context(1 | 0xff0), 0x2, QUALIFIED),
             ("a reserved bit", |w| w.damage_context(1 << 4), 0xb, QUALIFIED),
-            ("reserved bit and bad type: the bit first", |w| w.damage_context(1 << 127 | 0b1100), 0xb, QUALIFIED),
+            (
+                "reserved bit and bad type: the bit first",
+                |w| w.damage_context(1 << 127 | 0b1100),
+                0xb,
+                QUALIFIED,
+            ),
             ("AW 0", |w| w.set_context(w.context().with_address_width(0)), 0x3, QUALIFIED),
             ("AW 4", |w| w.set_context(w.context().with_address_width(4)), 0x3, QUALIFIED),
             ("AW 7", |w| w.set_context(w.context().with_address_width(7)), 0x3, QUALIFIED),
@@ -339,51 +344,75 @@ fn address_limit_rows() {
     }
 }
 
+/// Sets permissions at levels, then asks.
+fn grant(world: &mut World, levels: &[(u8, u64)], access: Access, size_bytes: u32) {
+    for (level, permissions) in levels {
+        permit(world, *level, *permissions);
+    }
+    ask(world, access, size_bytes);
+}
+
 #[test]
 fn permission_rows() {
+    use Access::{Atomic, Read, Write};
+    const Q: bool = QUALIFIED;
     check(
         4,
         &[
-            ("write, page read-only", |w| { permit(w, 1, R); ask(w, Access::Write, 4) }, 0x5, QUALIFIED),
-            ("write, read-only at the top", |w| { permit(w, 4, R); ask(w, Access::Write, 4) }, 0x5, QUALIFIED),
-            ("read, page write-only", |w| permit(w, 1, W), 0x6, QUALIFIED),
-            ("read, write-only at level 2", |w| permit(w, 2, W), 0x6, QUALIFIED),
-            ("read above, write below: nothing is left", |w| { permit(w, 3, W); permit(w, 1, R) }, 0x6, QUALIFIED),
-            ("atomic, read-only", |w| { permit(w, 1, R); ask(w, Access::Atomic, 8) }, 0x5, QUALIFIED),
-            ("atomic, write-only", |w| { permit(w, 1, W); ask(w, Access::Atomic, 8) }, 0x6, QUALIFIED),
-            (
-                "atomic, neither left",
-                |w| { permit(w, 2, W); permit(w, 1, R); ask(w, Access::Atomic, 8) },
-                0x5,
-                QUALIFIED,
-            ),
-            ("write, not present", |w| { permit(w, 1, 0); ask(w, Access::Write, 4) }, 0x5, QUALIFIED),
-            ("read, not present at the top", |w| permit(w, 4, 0), 0x6, QUALIFIED),
-            ("atomic, not present", |w| { permit(w, 2, 0); ask(w, Access::Atomic, 4) }, 0x5, QUALIFIED),
-            (
-                "not present, every other bit set: reserved bits are not looked at",
-                |w| { let at = w.entry_at(w.iova, 3).unwrap(); w.memory.store(at, !3) },
-                0x6,
-                QUALIFIED,
-            ),
-            (
-                "missing permission above does not hide a reserved bit below",
-                |w| { permit(w, 4, R); w.damage(1, 1 << 62); ask(w, Access::Write, 4) },
-                0xc,
-                QUALIFIED,
-            ),
-            ("zero-length read, nothing left", |w| { permit(w, 2, W); permit(w, 1, R); ask(w, Access::Read, 0) }, 0x6, QUALIFIED),
-            ("zero-length read, not present", |w| { permit(w, 1, 0); ask(w, Access::Read, 0) }, 0x6, QUALIFIED),
-            (
-                "zero-length read, write-only, without ZLR",
-                |w| { w.capabilities.zero_length_read = false; permit(w, 1, W); ask(w, Access::Read, 0) },
-                0x6,
-                QUALIFIED,
-            ),
-            ("zero-length write, read-only", |w| { permit(w, 1, R); ask(w, Access::Write, 0) }, 0x5, QUALIFIED),
+            ("write, page read-only", |w| grant(w, &[(1, R)], Write, 4), 0x5, Q),
+            ("write, read-only at the top", |w| grant(w, &[(4, R)], Write, 4), 0x5, Q),
+            ("zero-length write, read-only", |w| grant(w, &[(1, R)], Write, 0), 0x5, Q),
+            ("read, page write-only", |w| grant(w, &[(1, W)], Read, 4), 0x6, Q),
+            ("read, write-only at level 2", |w| grant(w, &[(2, W)], Read, 4), 0x6, Q),
+            ("read, R and W at different levels", |w| grant(w, &[(3, W), (1, R)], Read, 4), 0x6, Q),
+            ("atomic, read-only", |w| grant(w, &[(1, R)], Atomic, 8), 0x5, Q),
+            ("atomic, write-only", |w| grant(w, &[(1, W)], Atomic, 8), 0x6, Q),
+            ("atomic, neither left", |w| grant(w, &[(2, W), (1, R)], Atomic, 8), 0x5, Q),
         ],
     );
-    check_passes(4, &[("zero-length read of a write-only page", |w| { permit(w, 1, W); ask(w, Access::Read, 0) })]);
+}
+
+#[test]
+fn not_present_rows() {
+    use Access::{Atomic, Read, Write};
+    const Q: bool = QUALIFIED;
+    fn all_but_permissions(world: &mut World, level: u8) {
+        let at = world.entry_at(world.iova, level).expect("mapped");
+        world.memory.store(at, !(R | W));
+    }
+    check(
+        4,
+        &[
+            ("write", |w| grant(w, &[(1, 0)], Write, 4), 0x5, Q),
+            ("read, at the top", |w| grant(w, &[(4, 0)], Read, 4), 0x6, Q),
+            ("atomic", |w| grant(w, &[(2, 0)], Atomic, 4), 0x5, Q),
+            ("read, all other bits set: not looked at", |w| all_but_permissions(w, 3), 0x6, Q),
+            ("a reserved bit below a missing permission shows", bit_62_below_read_only, 0xc, Q),
+        ],
+    );
+    fn bit_62_below_read_only(world: &mut World) {
+        grant(world, &[(4, R)], Write, 4);
+        world.damage(1, 1 << 62);
+    }
+}
+
+#[test]
+fn zero_length_read_rows() {
+    use Access::Read;
+    const Q: bool = QUALIFIED;
+    fn without_zlr(world: &mut World) {
+        world.capabilities.zero_length_read = false;
+        grant(world, &[(1, W)], Read, 0);
+    }
+    check(
+        4,
+        &[
+            ("nothing left", |w| grant(w, &[(2, W), (1, R)], Read, 0), 0x6, Q),
+            ("not present", |w| grant(w, &[(1, 0)], Read, 0), 0x6, Q),
+            ("write-only page, without ZLR", without_zlr, 0x6, Q),
+        ],
+    );
+    check_passes(4, &[("write-only page", |w| grant(w, &[(1, W)], Read, 0))]);
 }
 
 #[test]
@@ -485,7 +514,8 @@ fn i2_permissions_are_the_and_over_all_levels() {
                 permit(&mut world, size.leaf_level(), leaf);
                 permit(&mut world, level_above, above);
                 let left = Permissions::from_bits_truncate((above & leaf) as u8);
-                let context = format!("{levels} levels, {size}, {above:b} above, {leaf:b} in the leaf, {access}");
+                let context =
+                    format!("{levels} levels, {size}, {above:b} above, {leaf:b} in the leaf, {access}");
                 match world.walk() {
                     Ok(found) => {
                         assert!(left.allow(access), "{context}");

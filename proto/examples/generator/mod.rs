@@ -1,6 +1,6 @@
 //! From the schema to the checked-in code, without protoc: protox compiles, tonic-prost-build writes.
 //!
-//! Two programs share it: the example `generate`, which writes the files, and the test `generated`, which compares them
+//! Two programs share it: the example `generate`, which writes the files, and the test `schema`, which compares them
 //! in memory and so never touches the tree.
 
 use std::fs;

@@ -231,789 +231,6 @@ impl Protection {
         }
     }
 }
-/// A device to declare.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct DeclareDeviceRequest {
-    /// Where; segment 0.
-    #[prost(message, optional, tag = "1")]
-    pub device: ::core::option::Option<DeviceAddress>,
-    /// Name with which its agent says Hello: 1 to 64 letters, digits, dots, dashes or underscores.
-    #[prost(string, tag = "2")]
-    pub name: ::prost::alloc::string::String,
-    /// Owner to give it to; absent for nobody. It is attached to that owner's default domain.
-    #[prost(message, optional, tag = "3")]
-    pub owner: ::core::option::Option<Owner>,
-}
-/// Declared.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct DeclareDeviceResponse {}
-/// A device to remove.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct RemoveDeviceRequest {
-    /// Which.
-    #[prost(message, optional, tag = "1")]
-    pub device: ::core::option::Option<DeviceAddress>,
-}
-/// Removed.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct RemoveDeviceResponse {}
-/// A driver to declare.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct DeclareDriverRequest {
-    /// Its owner; driver:NUMBER.
-    #[prost(message, optional, tag = "1")]
-    pub owner: ::core::option::Option<Owner>,
-    /// Name with which it opens its session: as for devices.
-    #[prost(string, tag = "2")]
-    pub name: ::prost::alloc::string::String,
-}
-/// Declared.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct DeclareDriverResponse {}
-/// A device to give.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct AttachToOwnerRequest {
-    /// Which.
-    #[prost(message, optional, tag = "1")]
-    pub device: ::core::option::Option<DeviceAddress>,
-    /// To whom.
-    #[prost(message, optional, tag = "2")]
-    pub owner: ::core::option::Option<Owner>,
-    /// To which domain; absent for the owner's default domain of the device.
-    #[prost(uint32, optional, tag = "3")]
-    pub domain_id: ::core::option::Option<u32>,
-}
-/// Attached.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct AttachToOwnerResponse {
-    /// The domain.
-    #[prost(uint32, tag = "1")]
-    pub domain_id: u32,
-}
-/// A device to detach.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct DetachRequest {
-    /// Which.
-    #[prost(message, optional, tag = "1")]
-    pub device: ::core::option::Option<DeviceAddress>,
-}
-/// Detached, invalidated and drained.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct DetachResponse {}
-/// A session to end.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct QuarantineRequest {
-    #[prost(oneof = "quarantine_request::Peer", tags = "1, 2")]
-    pub peer: ::core::option::Option<quarantine_request::Peer>,
-}
-/// Nested message and enum types in `QuarantineRequest`.
-pub mod quarantine_request {
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum Peer {
-        /// The agent of this device.
-        #[prost(message, tag = "1")]
-        Device(super::DeviceAddress),
-        /// The driver of this owner; what it holds is reclaimed without grace.
-        #[prost(message, tag = "2")]
-        Owner(super::Owner),
-    }
-}
-/// Ended.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct QuarantineResponse {
-    /// Whether there was a session.
-    #[prost(bool, tag = "1")]
-    pub ended: bool,
-}
-/// Generated client implementations.
-pub mod admin_service_client {
-    #![allow(
-        unused_variables,
-        dead_code,
-        missing_docs,
-        clippy::wildcard_imports,
-        clippy::let_unit_value,
-    )]
-    use tonic::codegen::*;
-    use tonic::codegen::http::Uri;
-    /// For operators.
-    #[derive(Debug, Clone)]
-    pub struct AdminServiceClient<T> {
-        inner: tonic::client::Grpc<T>,
-    }
-    impl AdminServiceClient<tonic::transport::Channel> {
-        /// Attempt to create a new client by connecting to a given endpoint.
-        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
-        where
-            D: TryInto<tonic::transport::Endpoint>,
-            D::Error: Into<StdError>,
-        {
-            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
-            Ok(Self::new(conn))
-        }
-    }
-    impl<T> AdminServiceClient<T>
-    where
-        T: tonic::client::GrpcService<tonic::body::Body>,
-        T::Error: Into<StdError>,
-        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
-        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
-    {
-        pub fn new(inner: T) -> Self {
-            let inner = tonic::client::Grpc::new(inner);
-            Self { inner }
-        }
-        pub fn with_origin(inner: T, origin: Uri) -> Self {
-            let inner = tonic::client::Grpc::with_origin(inner, origin);
-            Self { inner }
-        }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> AdminServiceClient<InterceptedService<T, F>>
-        where
-            F: tonic::service::Interceptor,
-            T::ResponseBody: Default,
-            T: tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-                Response = http::Response<
-                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
-                >,
-            >,
-            <T as tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
-        {
-            AdminServiceClient::new(InterceptedService::new(inner, interceptor))
-        }
-        /// Compress requests with the given encoding.
-        ///
-        /// This requires the server to support it otherwise it might respond with an
-        /// error.
-        #[must_use]
-        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.inner = self.inner.send_compressed(encoding);
-            self
-        }
-        /// Enable decompressing responses.
-        #[must_use]
-        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.inner = self.inner.accept_compressed(encoding);
-            self
-        }
-        /// Limits the maximum size of a decoded message.
-        ///
-        /// Default: `4MB`
-        #[must_use]
-        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
-            self.inner = self.inner.max_decoding_message_size(limit);
-            self
-        }
-        /// Limits the maximum size of an encoded message.
-        ///
-        /// Default: `usize::MAX`
-        #[must_use]
-        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
-            self.inner = self.inner.max_encoding_message_size(limit);
-            self
-        }
-        /// Declares a device, so that an agent may connect for it. Errors: DEVICE_EXISTS, UNKNOWN_OWNER, LIMIT_REACHED, INVALID_FIELD.
-        pub async fn declare_device(
-            &mut self,
-            request: impl tonic::IntoRequest<super::DeclareDeviceRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::DeclareDeviceResponse>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = crate::codec::WireCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/iommu.v1.AdminService/DeclareDevice",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("iommu.v1.AdminService", "DeclareDevice"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Detaches a device, ends its session and forgets it. Errors: UNKNOWN_DEVICE.
-        pub async fn remove_device(
-            &mut self,
-            request: impl tonic::IntoRequest<super::RemoveDeviceRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::RemoveDeviceResponse>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = crate::codec::WireCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/iommu.v1.AdminService/RemoveDevice",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("iommu.v1.AdminService", "RemoveDevice"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Declares an owner, so that its driver may connect. Errors: INVALID_FIELD (the number or the name is taken), LIMIT_REACHED.
-        pub async fn declare_driver(
-            &mut self,
-            request: impl tonic::IntoRequest<super::DeclareDriverRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::DeclareDriverResponse>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = crate::codec::WireCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/iommu.v1.AdminService/DeclareDriver",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("iommu.v1.AdminService", "DeclareDriver"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Gives a device to an owner and attaches it to a domain of that owner. A device that is attached is detached first (invalidated and drained).
-        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner).
-        pub async fn attach_to_owner(
-            &mut self,
-            request: impl tonic::IntoRequest<super::AttachToOwnerRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::AttachToOwnerResponse>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = crate::codec::WireCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/iommu.v1.AdminService/AttachToOwner",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("iommu.v1.AdminService", "AttachToOwner"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Detaches a device from its domain; it keeps its owner. Errors: UNKNOWN_DEVICE, NOT_ATTACHED.
-        pub async fn detach(
-            &mut self,
-            request: impl tonic::IntoRequest<super::DetachRequest>,
-        ) -> std::result::Result<tonic::Response<super::DetachResponse>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = crate::codec::WireCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/iommu.v1.AdminService/Detach",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("iommu.v1.AdminService", "Detach"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Ends the session of a peer at once. Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER.
-        pub async fn quarantine(
-            &mut self,
-            request: impl tonic::IntoRequest<super::QuarantineRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::QuarantineResponse>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = crate::codec::WireCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/iommu.v1.AdminService/Quarantine",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("iommu.v1.AdminService", "Quarantine"));
-            self.inner.unary(req, path, codec).await
-        }
-    }
-}
-/// Generated server implementations.
-pub mod admin_service_server {
-    #![allow(
-        unused_variables,
-        dead_code,
-        missing_docs,
-        clippy::wildcard_imports,
-        clippy::let_unit_value,
-    )]
-    use tonic::codegen::*;
-    /// Generated trait containing gRPC methods that should be implemented for use with AdminServiceServer.
-    #[async_trait]
-    pub trait AdminService: std::marker::Send + std::marker::Sync + 'static {
-        /// Declares a device, so that an agent may connect for it. Errors: DEVICE_EXISTS, UNKNOWN_OWNER, LIMIT_REACHED, INVALID_FIELD.
-        async fn declare_device(
-            &self,
-            request: tonic::Request<super::DeclareDeviceRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::DeclareDeviceResponse>,
-            tonic::Status,
-        >;
-        /// Detaches a device, ends its session and forgets it. Errors: UNKNOWN_DEVICE.
-        async fn remove_device(
-            &self,
-            request: tonic::Request<super::RemoveDeviceRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::RemoveDeviceResponse>,
-            tonic::Status,
-        >;
-        /// Declares an owner, so that its driver may connect. Errors: INVALID_FIELD (the number or the name is taken), LIMIT_REACHED.
-        async fn declare_driver(
-            &self,
-            request: tonic::Request<super::DeclareDriverRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::DeclareDriverResponse>,
-            tonic::Status,
-        >;
-        /// Gives a device to an owner and attaches it to a domain of that owner. A device that is attached is detached first (invalidated and drained).
-        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner).
-        async fn attach_to_owner(
-            &self,
-            request: tonic::Request<super::AttachToOwnerRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::AttachToOwnerResponse>,
-            tonic::Status,
-        >;
-        /// Detaches a device from its domain; it keeps its owner. Errors: UNKNOWN_DEVICE, NOT_ATTACHED.
-        async fn detach(
-            &self,
-            request: tonic::Request<super::DetachRequest>,
-        ) -> std::result::Result<tonic::Response<super::DetachResponse>, tonic::Status>;
-        /// Ends the session of a peer at once. Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER.
-        async fn quarantine(
-            &self,
-            request: tonic::Request<super::QuarantineRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::QuarantineResponse>,
-            tonic::Status,
-        >;
-    }
-    /// For operators.
-    #[derive(Debug)]
-    pub struct AdminServiceServer<T> {
-        inner: Arc<T>,
-        accept_compression_encodings: EnabledCompressionEncodings,
-        send_compression_encodings: EnabledCompressionEncodings,
-        max_decoding_message_size: Option<usize>,
-        max_encoding_message_size: Option<usize>,
-    }
-    impl<T> AdminServiceServer<T> {
-        pub fn new(inner: T) -> Self {
-            Self::from_arc(Arc::new(inner))
-        }
-        pub fn from_arc(inner: Arc<T>) -> Self {
-            Self {
-                inner,
-                accept_compression_encodings: Default::default(),
-                send_compression_encodings: Default::default(),
-                max_decoding_message_size: None,
-                max_encoding_message_size: None,
-            }
-        }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> InterceptedService<Self, F>
-        where
-            F: tonic::service::Interceptor,
-        {
-            InterceptedService::new(Self::new(inner), interceptor)
-        }
-        /// Enable decompressing requests with the given encoding.
-        #[must_use]
-        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.accept_compression_encodings.enable(encoding);
-            self
-        }
-        /// Compress responses with the given encoding, if the client supports it.
-        #[must_use]
-        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
-            self.send_compression_encodings.enable(encoding);
-            self
-        }
-        /// Limits the maximum size of a decoded message.
-        ///
-        /// Default: `4MB`
-        #[must_use]
-        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
-            self.max_decoding_message_size = Some(limit);
-            self
-        }
-        /// Limits the maximum size of an encoded message.
-        ///
-        /// Default: `usize::MAX`
-        #[must_use]
-        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
-            self.max_encoding_message_size = Some(limit);
-            self
-        }
-    }
-    impl<T, B> tonic::codegen::Service<http::Request<B>> for AdminServiceServer<T>
-    where
-        T: AdminService,
-        B: Body + std::marker::Send + 'static,
-        B::Error: Into<StdError> + std::marker::Send + 'static,
-    {
-        type Response = http::Response<tonic::body::Body>;
-        type Error = std::convert::Infallible;
-        type Future = BoxFuture<Self::Response, Self::Error>;
-        fn poll_ready(
-            &mut self,
-            _cx: &mut Context<'_>,
-        ) -> Poll<std::result::Result<(), Self::Error>> {
-            Poll::Ready(Ok(()))
-        }
-        fn call(&mut self, req: http::Request<B>) -> Self::Future {
-            match req.uri().path() {
-                "/iommu.v1.AdminService/DeclareDevice" => {
-                    #[allow(non_camel_case_types)]
-                    struct DeclareDeviceSvc<T: AdminService>(pub Arc<T>);
-                    impl<
-                        T: AdminService,
-                    > tonic::server::UnaryService<super::DeclareDeviceRequest>
-                    for DeclareDeviceSvc<T> {
-                        type Response = super::DeclareDeviceResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::DeclareDeviceRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as AdminService>::declare_device(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = DeclareDeviceSvc(inner);
-                        let codec = crate::codec::WireCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/iommu.v1.AdminService/RemoveDevice" => {
-                    #[allow(non_camel_case_types)]
-                    struct RemoveDeviceSvc<T: AdminService>(pub Arc<T>);
-                    impl<
-                        T: AdminService,
-                    > tonic::server::UnaryService<super::RemoveDeviceRequest>
-                    for RemoveDeviceSvc<T> {
-                        type Response = super::RemoveDeviceResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::RemoveDeviceRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as AdminService>::remove_device(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = RemoveDeviceSvc(inner);
-                        let codec = crate::codec::WireCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/iommu.v1.AdminService/DeclareDriver" => {
-                    #[allow(non_camel_case_types)]
-                    struct DeclareDriverSvc<T: AdminService>(pub Arc<T>);
-                    impl<
-                        T: AdminService,
-                    > tonic::server::UnaryService<super::DeclareDriverRequest>
-                    for DeclareDriverSvc<T> {
-                        type Response = super::DeclareDriverResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::DeclareDriverRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as AdminService>::declare_driver(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = DeclareDriverSvc(inner);
-                        let codec = crate::codec::WireCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/iommu.v1.AdminService/AttachToOwner" => {
-                    #[allow(non_camel_case_types)]
-                    struct AttachToOwnerSvc<T: AdminService>(pub Arc<T>);
-                    impl<
-                        T: AdminService,
-                    > tonic::server::UnaryService<super::AttachToOwnerRequest>
-                    for AttachToOwnerSvc<T> {
-                        type Response = super::AttachToOwnerResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::AttachToOwnerRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as AdminService>::attach_to_owner(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = AttachToOwnerSvc(inner);
-                        let codec = crate::codec::WireCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/iommu.v1.AdminService/Detach" => {
-                    #[allow(non_camel_case_types)]
-                    struct DetachSvc<T: AdminService>(pub Arc<T>);
-                    impl<
-                        T: AdminService,
-                    > tonic::server::UnaryService<super::DetachRequest>
-                    for DetachSvc<T> {
-                        type Response = super::DetachResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::DetachRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as AdminService>::detach(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = DetachSvc(inner);
-                        let codec = crate::codec::WireCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/iommu.v1.AdminService/Quarantine" => {
-                    #[allow(non_camel_case_types)]
-                    struct QuarantineSvc<T: AdminService>(pub Arc<T>);
-                    impl<
-                        T: AdminService,
-                    > tonic::server::UnaryService<super::QuarantineRequest>
-                    for QuarantineSvc<T> {
-                        type Response = super::QuarantineResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::QuarantineRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as AdminService>::quarantine(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = QuarantineSvc(inner);
-                        let codec = crate::codec::WireCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                _ => {
-                    Box::pin(async move {
-                        let mut response = http::Response::new(
-                            tonic::body::Body::default(),
-                        );
-                        let headers = response.headers_mut();
-                        headers
-                            .insert(
-                                tonic::Status::GRPC_STATUS,
-                                (tonic::Code::Unimplemented as i32).into(),
-                            );
-                        headers
-                            .insert(
-                                http::header::CONTENT_TYPE,
-                                tonic::metadata::GRPC_CONTENT_TYPE,
-                            );
-                        Ok(response)
-                    })
-                }
-            }
-        }
-    }
-    impl<T> Clone for AdminServiceServer<T> {
-        fn clone(&self) -> Self {
-            let inner = self.inner.clone();
-            Self {
-                inner,
-                accept_compression_encodings: self.accept_compression_encodings,
-                send_compression_encodings: self.send_compression_encodings,
-                max_decoding_message_size: self.max_decoding_message_size,
-                max_encoding_message_size: self.max_encoding_message_size,
-            }
-        }
-    }
-    /// Generated gRPC service name
-    pub const SERVICE_NAME: &str = "iommu.v1.AdminService";
-    impl<T> tonic::server::NamedService for AdminServiceServer<T> {
-        const NAME: &'static str = SERVICE_NAME;
-    }
-}
 /// Names a mutating request, so that a retry is safe.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RequestHeader {
@@ -2980,6 +2197,945 @@ pub mod driver_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "iommu.v1.DriverService";
     impl<T> tonic::server::NamedService for DriverServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// A device to declare.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeclareDeviceRequest {
+    /// Where; segment 0.
+    #[prost(message, optional, tag = "1")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// Name with which its agent says Hello: 1 to 64 letters, digits, dots, dashes or underscores.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Owner to give it to; absent for nobody. It is attached to that owner's default domain.
+    #[prost(message, optional, tag = "3")]
+    pub owner: ::core::option::Option<Owner>,
+}
+/// Declared.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeclareDeviceResponse {}
+/// A device to remove.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveDeviceRequest {
+    /// Which.
+    #[prost(message, optional, tag = "1")]
+    pub device: ::core::option::Option<DeviceAddress>,
+}
+/// Removed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveDeviceResponse {}
+/// A driver to declare.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeclareDriverRequest {
+    /// Its owner; driver:NUMBER.
+    #[prost(message, optional, tag = "1")]
+    pub owner: ::core::option::Option<Owner>,
+    /// Name with which it opens its session: as for devices.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+}
+/// Declared.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeclareDriverResponse {}
+/// A device to give.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AttachToOwnerRequest {
+    /// Which.
+    #[prost(message, optional, tag = "1")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// To whom.
+    #[prost(message, optional, tag = "2")]
+    pub owner: ::core::option::Option<Owner>,
+    /// To which domain; absent for the owner's default domain of the device.
+    #[prost(uint32, optional, tag = "3")]
+    pub domain_id: ::core::option::Option<u32>,
+}
+/// Attached.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AttachToOwnerResponse {
+    /// The domain.
+    #[prost(uint32, tag = "1")]
+    pub domain_id: u32,
+}
+/// A device to detach.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DetachRequest {
+    /// Which.
+    #[prost(message, optional, tag = "1")]
+    pub device: ::core::option::Option<DeviceAddress>,
+}
+/// Detached, invalidated and drained.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DetachResponse {}
+/// A session to end.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct QuarantineRequest {
+    #[prost(oneof = "quarantine_request::Peer", tags = "1, 2")]
+    pub peer: ::core::option::Option<quarantine_request::Peer>,
+}
+/// Nested message and enum types in `QuarantineRequest`.
+pub mod quarantine_request {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Peer {
+        /// The agent of this device.
+        #[prost(message, tag = "1")]
+        Device(super::DeviceAddress),
+        /// The driver of this owner; what it holds is reclaimed without grace.
+        #[prost(message, tag = "2")]
+        Owner(super::Owner),
+    }
+}
+/// Ended.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct QuarantineResponse {
+    /// Whether there was a session.
+    #[prost(bool, tag = "1")]
+    pub ended: bool,
+}
+/// Generated client implementations.
+pub mod admin_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// For operators.
+    #[derive(Debug, Clone)]
+    pub struct AdminServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl AdminServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> AdminServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> AdminServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            AdminServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Declares a device, so that an agent may connect for it. Errors: DEVICE_EXISTS, UNKNOWN_OWNER, LIMIT_REACHED, INVALID_FIELD.
+        pub async fn declare_device(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DeclareDeviceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeclareDeviceResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.AdminService/DeclareDevice",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.AdminService", "DeclareDevice"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Detaches a device, ends its session and forgets it. Errors: UNKNOWN_DEVICE.
+        pub async fn remove_device(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RemoveDeviceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveDeviceResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.AdminService/RemoveDevice",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.AdminService", "RemoveDevice"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Declares an owner, so that its driver may connect. Errors: INVALID_FIELD (the number or the name is taken), LIMIT_REACHED.
+        pub async fn declare_driver(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DeclareDriverRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeclareDriverResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.AdminService/DeclareDriver",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.AdminService", "DeclareDriver"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives a device to an owner and attaches it to a domain of that owner. A device that is attached is detached first (invalidated and drained).
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner).
+        pub async fn attach_to_owner(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AttachToOwnerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AttachToOwnerResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.AdminService/AttachToOwner",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.AdminService", "AttachToOwner"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Detaches a device from its domain; it keeps its owner. Errors: UNKNOWN_DEVICE, NOT_ATTACHED.
+        pub async fn detach(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DetachRequest>,
+        ) -> std::result::Result<tonic::Response<super::DetachResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.AdminService/Detach",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.AdminService", "Detach"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends the session of a peer at once. Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER.
+        pub async fn quarantine(
+            &mut self,
+            request: impl tonic::IntoRequest<super::QuarantineRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::QuarantineResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.AdminService/Quarantine",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.AdminService", "Quarantine"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reads a register of any device, for debugging beside its driver. Errors: UNKNOWN_DEVICE, DEVICE_ABSENT, DEVICE_TIMEOUT, MMIO_REFUSED, LIMIT_REACHED.
+        pub async fn mmio_read(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MmioReadRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MmioReadResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.AdminService/MmioRead",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.AdminService", "MmioRead"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Writes a register of any device. Errors: as MmioRead.
+        pub async fn mmio_write(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MmioWriteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MmioWriteResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.AdminService/MmioWrite",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.AdminService", "MmioWrite"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod admin_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with AdminServiceServer.
+    #[async_trait]
+    pub trait AdminService: std::marker::Send + std::marker::Sync + 'static {
+        /// Declares a device, so that an agent may connect for it. Errors: DEVICE_EXISTS, UNKNOWN_OWNER, LIMIT_REACHED, INVALID_FIELD.
+        async fn declare_device(
+            &self,
+            request: tonic::Request<super::DeclareDeviceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeclareDeviceResponse>,
+            tonic::Status,
+        >;
+        /// Detaches a device, ends its session and forgets it. Errors: UNKNOWN_DEVICE.
+        async fn remove_device(
+            &self,
+            request: tonic::Request<super::RemoveDeviceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveDeviceResponse>,
+            tonic::Status,
+        >;
+        /// Declares an owner, so that its driver may connect. Errors: INVALID_FIELD (the number or the name is taken), LIMIT_REACHED.
+        async fn declare_driver(
+            &self,
+            request: tonic::Request<super::DeclareDriverRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeclareDriverResponse>,
+            tonic::Status,
+        >;
+        /// Gives a device to an owner and attaches it to a domain of that owner. A device that is attached is detached first (invalidated and drained).
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner).
+        async fn attach_to_owner(
+            &self,
+            request: tonic::Request<super::AttachToOwnerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AttachToOwnerResponse>,
+            tonic::Status,
+        >;
+        /// Detaches a device from its domain; it keeps its owner. Errors: UNKNOWN_DEVICE, NOT_ATTACHED.
+        async fn detach(
+            &self,
+            request: tonic::Request<super::DetachRequest>,
+        ) -> std::result::Result<tonic::Response<super::DetachResponse>, tonic::Status>;
+        /// Ends the session of a peer at once. Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER.
+        async fn quarantine(
+            &self,
+            request: tonic::Request<super::QuarantineRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::QuarantineResponse>,
+            tonic::Status,
+        >;
+        /// Reads a register of any device, for debugging beside its driver. Errors: UNKNOWN_DEVICE, DEVICE_ABSENT, DEVICE_TIMEOUT, MMIO_REFUSED, LIMIT_REACHED.
+        async fn mmio_read(
+            &self,
+            request: tonic::Request<super::MmioReadRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MmioReadResponse>,
+            tonic::Status,
+        >;
+        /// Writes a register of any device. Errors: as MmioRead.
+        async fn mmio_write(
+            &self,
+            request: tonic::Request<super::MmioWriteRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MmioWriteResponse>,
+            tonic::Status,
+        >;
+    }
+    /// For operators.
+    #[derive(Debug)]
+    pub struct AdminServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> AdminServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for AdminServiceServer<T>
+    where
+        T: AdminService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/iommu.v1.AdminService/DeclareDevice" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeclareDeviceSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::DeclareDeviceRequest>
+                    for DeclareDeviceSvc<T> {
+                        type Response = super::DeclareDeviceResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DeclareDeviceRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::declare_device(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeclareDeviceSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.AdminService/RemoveDevice" => {
+                    #[allow(non_camel_case_types)]
+                    struct RemoveDeviceSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::RemoveDeviceRequest>
+                    for RemoveDeviceSvc<T> {
+                        type Response = super::RemoveDeviceResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RemoveDeviceRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::remove_device(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RemoveDeviceSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.AdminService/DeclareDriver" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeclareDriverSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::DeclareDriverRequest>
+                    for DeclareDriverSvc<T> {
+                        type Response = super::DeclareDriverResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DeclareDriverRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::declare_driver(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeclareDriverSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.AdminService/AttachToOwner" => {
+                    #[allow(non_camel_case_types)]
+                    struct AttachToOwnerSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::AttachToOwnerRequest>
+                    for AttachToOwnerSvc<T> {
+                        type Response = super::AttachToOwnerResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AttachToOwnerRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::attach_to_owner(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AttachToOwnerSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.AdminService/Detach" => {
+                    #[allow(non_camel_case_types)]
+                    struct DetachSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::DetachRequest>
+                    for DetachSvc<T> {
+                        type Response = super::DetachResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DetachRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::detach(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DetachSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.AdminService/Quarantine" => {
+                    #[allow(non_camel_case_types)]
+                    struct QuarantineSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::QuarantineRequest>
+                    for QuarantineSvc<T> {
+                        type Response = super::QuarantineResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::QuarantineRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::quarantine(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = QuarantineSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.AdminService/MmioRead" => {
+                    #[allow(non_camel_case_types)]
+                    struct MmioReadSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::MmioReadRequest>
+                    for MmioReadSvc<T> {
+                        type Response = super::MmioReadResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MmioReadRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::mmio_read(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = MmioReadSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.AdminService/MmioWrite" => {
+                    #[allow(non_camel_case_types)]
+                    struct MmioWriteSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::MmioWriteRequest>
+                    for MmioWriteSvc<T> {
+                        type Response = super::MmioWriteResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MmioWriteRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::mmio_write(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = MmioWriteSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for AdminServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "iommu.v1.AdminService";
+    impl<T> tonic::server::NamedService for AdminServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

@@ -63,8 +63,8 @@ impl<A: Atomics> ContextCache<A> {
         self.sets.find(self.index(source), tag(source)).map(from_data)
     }
 
-    /// Puts a context in, unless an invalidation of contexts overtook the look at the tables (I4). `walked_under` is what
-    /// [`Drains::context_generation`] said before.
+    /// Puts a context in, unless an invalidation of contexts overtook the look at the tables (I4).
+    /// `walked_under` is what [`Drains::context_generation`] said before.
     pub fn fill(
         &self,
         drains: &Drains<A>,
@@ -76,7 +76,8 @@ impl<A: Atomics> ContextCache<A> {
         self.sets.insert(self.index(source), tag(source), to_data(context), is_current)
     }
 
-    /// Forgets everything. As for every invalidation here, the generation was moved before ([`Drains::move_context_generation`]).
+    /// Forgets everything. As for every invalidation here, the generation was moved before
+    /// ([`Drains::move_context_generation`]).
     pub fn invalidate_all(&self) {
         self.sets.clear_everywhere(|_, _| true);
     }
@@ -86,7 +87,8 @@ impl<A: Atomics> ContextCache<A> {
         self.sets.clear_everywhere(|_, data| domain_of(data) == domain);
     }
 
-    /// Forgets the context of a source, and of those that differ from it only in function bits that the mask ignores.
+    /// Forgets the context of a source, and of those that differ from it only in function bits that the mask
+    /// ignores.
     pub fn invalidate_device(&self, source: SourceId, mask: FunctionMask) {
         let functions = (0..8).map(|function| SourceId::new(source.get() & !7 | function));
         for meant in functions.filter(|&function| mask.matches(source, function)) {
@@ -103,7 +105,8 @@ impl<A: Atomics> ContextCache<A> {
         entries
     }
 
-    /// Fibonacci hashing: sources are often multiples of eight, and this spreads any such run evenly over the sets.
+    /// Fibonacci hashing: sources are often multiples of eight, and this spreads any such run evenly over the
+    /// sets.
     #[inline]
     fn index(&self, source: SourceId) -> usize {
         (u64::from(source.get()).wrapping_mul(GOLDEN) >> (u64::BITS - 1 - self.index_bits) >> 1) as usize

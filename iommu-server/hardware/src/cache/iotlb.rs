@@ -6,7 +6,8 @@ use super::spans::{Span, Spans};
 use super::{CacheGeometry, Filled};
 use crate::drain::{Atomics, Drains, Std};
 
-/// A translation as it is cached: a page of a domain, where it leads, and the AND of the permissions on the way.
+/// A translation as it is cached: a page of a domain, where it leads, and the AND of the permissions on the
+/// way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IotlbEntry {
     /// The domain that the page belongs to.
@@ -32,14 +33,15 @@ impl<A: Atomics> Iotlb<A> {
         Self { spans: Spans::new(geometry, PageSize::ALL.map(PageSize::shift)) }
     }
 
-    /// The entry that covers the address, whatever its permissions: the smallest page first. Takes no lock and writes nothing.
+    /// The entry that covers the address, whatever its permissions: the smallest page first. Takes no lock
+    /// and writes nothing.
     #[inline]
     pub fn lookup(&self, domain: DomainId, iova: Iova) -> Option<IotlbEntry> {
         self.spans.lookup(domain, iova).map(from_span)
     }
 
-    /// Puts an entry in, unless an invalidation overtook the walk that found it (I4). `walked_under` is what [`Drains::generation`] said
-    /// before the walk began.
+    /// Puts an entry in, unless an invalidation overtook the walk that found it (I4). `walked_under` is what
+    /// [`Drains::generation`] said before the walk began.
     pub fn fill(&self, drains: &Drains<A>, walked_under: Generation, entry: IotlbEntry) -> Filled {
         let span = Span {
             domain: entry.domain_id,
@@ -51,7 +53,8 @@ impl<A: Atomics> Iotlb<A> {
         self.spans.fill(drains, walked_under, span)
     }
 
-    /// Forgets everything. As for every invalidation, the generation was moved before ([`Drains::move_generation`]).
+    /// Forgets everything. As for every invalidation, the generation was moved before
+    /// ([`Drains::move_generation`]).
     pub fn invalidate_all(&self) {
         self.spans.invalidate_all();
     }

@@ -1,5 +1,10 @@
 //! Fills, lookups and invalidations under every interleaving of two or three threads.
 
+#![expect(
+    clippy::arc_with_non_send_sync,
+    reason = "loom's cell is the race detector; loom runs its threads one at a time"
+)]
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
@@ -247,19 +252,12 @@ fn i1_two_invalidations_of_one_page_both_mean_what_they_say() {
 fn a_reader_never_sees_one_half_of_an_entry() {
     explore(3, || {
         let sets = Arc::new(Sets::<Loom>::new(SMALLEST));
+        let _filled = sets.insert(0, 1, 10, || true);
         let writer = Arc::clone(&sets);
-        let writer = thread::spawn(move || {
-            for (tag, data) in [(1, 10), (2, 20), (1, 11)] {
-                let _filled = writer.insert(0, tag, data, || true);
-            }
-        });
-        if let Some(data) = sets.find(0, 1) {
-            assert!(data == 10 || data == 11, "{data} is the data of another tag");
-        }
-        if let Some(data) = sets.find(0, 2) {
-            assert_eq!(data, 20);
-        }
-        writer.join().expect("the writer ends");
+        let writer = thread::spawn(move || writer.insert(0, 2, 20, || true));
+        assert!(matches!(sets.find(0, 1), None | Some(10)));
+        assert!(matches!(sets.find(0, 2), None | Some(20)));
+        let _filled = writer.join().expect("the writer ends");
     });
 }
 

@@ -41,8 +41,8 @@ impl<A: Atomics> PagingStructureCache<A> {
         self.spans.lookup(domain, iova).map(from_span)
     }
 
-    /// Puts a table in, unless an invalidation overtook the walk that passed it (I4). `walked_under` is what [`Drains::generation`]
-    /// said before the walk began.
+    /// Puts a table in, unless an invalidation overtook the walk that passed it (I4). `walked_under` is what
+    /// [`Drains::generation`] said before the walk began.
     pub fn fill(&self, drains: &Drains<A>, walked_under: Generation, entry: PagingEntry) -> Filled {
         assert!((1..=3).contains(&entry.level), "only tables of levels 1 to 3 are cached: {entry:?}");
         let span = Span {
@@ -55,7 +55,8 @@ impl<A: Atomics> PagingStructureCache<A> {
         self.spans.fill(drains, walked_under, span)
     }
 
-    /// Forgets everything. As for every invalidation, the generation was moved before ([`Drains::move_generation`]).
+    /// Forgets everything. As for every invalidation, the generation was moved before
+    /// ([`Drains::move_generation`]).
     pub fn invalidate_all(&self) {
         self.spans.invalidate_all();
     }

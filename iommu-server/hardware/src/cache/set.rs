@@ -1,14 +1,16 @@
 //! Sets of a cache: a few ways behind a sequence lock.
 //!
-//! An entry is two words, a tag and its data; tag 0 is an empty way. A reader takes no lock and writes nothing: it reads the sequence,
-//! the ways and the sequence again, and believes what it read only if no writer was there. A writer makes the sequence odd by
-//! compare-and-swap, which is the writer lock, and even again when it is done.
+//! An entry is two words, a tag and its data; tag 0 is an empty way. A reader takes no lock and writes
+//! nothing: it reads the sequence, the ways and the sequence again, and believes what it read only if no
+//! writer was there. A writer makes the sequence odd by compare-and-swap, which is the writer lock, and even
+//! again when it is done.
 //!
-//! **Architecture invariant (I4):** a fill asks whether its generation is current *behind the writer lock and a fence*, and an
-//! invalidation has moved the generation, behind a fence, before it looks at a set. Hence an invalidation may look before it locks: if the
-//! sequence it reads is even, every fill that it could miss had not locked the set yet, and will see the new generation. A way that
-//! changes after that look was overwritten by such a later writer, which is as good as cleared. So an invalidation of a page that
-//! is not cached takes no lock and writes nothing.
+//! **Architecture invariant (I4):** a fill asks whether its generation is current *behind the writer lock and
+//! a fence*, and an invalidation has moved the generation, behind a fence, before it looks at a set. Hence an
+//! invalidation may look before it locks: if the sequence it reads is even, every fill that it could miss had
+//! not locked the set yet, and will see the new generation. A way that changes after that look was
+//! overwritten by such a later writer, which is as good as cleared. So an invalidation of a page that is not
+//! cached takes no lock and writes nothing.
 
 use std::sync::atomic::Ordering;
 
@@ -18,7 +20,8 @@ use crate::drain::{AtomicWord, Atomics};
 /// Ways that a set has room for.
 pub(super) const WAYS_MAX: usize = 4;
 
-/// How often a reader that a writer disturbed tries again. After that it misses, which is always allowed and costs a walk.
+/// How often a reader that a writer disturbed tries again. After that it misses, which is always allowed and
+/// costs a walk.
 const READ_ATTEMPTS: u32 = 2;
 
 struct Set<A: Atomics> {
@@ -71,8 +74,8 @@ impl<A: Atomics> Sets<A> {
         None
     }
 
-    /// Puts an entry in, unless `is_current` says under the writer lock that it has been overtaken (I4). An entry of the same tag is replaced;
-    /// else an empty way is taken; else the victims go round.
+    /// Puts an entry in, unless `is_current` says under the writer lock that it has been overtaken (I4). An
+    /// entry of the same tag is replaced; else an empty way is taken; else the victims go round.
     pub(super) fn insert(
         &self,
         index: usize,
@@ -100,7 +103,8 @@ impl<A: Atomics> Sets<A> {
         Filled::Inserted { evicted }
     }
 
-    /// Empties the ways of a set whose tag and data match. The generation has been moved before, behind a fence.
+    /// Empties the ways of a set whose tag and data match. The generation has been moved before, behind a
+    /// fence.
     pub(super) fn clear(&self, index: usize, matches: impl Fn(u64, u64) -> bool) {
         let set = self.set(index);
         let is_meant = |way: usize| {
@@ -143,8 +147,8 @@ impl<A: Atomics> Set<A> {
         Self { sequence: A::Word::new(0), tags: words(), data: words() }
     }
 
-    /// Makes the sequence odd and returns it. The fence orders the lock before the look at the generation, and before what is written to
-    /// the ways: who sees any of that sees the odd sequence too.
+    /// Makes the sequence odd and returns it. The fence orders the lock before the look at the generation,
+    /// and before what is written to the ways: who sees any of that sees the odd sequence too.
     fn lock(&self) -> u64 {
         let mut turns = 0;
         loop {

@@ -1,5 +1,5 @@
-//! What the IOTLB and the paging-structure cache have in common: entries that cover an aligned span of one domain's addresses, in
-//! three sizes.
+//! What the IOTLB and the paging-structure cache have in common: entries that cover an aligned span of one
+//! domain's addresses, in three sizes.
 //!
 //! ```text
 //!  tag    63    62      47 46     45 44                        0
@@ -8,10 +8,18 @@
 //!        [ host-physical address                |   0    | W | R ]
 //! ```
 //!
-//! **Where an entry stands.** The set is `fold(span number) + offset(domain)`. The fold XORs the span number with itself shifted by
-//! the index width, so neighbouring spans stand in neighbouring sets and a contiguous region fills all sets evenly. The offset is the domain ID
-//! times the golden ratio, its upper bits (Fibonacci hashing): allocators give every tenant the same addresses, and this
-//! spreads any run of domain IDs evenly over the sets instead of piling the tenants up.
+//! **Where an entry stands.** Span numbers are cut into blocks of as many spans as there are sets. Within a
+//! block neighbouring spans stand in neighbouring sets, so a contiguous region fills all sets evenly. Each
+//! block of each domain and size is turned by an offset of its own:
+//!
+//! ```text
+//!  set = span number + (block * BLOCK_STEP + (domain, size) * DOMAIN_STEP) / 2^64 * sets      (mod sets)
+//! ```
+//!
+//! The two steps are those of the R2 sequence (the powers of the inverse plastic number), the two-dimensional
+//! kin of Fibonacci hashing: whatever the stride between blocks, domains or both, their offsets are spread
+//! evenly. It matters because allocators give every tenant the same addresses and because buffers are
+//! aligned; neither may pile up in a few sets.
 
 use std::sync::atomic::Ordering;
 
@@ -32,7 +40,8 @@ const DOMAIN_SHIFT: u32 = 47;
 const SIZE_SHIFT: u32 = 45;
 const PAGE_MASK: u64 = (1 << SIZE_SHIFT) - 1;
 const HPA_MASK: u64 = ((1 << 52) - 1) & !((1 << PAGE_SHIFT) - 1);
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+const BLOCK_STEP: u64 = 0xc13f_a9a9_02a6_328f;
+const DOMAIN_STEP: u64 = 0x91e1_0da5_c79e_7b1d;
 
 /// Spans of a range that are looked for one by one. A larger range scans all sets.
 const PROBES_MAX: u64 = 64;
@@ -83,7 +92,7 @@ impl<A: Atomics> Spans<A> {
                 continue;
             }
             let number = iova.get() >> shift;
-            let data = self.sets.find(self.index(domain, number), self.tag(domain, size, number));
+            let data = self.sets.find(self.index(domain, size, number), self.tag(domain, size, number));
             if let Some(data) = data {
                 return Some(Span { domain, base: Iova::new(number << shift), size, ..from_data(data) });
             }
@@ -97,12 +106,14 @@ impl<A: Atomics> Spans<A> {
         assert!(span.base.get() >> ADDRESS_BITS == 0, "a walk checks the width first: {span:?}");
         assert!(number << self.shifts[span.size] == span.base.get(), "a span is aligned: {span:?}");
         assert!(span.target.get() & !HPA_MASK == 0, "a walk checks reserved bits first: {span:?}");
-        // Before the lock, and so before the fence behind it: an invalidation whose move of the generation this fill does not see, sees this.
+        // Before the lock, and so before the fence behind it: an invalidation whose move of the generation
+        // this fill does not see, sees this.
         let bit = 1 << span.size;
         if self.filled.load(Ordering::Relaxed) & bit == 0 {
             self.filled.fetch_or(bit, Ordering::Relaxed);
         }
-        let (index, tag) = (self.index(span.domain, number), self.tag(span.domain, span.size, number));
+        let (index, tag) =
+            (self.index(span.domain, span.size, number), self.tag(span.domain, span.size, number));
         let data = span.target.get() | u64::from(span.permissions);
         self.sets.insert(index, tag, data, || drains.is_current(span.domain, walked_under))
     }
@@ -131,7 +142,7 @@ impl<A: Atomics> Spans<A> {
             if last - first < PROBES_MAX.min(self.sets.len() as u64) {
                 for number in first..=last {
                     let wanted = self.tag(domain, size, number);
-                    self.sets.clear(self.index(domain, number), |tag, _| tag == wanted);
+                    self.sets.clear(self.index(domain, size, number), |tag, _| tag == wanted);
                 }
             } else {
                 let wanted = self.tag(domain, size, first)..=self.tag(domain, size, last);
@@ -147,12 +158,15 @@ impl<A: Atomics> Spans<A> {
         spans
     }
 
-    /// See the module.
+    /// See the module. The caches' sets take the number modulo their own.
     #[inline]
-    fn index(&self, domain: DomainId, number: u64) -> usize {
-        let folded = number ^ number >> self.index_bits;
-        let offset = u64::from(domain.get()).wrapping_mul(GOLDEN) >> (u64::BITS - 1 - self.index_bits) >> 1;
-        folded.wrapping_add(offset) as usize
+    fn index(&self, domain: DomainId, size: usize, number: u64) -> usize {
+        let (block, space) =
+            (number >> self.index_bits, u64::from(domain.get()) * SIZES as u64 + size as u64);
+        let turn = block.wrapping_mul(BLOCK_STEP).wrapping_add(space.wrapping_mul(DOMAIN_STEP));
+        // Two shifts, because one of 64 is none.
+        let offset = turn >> (u64::BITS - 1 - self.index_bits) >> 1;
+        number.wrapping_add(offset) as usize
     }
 
     /// Tags of one domain and size are ordered as their spans are.

@@ -1,8 +1,8 @@
 //! What shared state is made of: words, fences and locks behind one trait.
 //!
-//! The drains and the caches are written over [`Atomics`], so that a model checker can run the very code that ships: [`Std`]
-//! here, loom's twins in the tests. Orders are named at each use. A sequentially consistent order is only ever given to a fence, because
-//! that is what the model checker follows exactly.
+//! The drains and the caches are written over [`Atomics`], so that a model checker can run the very code that
+//! ships: [`Std`] here, loom's twins in the tests. Orders are named at each use. A sequentially consistent
+//! order is only ever given to a fence, because that is what the model checker follows exactly.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Mutex, PoisonError};
@@ -104,7 +104,8 @@ impl<T: Send> ExclusiveLock<T> for Mutex<T> {
         Self::new(value)
     }
     fn with<R>(&self, op: impl FnOnce(&mut T) -> R) -> R {
-        // Every critical section of this floor leaves the value whole at each step, so a panic elsewhere spoils nothing.
+        // Every critical section of this floor leaves the value whole at each step, so a panic elsewhere
+        // spoils nothing.
         op(&mut self.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

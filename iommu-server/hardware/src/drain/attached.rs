@@ -1,7 +1,8 @@
 //! Which slots use which domain: the lists that a drain of one domain reads instead of all slots.
 //!
-//! Lists are exact (a tenant never waits for another's device) and exist only while they hold a slot. They stand in a few
-//! locked stripes; a lock is held for a push, a removal or a copy, never while anything drains.
+//! Lists are exact (a tenant never waits for another's device) and exist only while they hold a slot. They
+//! stand in a few locked stripes; a lock is held for a push, a removal or a copy, never while anything
+//! drains.
 
 use std::collections::BTreeMap;
 

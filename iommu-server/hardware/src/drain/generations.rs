@@ -1,16 +1,18 @@
 //! Generations: which walks may still fill a cache (I4).
 //!
-//! An invalidation *moves* the generation of what it covers before it clears anything; a walk notes the generation before it
-//! reads anything, and its fill is dropped unless the generation still is what it was. Between the move and the end of the
-//! clearing, a walk may read a paging-structure entry that is about to be cleared and arrive at tables that are gone. Such a walk gets
-//! [`NEVER`]: what it finds may be used inside its epoch, which the drain waits for, but is not cached.
+//! An invalidation *moves* the generation of what it covers before it clears anything; a walk notes the
+//! generation before it reads anything, and its fill is dropped unless the generation still is what it was.
+//! Between the move and the end of the clearing, a walk may read a paging-structure entry that is about to be
+//! cleared and arrive at tables that are gone. Such a walk gets [`NEVER`]: what it finds may be used inside
+//! its epoch, which the drain waits for, but is not cached.
 //!
 //! ```text
 //!  word   63            16 15                    0
 //!        [ started         | invalidations under way ]
 //! ```
 //!
-//! Domains share a bounded number of words. Sharing one only drops more fills than it must, which a cache may always do.
+//! Domains share a bounded number of words. Sharing one only drops more fills than it must, which a cache may
+//! always do.
 
 use std::sync::atomic::Ordering;
 
@@ -49,8 +51,9 @@ impl<A: Atomics> Generations<A> {
         }
     }
 
-    /// Moves the generation and marks an invalidation as under way. What the caller reads from now on is ordered after the move (the
-    /// fence pairs with the one that a fill passes between locking its set and asking [`Self::is_current`]).
+    /// Moves the generation and marks an invalidation as under way. What the caller reads from now on is
+    /// ordered after the move (the fence pairs with the one that a fill passes between locking its set and
+    /// asking [`Self::is_current`]).
     pub(super) fn begin(&self, covered: Covered) {
         let before = self.word(covered).fetch_add(ONE_STARTED + 1, Ordering::AcqRel);
         assert!(before & UNDER_WAY < UNDER_WAY, "fewer invalidations than threads");
@@ -64,8 +67,9 @@ impl<A: Atomics> Generations<A> {
 
     /// For a walk that begins now, through a context that was looked up under `context`.
     ///
-    /// The context is asked about *after* the domain. An invalidation of the domain that follows one of the context is therefore never seen
-    /// without it, and tables that only a forgotten context leads to fill nothing.
+    /// The context is asked about *after* the domain. An invalidation of the domain that follows one of the
+    /// context is therefore never seen without it, and tables that only a forgotten context leads to fill
+    /// nothing.
     pub(super) fn of_walk(&self, domain: DomainId, context: Generation) -> Generation {
         let all = self.translations.load(Ordering::Acquire);
         let own = self.word(Covered::TranslationsOf(domain)).load(Ordering::Acquire);
@@ -81,8 +85,8 @@ impl<A: Atomics> Generations<A> {
         if word & UNDER_WAY == 0 { Generation(word >> STARTED_SHIFT) } else { NEVER }
     }
 
-    /// Asked by a fill, behind a sequentially consistent fence and holding its set's lock. Both words only grow, so their sum is what
-    /// it was only if each is.
+    /// Asked by a fill, behind a sequentially consistent fence and holding its set's lock. Both words only
+    /// grow, so their sum is what it was only if each is.
     pub(super) fn is_current(&self, domain: DomainId, walked_under: Generation) -> bool {
         let all = self.translations.load(Ordering::Relaxed);
         let own = self.word(Covered::TranslationsOf(domain)).load(Ordering::Relaxed);

@@ -1,7 +1,13 @@
 //! Slots, lists and waiters under every interleaving of two or three threads.
 //!
-//! The "memory" of these models is one word, `mapped`: the invalidator takes it away (what a table or a cache would no longer say), drains,
-//! and then reuses the `frame`. A device that saw the mapping must be done with the frame by then.
+//! The "memory" of these models is one word, `mapped`: the invalidator takes it away (what a table or a cache
+//! would no longer say), drains, and then reuses the `frame`. A device that saw the mapping must be done with
+//! the frame by then.
+
+#![expect(
+    clippy::arc_with_non_send_sync,
+    reason = "loom's cell is the race detector; loom runs its threads one at a time"
+)]
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -104,7 +110,8 @@ fn i1_a_device_that_joins_a_domain_is_on_its_list_or_sees_the_removal() {
         let device = Arc::clone(&machine);
         let device = thread::spawn(move || {
             device.drains.enter(SlotIndex(0));
-            // What a port does: the context is looked up again after the slot has been registered for the domain that it names.
+            // What a port does: the context is looked up again after the slot has been registered for the
+            // domain that it names.
             let mut domain = DomainId::new(device.context.load(Relaxed) as u16);
             while device.drains.registered(SlotIndex(0)) != Some(domain) {
                 device.drains.register(SlotIndex(0), domain);

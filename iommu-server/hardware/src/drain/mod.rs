@@ -1,7 +1,7 @@
 //! Generations, epochs and drains: when an invalidation is really done.
 //!
-//! A translation that was removed from the tables may still be in a cache, on its way into one, or in use by a device that found it
-//! earlier. An invalidation deals with the three in this order, and in no other:
+//! A translation that was removed from the tables may still be in a cache, on its way into one, or in use by
+//! a device that found it earlier. An invalidation deals with the three in this order, and in no other:
 //!
 //! ```text
 //!  invalidation                                   device
@@ -12,17 +12,20 @@
 //!  (4) every slot of the domain idle or >= (3)    leave: slot := idle, fence, awaited?
 //! ```
 //!
-//! **Architecture invariant (I1):** for each device, either (4) sees its slot busy in an older epoch, and waits for it; or the device's fence
-//! came after (3), and its lookups see what (2) cleared. **(I4):** for each fill, either it sees that (1) moved the generation, and is
-//! dropped; or (2) sees what it wrote. Generation and epoch are two numbers because the first must move before the clearing and the
-//! second after it.
+//! **Architecture invariant (I1):** for each device, either (4) sees its slot busy in an older epoch, and
+//! waits for it; or the device's fence came after (3), and its lookups see what (2) cleared. **(I4):** for
+//! each fill, either it sees that (1) moved the generation, and is dropped; or (2) sees what it wrote.
+//! Generation and epoch are two numbers because the first must move before the clearing and the second after
+//! it.
 //!
-//! **Which slots belong to a domain** is said by a list per domain. A device that finds itself in a domain other than the one its slot is
-//! registered for registers it and then looks its context up *again*: the drain either finds the slot in the list, or had
-//! cleared everything before the device looked again.
+//! **Which slots belong to a domain** is said by a list per domain. A device that finds itself in a domain
+//! other than the one its slot is registered for registers it and then looks its context up *again*: the
+//! drain either finds the slot in the list, or had cleared everything before the device looked again.
 //!
 //! Everything is generic over [`Atomics`], so that loom runs the code that ships.
 
+<<<<<<< HEAD
+=======
 mod atomics;
 mod attached;
 mod generations;
@@ -40,8 +43,24 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam_utils::CachePadded;
+>>>>>>> hw-cache
 use iommu_types::{DomainId, Generation};
+use std::task::{Context, Poll};
 
+<<<<<<< HEAD
+/// The atomics, lock and fence that this module and the caches are built from: std in production, loom in tests.
+pub trait Atomics: 'static {
+    /* type U64: ..; type Bool; type Mutex<T>; fn fence(); spin/yield hint */
+}
+pub struct Std;
+impl Atomics for Std {}
+
+/// All generations, slots and domain lists of one unit. `Drains<Std>` in production.
+pub struct Drains<A: Atomics = Std> {
+    _a: std::marker::PhantomData<A>,
+}
+/// Index of a slot. One slot per port (device), each in its own cache line (crossbeam_utils::CachePadded).
+=======
 pub use atomics::{AtomicWord, Atomics, ExclusiveLock, Std};
 use attached::Attached;
 pub use generations::NEVER;
@@ -50,12 +69,81 @@ pub use pending::{Drained, PendingDrain};
 use slots::{Epoch, Slots};
 
 /// Index of a slot. One slot per port, each in a cache line of its own.
+>>>>>>> hw-cache
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotIndex(pub u16);
 
 /// What must be quiet before an invalidation is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
+<<<<<<< HEAD
+    Everything,
+    Domain(DomainId),
+    Slot(SlotIndex),
+}
+
+impl<A: Atomics> Drains<A> {
+    pub fn new(slots_max: u16) -> Self {
+        todo!()
+    }
+    pub fn claim_slot(&self) -> Option<SlotIndex> {
+        todo!()
+    }
+    pub fn release_slot(&self, slot: SlotIndex) {
+        todo!()
+    }
+    pub fn generation(&self, domain: DomainId) -> Generation {
+        todo!()
+    }
+    /// (1): called before the caches are cleared.
+    pub fn move_generation(&self, scope: Scope) {
+        todo!()
+    } // Everything moves all (e.g. a global counter folded into generation())
+    /// (3) + (4): called after the caches are cleared. Completes synchronously if all is quiet.
+    pub fn drain(&self, scope: Scope) -> PendingDrain {
+        todo!()
+    }
+    // device side; a slot is used by one thread at a time (the port is &mut)
+    pub fn enter(&self, slot: SlotIndex) {
+        todo!()
+    } // store epoch; SeqCst fence
+    pub fn leave(&self, slot: SlotIndex) {
+        todo!()
+    } // store idle; wake a waiter if its flag is set
+    pub fn register(&self, slot: SlotIndex, domain: DomainId) {
+        todo!()
+    } // slow path, as above
+}
+
+/// Not yet quiet. A future (std::task only): resolves to `Drained`. Dropping it is allowed and forgets the waiter.
+#[must_use = "an unmapped page is not quiet until the drain completes"]
+pub struct PendingDrain {}
+/// Proof that a drain completed. Cannot be made elsewhere.
+#[derive(Debug)]
+pub struct Drained(());
+impl PendingDrain {
+    /// Synchronous check, without a waker: `Ok(Drained)` when all is quiet.
+    pub fn try_complete(self) -> Result<Drained, PendingDrain> {
+        todo!()
+    }
+    /// Both must be quiet.
+    pub fn and(self, other: PendingDrain) -> PendingDrain {
+        todo!()
+    }
+    /// Nothing to wait for.
+    pub fn none() -> PendingDrain {
+        todo!()
+    }
+    /// Spins/parks the thread until drained: for tests and benches.
+    pub fn wait_blocking(self) -> Drained {
+        todo!()
+    }
+}
+impl std::future::Future for PendingDrain {
+    type Output = Drained;
+    fn poll(self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Drained> {
+        todo!()
+=======
     /// Every slot.
     Everything,
     /// The slots registered for a domain.
@@ -87,12 +175,14 @@ pub(super) struct Shared<A: Atomics> {
     attached: Attached<A>,
 }
 
-impl<A: Atomics> Drains<A> {
+impl Drains {
     /// For at most `slots_max` devices at a time.
     pub fn new(slots_max: u16) -> Self {
         Self::with_sizes(DrainSizes { slots: slots_max, generation_words: 1024, list_stripes: 64 })
     }
+}
 
+impl<A: Atomics> Drains<A> {
     pub(crate) fn with_sizes(sizes: DrainSizes) -> Self {
         Self {
             shared: Arc::new(Shared {
@@ -124,8 +214,8 @@ impl<A: Atomics> Drains<A> {
         self.shared.slots.give_back(index);
     }
 
-    /// Begins a burst. What the device looks up from here to [`leave`](Self::leave), and what that leads to, is waited for by
-    /// every drain that began after it was removed. A slot is used by one thread at a time.
+    /// Begins a burst. What the device looks up from here to [`leave`](Self::leave), and what that leads to,
+    /// is waited for by every drain that began after it was removed. A slot is used by one thread at a time.
     #[inline]
     pub fn enter(&self, slot: SlotIndex) {
         // Acquire: whoever sees a drain's epoch sees what was cleared before it.
@@ -139,8 +229,12 @@ impl<A: Atomics> Drains<A> {
         self.shared.slots.get(slot).leave();
     }
 
-    /// Puts the slot, which is in an epoch, on the domain's list and takes it off the one where it was. Afterwards the device looks its context up
-    /// *again*, in the cache and then in the tables, and uses no translation before the context names the registered domain.
+    /// Puts the slot, which is in an epoch, on the domain's list and takes it off the one where it was.
+    /// Afterwards the device looks its context up *again*, in the cache and then in the tables, and uses no
+    /// translation before the context names the registered domain.
+    ///
+    /// The list's lock orders this against a drain: one that reads the list later finds the slot, and sees it
+    /// busy; after one that read it earlier the device sees what was cleared.
     pub fn register(&self, index: SlotIndex, domain: DomainId) {
         let slot = self.shared.slots.get(index);
         let previous = slot.registered();
@@ -152,7 +246,6 @@ impl<A: Atomics> Drains<A> {
         if let Some(previous) = previous {
             self.shared.attached.remove(previous, index);
         }
-        A::fence(Ordering::SeqCst);
     }
 
     /// The domain that a slot is registered for.
@@ -162,19 +255,21 @@ impl<A: Atomics> Drains<A> {
 
     // === walks and fills ===
 
-    /// Taken *before* a device looks its context up, in the cache or in the tables; carried by the fill of the context cache and by every walk
-    /// through that context.
+    /// Taken *before* a device looks its context up, in the cache or in the tables; carried by the fill of
+    /// the context cache and by every walk through that context.
     pub fn context_generation(&self) -> Generation {
         self.shared.generations.of_contexts()
     }
 
-    /// Taken *before* a walk looks at the paging-structure cache or the tables; carried by its fills. `context` is the
-    /// [context generation](Self::context_generation) of the burst: tables found through a context that has since been invalidated fill nothing.
+    /// Taken *before* a walk looks at the paging-structure cache or the tables; carried by its fills.
+    /// `context` is the [context generation](Self::context_generation) of the burst: tables found through a
+    /// context that has since been invalidated fill nothing.
     pub fn generation(&self, domain: DomainId, context: Generation) -> Generation {
         self.shared.generations.of_walk(domain, context)
     }
 
-    /// Whether a walk under that generation may still fill. Asked behind a sequentially consistent fence, under the set's writer lock.
+    /// Whether a walk under that generation may still fill. Asked behind a sequentially consistent fence,
+    /// under the set's writer lock.
     pub(crate) fn is_current(&self, domain: DomainId, walked_under: Generation) -> bool {
         self.shared.generations.is_current(domain, walked_under)
     }
@@ -186,8 +281,9 @@ impl<A: Atomics> Drains<A> {
 
     // === invalidations ===
 
-    /// Step (1) of an invalidation of translations: the IOTLB and the paging-structure cache. The caches are cleared while the result is held;
-    /// [`Invalidating::drain`] does the rest. A scope that is no domain moves the generation of all.
+    /// Step (1) of an invalidation of translations: the IOTLB and the paging-structure cache. The caches are
+    /// cleared while the result is held; [`Invalidating::drain`] does the rest. A scope that is no domain
+    /// moves the generation of all.
     pub fn move_generation(&self, scope: Scope) -> Invalidating<'_, A> {
         let covered = match scope {
             Scope::Domain(domain) => Covered::TranslationsOf(domain),
@@ -196,7 +292,8 @@ impl<A: Atomics> Drains<A> {
         self.begin(covered, scope)
     }
 
-    /// Step (1) of an invalidation of contexts, all of which share one generation. The scope is that of the drain.
+    /// Step (1) of an invalidation of contexts, all of which share one generation. The scope is that of the
+    /// drain.
     pub fn move_context_generation(&self, scope: Scope) -> Invalidating<'_, A> {
         self.begin(Covered::Contexts, scope)
     }
@@ -206,10 +303,11 @@ impl<A: Atomics> Drains<A> {
         Invalidating { drains: self, covered, scope }
     }
 
-    /// Steps (3) and (4): everything that the scope's devices began before now. Complete at once if they are quiet.
+    /// Steps (3) and (4): everything that the scope's devices began before now. Complete at once if they are
+    /// quiet.
     ///
-    /// A slot that is idle behind the fence needs no epoch: whoever enters later sees what was cleared. So the epoch, which every
-    /// device reads, is written only when there is someone to tell apart.
+    /// A slot that is idle behind the fence needs no epoch: whoever enters later sees what was cleared. So
+    /// the epoch, which every device reads, is written only when there is someone to tell apart.
     pub fn drain(&self, scope: Scope) -> PendingDrain<A> {
         let shared = &self.shared;
         A::fence(Ordering::SeqCst);
@@ -233,8 +331,8 @@ impl<A: Atomics> Drains<A> {
     }
 }
 
-/// An invalidation that has moved the generation and clears caches while this is held. Walks that begin meanwhile fill nothing: they may have
-/// started from an entry that was about to be cleared.
+/// An invalidation that has moved the generation and clears caches while this is held. Walks that begin
+/// meanwhile fill nothing: they may have started from an entry that was about to be cleared.
 #[must_use = "the caches are cleared while this is held; then it is drained"]
 pub struct Invalidating<'d, A: Atomics = Std> {
     drains: &'d Drains<A>,
@@ -254,5 +352,6 @@ impl<A: Atomics> Invalidating<'_, A> {
 impl<A: Atomics> Drop for Invalidating<'_, A> {
     fn drop(&mut self) {
         self.drains.shared.generations.end(self.covered);
+>>>>>>> hw-cache
     }
 }

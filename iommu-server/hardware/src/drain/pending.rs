@@ -12,10 +12,11 @@ use super::atomics::{Atomics, Std};
 use super::slots::{Epoch, WaiterId};
 use super::{Shared, SlotIndex};
 
-/// Not yet quiet: the devices that were in an epoch when the caches had been cleared. A future that resolves to [`Drained`];
-/// dropping it is allowed and forgets the waiter.
+/// Not yet quiet: the devices that were in an epoch when the caches had been cleared. A future that resolves
+/// to [`Drained`]; dropping it is allowed and forgets the waiter.
 ///
-/// It holds at most one entry for each slot of a unit, and allocates nothing when all was quiet from the start.
+/// It holds at most one entry for each slot of a unit, and allocates nothing when all was quiet from the
+/// start.
 #[must_use = "an unmapped page is not quiet until the drain completes"]
 pub struct PendingDrain<A: Atomics = Std> {
     /// Never holds a unit without slots.

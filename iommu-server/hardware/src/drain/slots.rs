@@ -1,7 +1,7 @@
 //! Slots: where each device says in which epoch it is, and where whoever waits for it leaves a flag.
 //!
-//! A slot is written by one device only and stands in a cache line of its own, so entering and leaving an epoch costs two stores, two
-//! fences and no traffic between devices.
+//! A slot is written by one device only and stands in a cache line of its own, so entering and leaving an
+//! epoch costs two stores, two fences and no traffic between devices.
 
 use std::sync::atomic::Ordering;
 use std::task::Waker;
@@ -49,16 +49,17 @@ impl<A: Atomics> Slot<A> {
         }
     }
 
-    /// Device side. The fence orders the store before every lookup of the epoch; it pairs with the fence of a drain. The store
-    /// releases, so that whoever reads the new epoch knows the copies of earlier ones to be over.
+    /// Device side. The fence orders the store before every lookup of the epoch; it pairs with the fence of a
+    /// drain. The store releases, so that whoever reads the new epoch knows the copies of earlier ones to be
+    /// over.
     #[inline]
     pub(super) fn enter(&self, epoch: Epoch) {
         self.state.store(epoch.0, Ordering::Release);
         A::fence(Ordering::SeqCst);
     }
 
-    /// Device side. The fence orders the store before the look at the flag; it pairs with the fence of [`Self::watch`]: either the
-    /// device sees the flag or the waiter sees the slot idle.
+    /// Device side. The fence orders the store before the look at the flag; it pairs with the fence of
+    /// [`Self::watch`]: either the device sees the flag or the waiter sees the slot idle.
     #[inline]
     pub(super) fn leave(&self) {
         self.state.store(IDLE, Ordering::Release);
@@ -89,7 +90,8 @@ impl<A: Atomics> Slot<A> {
         state == IDLE || state >= epoch.0
     }
 
-    /// Has `waker` woken at the next leave. The caller asks [`Self::is_quiet`] *again* after this, and only then waits.
+    /// Has `waker` woken at the next leave. The caller asks [`Self::is_quiet`] *again* after this, and only
+    /// then waits.
     pub(super) fn watch(&self, earlier: Option<WaiterId>, waker: &Waker) -> WaiterId {
         let id = self.waiters.with(|waiters| {
             self.awaited.store(1, Ordering::Relaxed);

@@ -62,6 +62,8 @@ pub enum Descriptor {
     },
 }
 
+type Decode = fn(u128, &Capabilities) -> Result<Descriptor, QueueError>;
+
 const TYPE_CONTEXT: u128 = 1;
 const TYPE_IOTLB: u128 = 2;
 const TYPE_INTERRUPT: u128 = 4;
@@ -82,14 +84,13 @@ impl Descriptor {
     pub fn decode(low: u128, high: Option<u128>, capabilities: &Capabilities) -> Result<Self, QueueError> {
         let refuse_if = |bits: u128| if bits == 0 { Ok(()) } else { Err(QueueError::RESERVED) };
         let descriptor_type = (low >> 9 & 0x7) << 4 | low & 0xf;
-        let (reserved, decode): (u128, fn(u128, &Capabilities) -> Result<Self, QueueError>) =
-            match descriptor_type {
-                TYPE_CONTEXT => (CONTEXT_RESERVED, decode_context),
-                TYPE_IOTLB => (IOTLB_RESERVED, decode_iotlb),
-                TYPE_INTERRUPT if capabilities.interrupt_remapping => (INTERRUPT_RESERVED, decode_interrupt),
-                TYPE_WAIT => (WAIT_RESERVED, decode_wait),
-                _ => return Err(QueueError::TYPE),
-            };
+        let (reserved, decode): (u128, Decode) = match descriptor_type {
+            TYPE_CONTEXT => (CONTEXT_RESERVED, decode_context),
+            TYPE_IOTLB => (IOTLB_RESERVED, decode_iotlb),
+            TYPE_INTERRUPT if capabilities.interrupt_remapping => (INTERRUPT_RESERVED, decode_interrupt),
+            TYPE_WAIT => (WAIT_RESERVED, decode_wait),
+            _ => return Err(QueueError::TYPE),
+        };
         refuse_if(low & reserved)?;
         refuse_if(high.unwrap_or(0))?;
         decode(low, capabilities)

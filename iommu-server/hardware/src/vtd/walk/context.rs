@@ -85,10 +85,8 @@ fn decode_context(capabilities: &Capabilities, entry: ContextEntry) -> Result<Ca
 
 /// `None` is LCT.4: a width or type that the unit does not have.
 fn decode_translation(capabilities: &Capabilities, entry: ContextEntry) -> Option<ContextTranslation> {
-    let width = entry.width().filter(|width| capabilities.widths.contains(*width))?;
-    // With caching mode, domain 0 tags what is not present; an entry that claims it has a reserved *value*, as a reserved
-    // type or width is, not a reserved bit.
-    if capabilities.caching_mode && entry.domain_id().get() == 0 {
+    let known_width = entry.width().is_some_and(|width| capabilities.widths.contains(width));
+    if !known_width || is_reserved_domain(capabilities, entry) {
         return None;
     }
     match entry.translation_type() {
@@ -96,12 +94,20 @@ fn decode_translation(capabilities: &Capabilities, entry: ContextEntry) -> Optio
             table: entry.second_stage_table(),
             levels: entry.levels(),
         }),
-        // Pass-through wants the widest width that there is.
-        TranslationType::PASS_THROUGH
-            if capabilities.pass_through && capabilities.widths.bits() < width.bits() << 1 =>
-        {
+        TranslationType::PASS_THROUGH if capabilities.pass_through && is_widest(capabilities, entry) => {
             Some(ContextTranslation::PassThrough)
         }
         _ => None,
     }
+}
+
+/// Whether AW is the widest width that the unit supports, which pass-through needs.
+pub(super) fn is_widest(capabilities: &Capabilities, entry: ContextEntry) -> bool {
+    entry.width().is_some_and(|width| capabilities.widths.bits() >> 1 < width.bits())
+}
+
+/// With caching mode, domain 0 tags what is not present. An entry that claims it has a reserved *value*, as a reserved type
+/// or width is, and not a reserved bit.
+pub(super) fn is_reserved_domain(capabilities: &Capabilities, entry: ContextEntry) -> bool {
+    capabilities.caching_mode && entry.domain_id().get() == 0
 }

@@ -4,6 +4,7 @@
 
 use iommu_types::{Capabilities, PageSize};
 
+use super::context::{is_reserved_domain, is_widest};
 use super::second_stage::reserved_checks;
 use crate::vtd::spec::pte::SecondStageEntry;
 use crate::vtd::spec::root_context::{ContextEntry, RootEntry, TranslationType};
@@ -42,6 +43,12 @@ pub fn context(raw: u128, capabilities: &Capabilities) -> String {
         other => format!("unsupported type (TT={})", other.0),
     };
     let mut words = format!("present, {width}, domain {domain}, {target}{recording}");
+    if entry.translation_type() == TranslationType::PASS_THROUGH && !is_widest(capabilities, entry) {
+        words.push_str(", but pass-through needs the widest width");
+    }
+    if is_reserved_domain(capabilities, entry) {
+        words.push_str(", but domain 0 is reserved in caching mode");
+    }
     append_reserved(&mut words, raw & entry.reserved_bits(capabilities.host_width_bits));
     words
 }

@@ -46,11 +46,13 @@ pub fn walk_second_stage(
         Some(known) => (known.table, known.level, known.permissions),
         None => (top, levels, Permissions::READ_WRITE),
     };
+    assert!((1..=5).contains(&level), "our caches hold tables of levels 1 to 3, contexts those of 3 to 5");
+    let top_level = if start.is_none() { levels } else { 0 };
     let checks = reserved_checks(capabilities);
     let leaf = loop {
         // The top-level table belongs to the context entry (LCT.4.3), those below to the page tables (LSS.1).
         let unreadable =
-            if level == levels { FaultReason::CONTEXT_INVALID } else { FaultReason::TABLE_ACCESS };
+            if level == top_level { FaultReason::CONTEXT_INVALID } else { FaultReason::TABLE_ACCESS };
         let Some(at) = entry_address(table, iova, level) else { return Err(fault(unreadable)) };
         let Ok(raw) = memory.load_u64(at) else {
             trace.read_table(level, at, None, permissions);

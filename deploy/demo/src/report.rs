@@ -1,0 +1,96 @@
+//! What a demonstration found, step by step, for people and for programs.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "printing is what this module is for")]
+
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::{Deserialize, Serialize};
+
+/// One step: what was tried, what was expected, what came.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Step {
+    /// Short name.
+    pub(crate) name: String,
+    /// What was expected.
+    pub(crate) expected: String,
+    /// What came.
+    pub(crate) observed: String,
+    /// Whether the two agree.
+    pub(crate) passed: bool,
+    /// What a person should see, line by line: records, walks, counters.
+    pub(crate) details: Vec<String>,
+}
+
+/// What the driver process tells its parent, one JSON line each.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Told {
+    /// A step is about to begin.
+    Begin {
+        /// Its name.
+        name: String,
+        /// What will be tried, in a sentence.
+        story: String,
+    },
+    /// A step is over.
+    End(Step),
+}
+
+impl Told {
+    /// Prints it for the parent.
+    pub(crate) fn tell(&self) -> anyhow::Result<()> {
+        println!("{}", serde_json::to_string(self)?);
+        Ok(())
+    }
+}
+
+/// A line about progress; on standard error where JSON goes to standard output.
+pub(crate) fn progress(json: bool, line: &str) {
+    if json { eprintln!("{line}") } else { println!("{line}") }
+}
+
+/// A step as it begins.
+pub(crate) fn begin(json: bool, name: &str, story: &str) {
+    progress(json, &format!("\n── {name}\n   {story}"));
+}
+
+/// A step as it ends.
+pub(crate) fn end(json: bool, step: &Step) {
+    for line in &step.details {
+        progress(json, &format!("   {line}"));
+    }
+    let verdict = if step.passed { "as expected" } else { "NOT AS EXPECTED" };
+    progress(json, &format!("   {verdict}: {}", step.observed));
+}
+
+/// The closing table, or the JSON document. Whether every step passed.
+pub(crate) fn close(
+    json: bool,
+    name: &str,
+    steps: &[Step],
+    took: std::time::Duration,
+) -> anyhow::Result<bool> {
+    let passed = !steps.is_empty() && steps.iter().all(|step| step.passed);
+    if json {
+        let document = serde_json::json!({ "demonstration": name, "passed": passed, "took_ms": took.as_millis() as u64, "steps": steps });
+        println!("{}", serde_json::to_string_pretty(&document)?);
+        return Ok(passed);
+    }
+    let mut table = Table::new();
+    table
+        .load_style(presets::UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_width(110);
+    table.set_header(["step", "expected", "observed", ""]);
+    for step in steps {
+        let verdict = if step.passed { "✓" } else { "✗" };
+        table.add_row([step.name.as_str(), &step.expected, &step.observed, verdict]);
+    }
+    println!("\n{table}");
+    let count = steps.iter().filter(|step| step.passed).count();
+    println!("{count} of {} steps as expected, in {:.1} s", steps.len(), took.as_secs_f64());
+    Ok(passed)
+}
+
+/// Why the demonstration could not run.
+pub(crate) fn failure(error: &anyhow::Error) {
+    eprintln!("the demonstration could not run: {error:#}");
+}
