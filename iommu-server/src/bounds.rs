@@ -113,17 +113,13 @@ pub const MACHINE_MEMORY_PER_CLIENT_BYTES_MAX: u64 = 2 << 30;
 pub const MACHINE_DEVICES_MAX: usize = 64;
 /// Names under which clients of bare machines are known at once.
 pub const BARE_CLIENTS_MAX: usize = 64;
-/// Sets of four ways in the IOTLB of a bare unit.
-pub const MACHINE_IOTLB_SETS: u32 = 256;
 
 // ---- the managed unit
 
 /// Sets of four ways in the IOTLB: 16,384 translations.
 pub const IOTLB_SETS: u32 = 4096;
-/// Sets of four ways in the context cache: all devices that fit the ports.
-pub const CONTEXT_CACHE_SETS: u32 = 1024;
-/// Sets of four ways in the paging-structure cache.
-pub const PAGING_STRUCTURE_CACHE_SETS: u32 = 1024;
+/// Sets of four ways in the context cache (all devices that fit the ports) and in the paging-structure cache.
+pub const OTHER_CACHE_SETS: u32 = 1024;
 
 // ---- log
 

@@ -195,7 +195,11 @@ fn driver(flag: &str, owner: &str, name: &str) -> Result<DriverSetting, ConfigEr
 
 fn device_flag(text: &str) -> Result<DeviceSetting, ConfigError> {
     let Some((address, rest)) = text.split_once('=') else {
-        return Err(error("--device", format!("{text:?} has no name"), "write ADDRESS=NAME or ADDRESS=NAME@OWNER"));
+        return Err(error(
+            "--device",
+            format!("{text:?} has no name"),
+            "write ADDRESS=NAME or ADDRESS=NAME@OWNER",
+        ));
     };
     let (name, owner) = match rest.split_once('@') {
         Some((name, owner)) => (name, Some(owner)),
@@ -249,11 +253,7 @@ fn log_format(text: &str) -> Result<LogFormat, ConfigError> {
 }
 
 /// Plaintext is for this machine only.
-fn check_listeners(
-    plaintext: bool,
-    listen: &[SocketAddr],
-    unix: &[PathBuf],
-) -> Result<(), ConfigError> {
+fn check_listeners(plaintext: bool, listen: &[SocketAddr], unix: &[PathBuf]) -> Result<(), ConfigError> {
     if !plaintext {
         return Err(error(
             "--insecure-plaintext",
@@ -285,7 +285,11 @@ fn check_declarations(devices: &[DeviceSetting], drivers: &[DriverSetting]) -> R
     for (index, device) in devices.iter().enumerate() {
         let before = &devices[..index];
         if before.iter().any(|other| other.address == device.address) {
-            return Err(error("--device", format!("{} is declared twice", device.address), "declare it once"));
+            return Err(error(
+                "--device",
+                format!("{} is declared twice", device.address),
+                "declare it once",
+            ));
         }
         if let Some(owner) = device.owner
             && !drivers.iter().any(|driver| driver.owner == owner)
@@ -321,13 +325,14 @@ impl Config {
             if args.listen_unix.is_empty() { file.listen_unix.unwrap_or_default() } else { args.listen_unix };
         let mut listen = if args.listen.is_empty() { file.listen.unwrap_or_default() } else { args.listen };
         if listen.is_empty() && listen_unix.is_empty() {
-            listen = defaults.listen.unwrap_or_default();
+            listen = defaults.listen.clone().unwrap_or_default();
         }
         check_listeners(args.insecure_plaintext, &listen, &listen_unix)?;
         let pick = |flag: Option<String>, file: Option<String>, default: Option<String>| {
             flag.or(file).or(default).unwrap_or_default()
         };
-        let (devices, drivers) = declarations(&args.device, &args.driver, file.device, file.driver, &defaults)?;
+        let (devices, drivers) =
+            declarations(&args.device, &args.driver, file.device, file.driver, &defaults)?;
         check_declarations(&devices, &drivers)?;
         Ok(Self {
             listen,

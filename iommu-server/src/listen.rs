@@ -59,9 +59,8 @@ async fn bind_tcp(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Bind
 /// Binds a UNIX socket. A socket file on which nobody listens any more is removed; one that answers is somebody's.
 async fn bind_unix(path: &Path) -> Result<(UnixListener, SocketFile), BindError> {
     let error = |reason, remedy| BindError { address: path.display().to_string(), reason, remedy };
-    let is_socket = |metadata: std::fs::Metadata| {
-        std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type())
-    };
+    let is_socket =
+        |metadata: std::fs::Metadata| std::os::unix::fs::FileTypeExt::is_socket(&metadata.file_type());
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if is_socket(metadata.clone()) => {
             if tokio::net::UnixStream::connect(path).await.is_ok() {
@@ -108,11 +107,13 @@ impl Listeners {
     ) -> ReceiverStream<io::Result<Connection>> {
         let (accepted, connections) = mpsc::channel(bounds::ACCEPTED_QUEUE_MAX);
         for (listener, _) in self.tcp {
-            let door = Door { counts: Arc::clone(counts), accepted: accepted.clone(), shutdown: shutdown.clone() };
+            let door =
+                Door { counts: Arc::clone(counts), accepted: accepted.clone(), shutdown: shutdown.clone() };
             tokio::spawn(async move { door.serve_tcp(listener).await });
         }
         for (listener, file) in self.unix {
-            let door = Door { counts: Arc::clone(counts), accepted: accepted.clone(), shutdown: shutdown.clone() };
+            let door =
+                Door { counts: Arc::clone(counts), accepted: accepted.clone(), shutdown: shutdown.clone() };
             tokio::spawn(async move {
                 door.serve_unix(listener).await;
                 drop(file);
@@ -174,7 +175,9 @@ impl Door {
         let admission = self.counts.admit(bounds::CONNECTIONS_MAX, bounds::ANONYMOUS_CONNECTIONS_MAX);
         if admission.is_none() {
             warn_limited!(
-                open = self.counts.open(), anonymous = self.counts.anonymous(), "connection refused: too many"
+                open = self.counts.open(),
+                anonymous = self.counts.anonymous(),
+                "connection refused: too many"
             );
         }
         admission

@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use dashmap::DashMap;
-use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
-use iommu_hardware::vtd::{EventMessage, EventSink, QueueProgress, RegisterFile, Unit, WriteEffect};
+use iommu_hardware::bare::{BareMachine, BareMachineError};
+use iommu_hardware::memory::PhysicalMemory;
+use iommu_hardware::vtd::{EventMessage, EventSink, QueueProgress, Unit, WriteEffect};
 use iommu_proto::model::{CreateMachine, MachineDevice, bad_capabilities};
 use iommu_types::errors::{CreateMachineError, InvalidField, LimitReached, OutOfMemory, UnknownMachine};
 use iommu_types::{AccessWidth, Capabilities, DeviceAddress};
@@ -18,7 +19,6 @@ use tokio_util::sync::CancellationToken;
 use crate::bounds;
 use crate::host::Host;
 use crate::host::devices::{DeviceState, Home};
-use crate::host::unit_config;
 use crate::interrupts::{InterruptFeed, Signal};
 use crate::session::driver::Seat;
 
@@ -42,9 +42,7 @@ pub struct Machine {
     pub devices: Vec<MachineDevice>,
     /// Interrupts and event messages.
     pub interrupts: Arc<InterruptFeed>,
-    memory: Arc<PhysicalMemory>,
-    unit: Arc<Unit>,
-    registers: RegisterFile,
+    bare: BareMachine,
     begun: Notify,
     gone: CancellationToken,
 }
@@ -58,11 +56,11 @@ impl std::fmt::Debug for Machine {
 impl Machine {
     /// Its memory.
     pub fn memory(&self) -> &Arc<PhysicalMemory> {
-        &self.memory
+        self.bare.memory()
     }
     /// Its unit.
     pub fn unit(&self) -> &Arc<Unit> {
-        &self.unit
+        self.bare.unit()
     }
     /// Reads a register.
     pub fn read_register(
@@ -70,8 +68,11 @@ impl Machine {
         offset: u32,
         width: AccessWidth,
     ) -> Result<u64, iommu_types::errors::BadRegisterAccess> {
-        let bad = |_| iommu_types::errors::BadRegisterAccess { offset: u64::from(offset), width_bytes: width.bytes() };
-        self.registers.read(u64::from(offset), width).map_err(bad)
+        let bad = |_| iommu_types::errors::BadRegisterAccess {
+            offset: u64::from(offset),
+            width_bytes: width.bytes(),
+        };
+        self.bare.registers().read(u64::from(offset), width).map_err(bad)
     }
     /// Writes a register. What it begins and cannot finish at once goes on in the machine's own task.
     pub fn write_register(
@@ -80,8 +81,11 @@ impl Machine {
         width: AccessWidth,
         value: u64,
     ) -> Result<(), iommu_types::errors::BadRegisterAccess> {
-        let bad = |_| iommu_types::errors::BadRegisterAccess { offset: u64::from(offset), width_bytes: width.bytes() };
-        match self.registers.write(u64::from(offset), width, value).map_err(bad)? {
+        let bad = |_| iommu_types::errors::BadRegisterAccess {
+            offset: u64::from(offset),
+            width_bytes: width.bytes(),
+        };
+        match self.bare.registers().write(u64::from(offset), width, value).map_err(bad)? {
             WriteEffect::Settled => {}
             WriteEffect::Unfinished => self.begun.notify_one(),
         }
@@ -90,7 +94,7 @@ impl Machine {
     /// Carries on what register writes have begun, in bounded steps, until the machine is gone.
     async fn run(self: Arc<Self>) {
         loop {
-            match self.registers.run_queue() {
+            match self.bare.registers().run_queue() {
                 QueueProgress::Idle => {
                     tokio::select! {
                         () = self.gone.cancelled() => return,
@@ -104,6 +108,10 @@ impl Machine {
                 return;
             }
         }
+    }
+    /// Resolves when it is destroyed.
+    pub async fn wait_gone(&self) {
+        self.gone.cancelled().await;
     }
     /// The addresses of its devices.
     pub fn addresses(&self) -> impl Iterator<Item = DeviceAddress> + '_ {
@@ -225,26 +233,20 @@ impl Machines {
         capabilities: Capabilities,
         devices: Vec<MachineDevice>,
     ) -> Result<Arc<Machine>, CreateMachineError> {
-        let config = MemoryConfig { size_bytes: memory_bytes, backing: Backing::Memfd };
-        let memory = PhysicalMemory::new(&config).map_err(|_| OutOfMemory { size_bytes: memory_bytes })?;
-        let memory = Arc::new(memory);
         let interrupts = Arc::new(InterruptFeed::new());
         let ports = devices.len().saturating_mul(2).max(4) as u16; // a session and the one that fences it
-        let sets = bounds::MACHINE_IOTLB_SETS;
-        let unit = Unit::new(
-            unit_config(capabilities, sets, sets, ports),
-            Arc::clone(&memory),
-            Arc::new(Events(Arc::downgrade(&interrupts))),
-        )
-        .map_err(bad_capabilities)?;
+        let events = Arc::new(Events(Arc::downgrade(&interrupts)));
+        let bare =
+            BareMachine::new(memory_bytes, capabilities, ports, events).map_err(|error| match error {
+                BareMachineError::Capabilities(error) => bad_capabilities(error),
+                BareMachineError::Memory(_) => OutOfMemory { size_bytes: memory_bytes }.into(),
+            })?;
         let segment = self.reserve_segment()?;
         let machine = Arc::new(Machine {
             segment,
             devices,
             interrupts,
-            memory,
-            registers: RegisterFile::new(Arc::clone(&unit)),
-            unit,
+            bare,
             begun: Notify::new(),
             gone: CancellationToken::new(),
         });
@@ -270,7 +272,7 @@ impl Machines {
         }
         machine.gone.cancel();
         self.by_segment.remove(&segment);
-        client.release(machine.memory.size_bytes());
+        client.release(machine.memory().size_bytes());
         tracing::info!(client = %client.name, segment, "bare machine destroyed");
         Ok(())
     }

@@ -12,7 +12,6 @@ const _: () = assert!(PAGE_SIZE_BYTES <= BURST_BYTES_MAX as u64 && BURST_OPERATI
 /// What one operation moves.
 #[derive(Debug)]
 pub enum Transfer<'a> {
-<<<<<<< HEAD
     /// From memory to the device. An empty slice is a zero-length read.
     Read(&'a mut [u8]),
     /// From the device to memory. Four bytes without PASID to FEEx_xxxx are an interrupt.
@@ -56,36 +55,12 @@ impl<'p> Run<'p> {
     ///
     /// An address and size that wrap, a write of nothing and a misaligned atomic are [`Refusal::Malformed`]; a translated
     /// address without memory behind it is [`Refusal::NoMemory`].
-=======
-    Read(&'a mut [u8]), // empty slice = zero-length read
-    Write(&'a [u8]),    // 4-byte write without PASID to FEEx_xxxx = interrupt
-    Atomic(AtomicOperation),
-}
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Done {
-    Moved,
-    Old(u128), /* atomics */
-    Interrupt(DeliveredInterrupt),
-}
-
-/// A run of operations of one device: keeps the epoch bounds of a burst by itself (leaves and re-enters every 128 operations or 64 KiB; a large operation is split at the bounds,
-/// page by page). The wire's batches are executed through this. Any iova + size that wraps is Refusal::Malformed; a misaligned atomic likewise; a translated address
-/// without memory behind it is Refusal::NoMemory.
-pub struct Run<'p> {
-    _port: &'p mut Port,
-}
-impl<'p> Run<'p> {
-    pub fn new(port: &'p mut Port) -> Self {
-        todo!()
-    }
->>>>>>> main
     pub fn execute(
         &mut self,
         iova: Iova,
         pasid: Option<Pasid>,
         transfer: Transfer<'_>,
     ) -> Result<Done, DmaFault> {
-<<<<<<< HEAD
         match transfer {
             Transfer::Read(into) => self.read(iova, pasid, into),
             Transfer::Write(from) => self.write(iova, pasid, from),
@@ -226,8 +201,5 @@ impl Iterator for Pieces {
         let piece = Piece { iova, size_bytes: left_bytes.min(room_bytes), done_bytes: self.done_bytes };
         self.done_bytes += piece.size_bytes;
         Some(piece)
-=======
-        todo!()
->>>>>>> main
     }
 }

@@ -24,7 +24,8 @@ fn program_event(machine: &Machine, control: u32, event: EventMessage) {
 fn an_operating_system_brings_the_unit_up_and_sees_everything_it_should() {
     let machine = Machine::new(Capabilities::FULL);
     assert_eq!(machine.read(offset::VER), 0x50);
-    let (cap, ecap) = (Cap::from_bits(machine.read_wide(offset::CAP)), Ecap::from_bits(machine.read_wide(offset::ECAP)));
+    let (cap, ecap) =
+        (Cap::from_bits(machine.read_wide(offset::CAP)), Ecap::from_bits(machine.read_wide(offset::ECAP)));
     assert_eq!((cap.widths(), cap.max_guest_width(), cap.fault_record_count()), (0b1110, 56, 7));
     assert!(ecap.queued_invalidation() && ecap.interrupt_remapping() && ecap.pass_through());
 
@@ -118,7 +119,7 @@ fn registers_take_aligned_accesses_of_4_or_8_bytes_inside_the_page_only() {
 fn reserved_offsets_read_as_zero_and_take_no_writes() {
     let machine = Machine::new(Capabilities::FULL);
     for reserved in [0x058, 0x064, 0x0c0, 0x0dc, 0x100, 0x400, 0xe00, offset::GCMD] {
-        machine.write(reserved, u32::MAX & !Gcmd::new().with_translation(true).into_bits());
+        machine.write(reserved, !Gcmd::new().with_translation(true).into_bits());
         if reserved != offset::GCMD {
             assert_eq!(machine.read(reserved), 0, "at {reserved:#x}");
         }
@@ -223,17 +224,17 @@ fn check_queue_error(bad: u128, error: u64) {
 fn at_a_bad_descriptor_the_head_stays_until_iqe_is_cleared() {
     let iotlb_global = Descriptor::Invalidate(Invalidation::IotlbGlobal).encode();
     for (bad, error) in [
-        (0, 3),                                     // type 0
-        (3, 3),                                     // device TLB, with DT=0
-        (6, 3),                                     // PASID IOTLB, in legacy mode
-        (1 << 9 | 2, 3),                            // type 0x12
-        (2, 4),                                     // IOTLB of granularity 0
-        (1, 4),                                     // context cache of granularity 0
-        (iotlb_global | 1 << 8, 4),                 // reserved bits, low
-        (iotlb_global | 1 << 32, 4),                // and middle
-        (2 | 3 << 4 | 19 << 64, 4),                 // AM beyond MAMV
-        (5 | 1 << 7, 4),                            // PD without page requests
-        (5 | 1 << 64, 4),                           // status address
+        (0, 3),                      // type 0
+        (3, 3),                      // device TLB, with DT=0
+        (6, 3),                      // PASID IOTLB, in legacy mode
+        (1 << 9 | 2, 3),             // type 0x12
+        (2, 4),                      // IOTLB of granularity 0
+        (1, 4),                      // context cache of granularity 0
+        (iotlb_global | 1 << 8, 4),  // reserved bits, low
+        (iotlb_global | 1 << 32, 4), // and middle
+        (2 | 3 << 4 | 19 << 64, 4),  // AM beyond MAMV
+        (5 | 1 << 7, 4),             // PD without page requests
+        (5 | 1 << 64, 4),            // status address
     ] {
         check_queue_error(bad, error);
     }

@@ -156,7 +156,10 @@ impl Kernel {
             return Ok(id);
         }
         if ids.handed_out == self.config.domains_max {
-            return Err(LimitReached { limit: "domains".to_owned(), allowed: self.config.domains_max.into() });
+            return Err(LimitReached {
+                limit: "domains".to_owned(),
+                allowed: self.config.domains_max.into(),
+            });
         }
         ids.handed_out += 1;
         Ok(DomainId::new(ids.handed_out))

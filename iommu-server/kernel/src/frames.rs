@@ -68,8 +68,7 @@ impl FrameAllocator {
     /// Frames for `tag`, in as few runs as there are; zeroed.
     pub(crate) fn allocate(&self, frames: u64, tag: u32) -> Result<Vec<FrameRun>, OutOfMemory> {
         let runs = self.lock().take_runs(frames);
-        let runs =
-            runs.ok_or(OutOfMemory { size_bytes: frames.saturating_mul(PAGE_SIZE_BYTES) })?;
+        let runs = runs.ok_or(OutOfMemory { size_bytes: frames.saturating_mul(PAGE_SIZE_BYTES) })?;
         for run in &runs {
             self.hand_over(*run, OWNER_NONE, tag);
         }
@@ -93,7 +92,9 @@ impl FrameAllocator {
     }
     fn hand_over(&self, run: FrameRun, from: u32, to: u32) {
         for frame in run.iter() {
-            self.array.transfer(frame, from, to).expect("I9: a frame changes owner without pins, from its owner");
+            self.array
+                .transfer(frame, from, to)
+                .expect("I9: a frame changes owner without pins, from its owner");
         }
     }
     fn lock(&self) -> MutexGuard<'_, FreeFrames> {
@@ -148,8 +149,9 @@ impl FreeFrames {
         if frames > self.count {
             return None;
         }
-        self.lowest_word =
-            self.next_free(self.lowest_word as u64 * 64).map_or(self.words_end, |frame| (frame / 64) as usize);
+        self.lowest_word = self
+            .next_free(self.lowest_word as u64 * 64)
+            .map_or(self.words_end, |frame| (frame / 64) as usize);
         for alignment in [FRAMES_1G, FRAMES_2M, 1] {
             if alignment > frames {
                 continue;
@@ -228,9 +230,9 @@ mod tests {
     fn check(ranges: &[(u64, u64)], frames: u64, expected: Option<&[(u64, u64)]>) {
         let mut free = free_frames(ranges);
         let before = free.count;
-        let runs = free.take_runs(frames).map(|runs| {
-            runs.iter().map(|run| (run.base.page_number(), run.frames)).collect::<Vec<_>>()
-        });
+        let runs = free
+            .take_runs(frames)
+            .map(|runs| runs.iter().map(|run| (run.base.page_number(), run.frames)).collect::<Vec<_>>());
         assert_eq!(runs.as_deref(), expected, "{ranges:?} {frames}");
         for (first, frames) in runs.unwrap_or_default() {
             free.give(first, frames);

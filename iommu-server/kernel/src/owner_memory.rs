@@ -170,5 +170,6 @@ fn gpa_of_page(page: u64) -> Gpa {
 }
 
 fn buffer_range(first: u64, buffer: &Buffer) -> GpaRange {
-    GpaRange::new(gpa_of_page(first), buffer.pages * PAGE_SIZE_BYTES).expect("it was checked at its allocation")
+    GpaRange::new(gpa_of_page(first), buffer.pages * PAGE_SIZE_BYTES)
+        .expect("it was checked at its allocation")
 }

@@ -13,7 +13,8 @@ fn a_mapping_keeps_the_offset_in_the_page_and_any_size() {
     let kernel = kernel();
     let mut tenant = Tenant::new(&kernel, 1, 48);
     let buffer = tenant.buffer(600);
-    for (offset, size_bytes) in [(0, 1), (0, 4096), (4095, 2), (100, 1500), (1, 513 * PAGE), (0, 600 * PAGE)] {
+    for (offset, size_bytes) in [(0, 1), (0, 4096), (4095, 2), (100, 1500), (1, 513 * PAGE), (0, 600 * PAGE)]
+    {
         let range = gpa_range(buffer.base(), offset, size_bytes);
         let iova = tenant.dma_map(range, Direction::Bidirectional);
         assert_eq!(iova.page_offset(), range.base().page_offset());
@@ -89,8 +90,7 @@ fn a_batch_answers_each_operation_and_invalidates_once() {
     let iovas: Vec<Iova> = (0..4)
         .map(|n| tenant.dma_map(gpa_range(buffer.base(), n * PAGE, PAGE), Direction::ToDevice))
         .collect();
-    let unmap =
-        |iova: Iova| DmaUnmap { range: iova_range(iova, PAGE), direction: Direction::ToDevice };
+    let unmap = |iova: Iova| DmaUnmap { range: iova_range(iova, PAGE), direction: Direction::ToDevice };
     let requests = [unmap(iovas[0]), unmap(iovas[0]), unmap(Iova::new(0x1000)), unmap(iovas[3])];
     let invalidations = kernel.unit().counters().invalidations;
     let (results, pending) = tenant.domain.dma_unmap_batch(&kernel, &requests);
@@ -151,7 +151,10 @@ fn a_coherent_mapping_is_known_as_one() {
     let iova = tenant.domain.dma_map(&kernel, &tenant.memory, request).expect("mapped");
     let state = tenant.domain.mappings(&kernel, Iova::new(0), 10);
     assert_eq!(state.len(), 1);
-    assert_eq!((state[0].range.base(), state[0].gpa, state[0].request_id), (iova, buffer.base(), RequestId(7)));
+    assert_eq!(
+        (state[0].range.base(), state[0].gpa, state[0].request_id),
+        (iova, buffer.base(), RequestId(7))
+    );
     tenant.dma_unmap(iova, PAGE, Direction::Bidirectional);
 }
 
@@ -162,15 +165,22 @@ fn i7_each_limit_of_an_owner_refuses_by_name_and_leaves_nothing() {
         let kernel = kernel_with(16 << 20, limits);
         let mut tenant = Tenant::new(&kernel, 1, 48);
         let buffer = tenant.buffer(200);
-        for pages in first_pages {
-            tenant.dma_map(gpa_range(buffer.base(), 0, pages * PAGE), Direction::ToDevice);
-        }
+        let refused_bytes = refused_pages * PAGE;
+        let next = tenant.dma_map(gpa_range(buffer.base(), 0, refused_bytes), Direction::ToDevice);
+        tenant.dma_unmap(next, refused_bytes, Direction::ToDevice);
+        let map = |pages: &u64| tenant.dma_map(gpa_range(buffer.base(), 0, pages * PAGE), Direction::ToDevice);
+        let live: Vec<Iova> = first_pages.iter().map(map).collect();
         let before = (tenant.domain.counters(), held(&kernel, &tenant.account));
         let request = dma_map(gpa_range(buffer.base(), 0, refused_pages * PAGE), Direction::ToDevice);
         let error = tenant.domain.dma_map(&kernel, &tenant.memory, request).expect_err("refused");
         let (limit, allowed) = expected;
         assert_eq!(error, DmaMapError::LimitReached(LimitReached { limit: limit.to_owned(), allowed }));
         assert_eq!((tenant.domain.counters(), held(&kernel, &tenant.account)), before);
+        for (iova, pages) in live.iter().zip(first_pages).rev() {
+            tenant.dma_unmap(*iova, pages * PAGE, Direction::ToDevice);
+        }
+        let again = tenant.dma_map(gpa_range(buffer.base(), 0, refused_bytes), Direction::ToDevice);
+        assert_eq!(again, next, "the refused map gave its address back");
     };
     check(limits, &[1, 1], 1, ("mappings_per_owner", 2));
     check(limits, &[60], 41, ("mapped_bytes_per_owner", 100 * PAGE));

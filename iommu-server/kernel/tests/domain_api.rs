@@ -38,7 +38,11 @@ fn check_unmap(maps: &[(u64, u64)], unmap: (u64, u64), expected: Result<&[u64], 
         let is_left = left.contains(first);
         for page in *first..=*last {
             let iova = Iova::new(BASE + page * PAGE);
-            assert_eq!(tenant.device_reads(iova, 8).is_ok(), is_left, "{maps:?} unmap {unmap:?}: page {page}");
+            assert_eq!(
+                tenant.device_reads(iova, 8).is_ok(),
+                is_left,
+                "{maps:?} unmap {unmap:?}: page {page}"
+            );
         }
     }
 }
@@ -97,10 +101,7 @@ fn a_refused_map_names_the_reason_and_changes_nothing() {
     );
     check_map_refused(|map| at(map, 0x1001, PAGE), expect!["iova: 0x1001 is not a multiple of 0x1000"]);
     check_map_refused(|map| at(map, 0x1000, 100), expect!["size_bytes: 0x64 is not a multiple of 0x1000"]);
-    check_map_refused(
-        |map| map.gpa = Gpa::new(0x1800),
-        expect!["gpa: 0x1800 is not a multiple of 0x1000"],
-    );
+    check_map_refused(|map| map.gpa = Gpa::new(0x1800), expect!["gpa: 0x1800 is not a multiple of 0x1000"]);
     check_map_refused(
         |map| at(map, 0, PAGE),
         expect!["iova:0x0 is reserved: page 0 and FEE0_0000 to FEEF_FFFF are never mapped"],
@@ -117,10 +118,7 @@ fn a_refused_map_names_the_reason_and_changes_nothing() {
         |map| at(map, (1 << 39) - PAGE, 2 * PAGE),
         expect!["iova:0x8000000fff is beyond the 39-bit address width of the domain"],
     );
-    check_map_refused(
-        |map| map.gpa = Gpa::new(0x9000),
-        expect!["gpa:0x9000 is not memory of this owner"],
-    );
+    check_map_refused(|map| map.gpa = Gpa::new(0x9000), expect!["gpa:0x9000 is not memory of this owner"]);
     check_map_refused(
         |map| map.permissions = Permissions::empty(),
         expect!["permissions: must allow reading, writing or both"],
@@ -136,7 +134,11 @@ fn the_first_and_the_last_page_of_every_width_translate() {
         for iova in [PAGE, 0xfedf_f000, 0xfef0_0000, (1 << 32) - PAGE, (1 << width_bits) - PAGE] {
             tenant.map(iova, buffer.base(), 1);
             tenant.device_writes(Iova::new(iova), &iova.to_le_bytes()).expect("mapped");
-            assert_eq!(tenant.cpu_reads(buffer.base(), 8), iova.to_le_bytes(), "{width_bits} bits, {iova:#x}");
+            assert_eq!(
+                tenant.cpu_reads(buffer.base(), 8),
+                iova.to_le_bytes(),
+                "{width_bits} bits, {iova:#x}"
+            );
         }
         let all = iova_range(Iova::new(0), u64::MAX - PAGE + 1);
         let pending = tenant.domain.unmap(&kernel, all).expect("unmap");
@@ -163,6 +165,29 @@ fn superpages_are_used_where_address_frame_and_length_allow() {
     assert_eq!(tenant.unmap(1 << 30, 2048), 2048 * PAGE);
     assert!(tenant.device_reads(Iova::new(1 << 30), 1).is_err());
     tenant.device_reads(Iova::new((2 << 30) + PAGE), 1).expect("mapped");
+}
+
+#[test]
+fn a_1_gib_page_stands_in_the_top_table_of_39_bits() {
+    let limits = OwnerLimits { mapped_bytes: 1 << 32, memory_bytes: 1 << 31, ..LIMITS };
+    let kernel = kernel_with(5 << 29, limits);
+    let mut tenant = Tenant::new(&kernel, 1, 39);
+    let buffer = tenant.buffer(1 << 18);
+    for _ in 0..2 {
+        tenant.map(7 << 30, buffer.base(), 1 << 18);
+        assert_eq!(tenant.domain.counters().table_bytes, PAGE, "the top alone");
+        tenant.device_writes(Iova::new((7 << 30) + 0x1234_5678), b"far").expect("mapped");
+        assert_eq!(tenant.cpu_reads(Gpa::new(buffer.base().get() + 0x1234_5678), 3), b"far");
+        assert_eq!(tenant.unmap(7 << 30, 1 << 18), 1 << 30);
+        assert!(tenant.device_reads(Iova::new(7 << 30), 1).is_err());
+    }
+    // The top table stays, however many tables come and go.
+    for n in 1..40 {
+        tenant.map(n << 30, buffer.base(), 1);
+        tenant.unmap(n << 30, 1);
+    }
+    tenant.map(1 << 30, buffer.base(), 1);
+    tenant.device_reads(Iova::new(1 << 30), 1).expect("mapped");
 }
 
 #[test]
@@ -194,8 +219,16 @@ fn i1_i4_tables_come_and_go_without_a_stale_walk() {
         tenant.map(iova, buffer.base(), 1);
         tenant.device_writes(Iova::new(iova), &n.to_le_bytes()).expect("mapped");
         tenant.unmap(iova, 1);
-        assert!(tenant.device_reads(Iova::new(iova), 8).is_err(), "round {n}");
-        assert!(tenant.device_reads(Iova::new((n - 1) << 30), 8).is_err(), "round {n}, the one before");
+        // With a frame used again too early, an old address would lead through a cached table to the page of a new one.
+        for old in 1..=n {
+            assert!(tenant.device_reads(Iova::new(old << 30), 8).is_err(), "round {n}: {old}");
+        }
+        tenant.map(iova + PAGE, buffer.base(), 1);
+        for old in 1..n {
+            let stale = tenant.device_reads(Iova::new((old << 30) + PAGE), 8);
+            assert!(stale.is_err(), "round {n}: {old} reaches the mapping of another address");
+        }
+        tenant.unmap(iova + PAGE, 1);
         most = most.max(tenant.domain.counters().table_bytes);
     }
     assert!(most - start <= 50 * PAGE, "tables are bounded: {} pages", (most - start) / PAGE);

@@ -129,7 +129,10 @@ impl DeviceState {
         self.seat.lock().generation
     }
     /// Seats a new session made by `make` from its generation, and fences the one before.
-    pub fn seat(&self, make: impl FnOnce(u64) -> Arc<DeviceSession>) -> Result<Arc<DeviceSession>, UnknownDevice> {
+    pub fn seat(
+        &self,
+        make: impl FnOnce(u64) -> Arc<DeviceSession>,
+    ) -> Result<Arc<DeviceSession>, UnknownDevice> {
         let (session, before) = {
             let mut seat = self.seat.lock();
             if seat.removed {

@@ -4,11 +4,12 @@
 //! in between. Registries hand out `Arc`s and keep their guards to themselves.
 
 pub mod devices;
+pub mod dma;
 pub mod domains;
 pub mod faults;
 pub mod owners;
-mod placement;
-mod reclaim;
+pub mod placement;
+pub mod reclaim;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -86,24 +87,14 @@ fn geometry(sets: u32) -> CacheGeometry {
     CacheGeometry { sets, ways: 4 }
 }
 
-/// The configuration of a unit with this IOTLB.
-pub fn unit_config(capabilities: Capabilities, iotlb_sets: u32, other_sets: u32, ports_max: u16) -> UnitConfig {
-    UnitConfig {
-        capabilities,
-        iotlb: geometry(iotlb_sets),
-        context_cache: geometry(other_sets),
-        paging_structure_cache: geometry(other_sets),
-        ports_max,
-    }
-}
-
 fn kernel_config(config: &Config) -> KernelConfig {
-    let unit = unit_config(
-        Capabilities::FULL,
-        bounds::IOTLB_SETS,
-        bounds::CONTEXT_CACHE_SETS,
-        bounds::DEVICE_PORTS_MAX,
-    );
+    let unit = UnitConfig {
+        capabilities: Capabilities::FULL,
+        iotlb: geometry(bounds::IOTLB_SETS),
+        context_cache: geometry(bounds::OTHER_CACHE_SETS),
+        paging_structure_cache: geometry(bounds::OTHER_CACHE_SETS),
+        ports_max: bounds::DEVICE_PORTS_MAX,
+    };
     KernelConfig {
         unit,
         domains_max: bounds::DOMAINS_MAX,

@@ -29,7 +29,10 @@ pub struct OwnerState {
 
 impl std::fmt::Debug for OwnerState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("OwnerState").field("owner", &self.owner).field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("OwnerState")
+            .field("owner", &self.owner)
+            .field("name", &self.name)
+            .finish_non_exhaustive()
     }
 }
 

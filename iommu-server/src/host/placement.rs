@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use iommu_kernel::DeviceEntry;
 use iommu_types::errors::{
-    AttachError, CreateDomainError, DestroyDomainError, DetachError, DomainInUse, LimitReached, NotYours, UnknownDevice,
+    AttachError, CreateDomainError, DestroyDomainError, DetachError, DomainInUse, LimitReached, NotYours,
+    UnknownDevice,
 };
 use iommu_types::{DeviceAddress, DomainId, Owner, Protection};
 
@@ -55,6 +56,18 @@ impl Host {
         domain_id: Option<DomainId>,
     ) -> Result<DomainId, AttachError> {
         let _placement = device.placement.lock().await;
+        self.give_locked(device, owner, domain_id).await
+    }
+
+    /// The same for a device that the owner already has: it may have been given to another while this call waited.
+    pub async fn give_own(
+        self: &Arc<Self>,
+        device: &Arc<DeviceState>,
+        owner: &Arc<OwnerState>,
+        domain_id: Option<DomainId>,
+    ) -> Result<DomainId, AttachError> {
+        let _placement = device.placement.lock().await;
+        self.device_of(owner.owner, device.address)?;
         self.give_locked(device, owner, domain_id).await
     }
 
@@ -127,8 +140,19 @@ impl Host {
     }
 
     /// Detaches a device; it keeps its owner.
-    pub async fn detach(self: &Arc<Self>, device: &Arc<DeviceState>) -> Result<(), DetachError> {
+    pub async fn detach(&self, device: &DeviceState) -> Result<(), DetachError> {
         let _placement = device.placement.lock().await;
+        self.detach_or_say_why(device).await
+    }
+
+    /// The same for a device that the owner still has.
+    pub async fn detach_own(&self, device: &DeviceState, owner: Owner) -> Result<(), DetachError> {
+        let _placement = device.placement.lock().await;
+        self.device_of(owner, device.address)?;
+        self.detach_or_say_why(device).await
+    }
+
+    async fn detach_or_say_why(&self, device: &DeviceState) -> Result<(), DetachError> {
         match self.detach_locked(device).await {
             Some(_) => Ok(()),
             None => {
@@ -151,19 +175,20 @@ impl Host {
 
     /// Destroys a domain to which nothing is attached.
     pub(super) async fn dissolve(&self, slot: &Arc<DomainSlot>) {
-        let Some(mut domain) = slot.take().await else { return };
-        let unmapped = domain.unmap_all(&self.kernel);
-        let drained = unmapped.drain.await;
-        domain.finish_unmap(&self.kernel, unmapped.undone, drained);
+        let Some(domain) = slot.take().await else { return };
+        // Out of the registry before its identifier can be given to another.
         self.domains.remove(slot);
         let mut destroy = self.kernel.destroy_domain(domain);
-        let drain = std::mem::replace(&mut destroy.drain, iommu_hardware::drain::PendingDrain::none());
-        let drained = drain.await;
+        let drained = destroy.take_drain().await;
         destroy.finish(&self.kernel, drained);
     }
 
     /// Destroys an explicit domain of `owner`.
-    pub async fn destroy_domain(self: &Arc<Self>, owner: Owner, id: DomainId) -> Result<(), DestroyDomainError> {
+    pub async fn destroy_domain(
+        self: &Arc<Self>,
+        owner: Owner,
+        id: DomainId,
+    ) -> Result<(), DestroyDomainError> {
         let slot = self.domains.get(id)?;
         if slot.owner != owner {
             return Err(not_yours(format!("domain {id}")).into());

@@ -42,7 +42,9 @@ impl Host {
         for slot in self.domains.list(|slot| slot.owner == owner.owner && slot.default_of.is_none()) {
             match self.destroy_domain(owner.owner, slot.id).await {
                 Ok(()) => reclaimed.domains += 1,
-                Err(reason) => tracing::error!(owner = %owner.owner, domain_id = %slot.id, %reason, "domain not reclaimed"),
+                Err(reason) => {
+                    tracing::error!(owner = %owner.owner, domain_id = %slot.id, %reason, "domain not reclaimed")
+                }
             }
         }
         reclaimed.memory_bytes = owner.memory.write().free_all(&self.kernel);

@@ -70,7 +70,11 @@ type Message = server_to_device::Message;
 
 impl DeviceStream {
     /// A stream that waits for Hello.
-    pub fn new(host: Arc<Host>, connection: ConnectionHandle, inbound: Streaming<pb::DeviceToServer>) -> Self {
+    pub fn new(
+        host: Arc<Host>,
+        connection: ConnectionHandle,
+        inbound: Streaming<pb::DeviceToServer>,
+    ) -> Self {
         let shutdown = host.shutdown.wait_owned();
         let greeting = async move {
             let why = "no Hello came in time".to_owned();
@@ -90,12 +94,12 @@ impl DeviceStream {
         let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
             return Poll::Ready(None);
         };
-        let welcome = message.map_err(typed_framing_status).and_then(|message| match message.message {
-            Some(device_to_server::Message::Hello(hello)) => self.greet(hello),
-            _ => {
-                Err(ProtocolViolation { why: "the first message of a session is Hello".to_owned() }.into_status())
-            }
-        });
+        let welcome =
+            message.map_err(typed_framing_status).and_then(|message| match message.message {
+                Some(device_to_server::Message::Hello(hello)) => self.greet(hello),
+                _ => Err(ProtocolViolation { why: "the first message of a session is Hello".to_owned() }
+                    .into_status()),
+            });
         if let Err(status) = &welcome {
             warn_limited!(peer = %self.connection.peer(), reason = status.message(), "device refused");
         }

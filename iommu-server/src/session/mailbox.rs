@@ -36,14 +36,17 @@ impl Mailbox {
     pub(crate) fn withdraw_mmio(&self, tag: u64) -> bool {
         let mut inner = self.inner.lock();
         let before = inner.messages.len();
-        inner.messages.retain(|message| {
-            !matches!(message, pb::server_to_device::Message::Mmio(request) if request.tag == tag)
-        });
+        inner.messages.retain(
+            |message| !matches!(message, pb::server_to_device::Message::Mmio(request) if request.tag == tag),
+        );
         inner.messages.len() < before
     }
     /// Takes back every reset that was not sent yet: the one to come covers it.
     pub(crate) fn withdraw_resets(&self) {
-        self.inner.lock().messages.retain(|message| !matches!(message, pb::server_to_device::Message::Reset(_)));
+        self.inner
+            .lock()
+            .messages
+            .retain(|message| !matches!(message, pb::server_to_device::Message::Reset(_)));
     }
     /// The next message; when there is none, the reader is woken by the next one.
     pub(crate) fn poll_take(&self, context: &Context<'_>) -> Poll<pb::server_to_device::Message> {

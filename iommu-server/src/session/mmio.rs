@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use iommu_proto::model::{MmioAccess, MmioRequest};
 use iommu_proto::pb;
-use iommu_types::errors::{DeviceAbsent, DeviceTimeout, LimitReached, MmioError, MmioRefused};
 use iommu_types::DeviceAddress;
+use iommu_types::errors::{DeviceAbsent, DeviceTimeout, LimitReached, MmioError, MmioRefused};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -100,9 +100,7 @@ impl MmioPort {
         std::mem::forget(withdraw);
         match outcome {
             Ok(Ok(value)) => Ok(value & access.width.mask()),
-            Ok(Err(why)) => {
-                Err(MmioRefused { device: self.device, offset: access.offset, why }.into())
-            }
+            Ok(Err(why)) => Err(MmioRefused { device: self.device, offset: access.offset, why }.into()),
             Err(_) => Err(absent()),
         }
     }

@@ -155,12 +155,7 @@ async fn open_tenancy(
 }
 
 /// Waits for the end of the connection, then for the grace period, then reclaims what nobody came back for.
-async fn outlive(
-    host: Arc<Host>,
-    connection: ConnectionHandle,
-    tenant: Tenant,
-    session: Arc<ClientSession>,
-) {
+async fn outlive(host: Arc<Host>, connection: ConnectionHandle, tenant: Tenant, session: Arc<ClientSession>) {
     connection.closed().await;
     // The connection is held by nobody else now; letting go of it here frees its place during the grace.
     drop(connection);

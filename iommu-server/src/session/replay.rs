@@ -55,6 +55,13 @@ pub struct RequestName {
     pub digest: u64,
 }
 
+impl RequestName {
+    /// From the header of a request and its digest.
+    pub fn new(header: RequestHeader, digest: u64) -> Self {
+        Self { id: header.request_id, acknowledged_through: header.acknowledged_through.0, digest }
+    }
+}
+
 /// What to do with a request.
 pub enum Verdict {
     /// Carry it out, and report with [`Replay::finish`].
@@ -66,11 +73,9 @@ pub enum Verdict {
 }
 
 impl Replay {
-    /// The name of a request: its header, and a digest of the rest (the message without the header).
-    pub fn name<M: Message>(&self, method: &'static str, header: RequestHeader, rest: &M) -> RequestName {
-        let RequestHeader { request_id, acknowledged_through } = header;
-        let digest = self.digests.hash_one((method, rest.encode_to_vec()));
-        RequestName { id: request_id, acknowledged_through: acknowledged_through.0, digest }
+    /// A digest of what a request asks: of the message without its header.
+    pub fn digest<M: Message>(&self, method: &'static str, rest: &M) -> u64 {
+        self.digests.hash_one((method, rest.encode_to_vec()))
     }
 
     /// Judges a request and, when it is the first of its number, marks it as in flight.
@@ -216,7 +221,9 @@ mod tests {
     fn the_same_request_is_answered_again_and_not_carried_out() {
         let replay = Replay::default();
         first(&replay, 5);
-        let Verdict::Again(answer) = replay.begin(name(5, 0, 7)).unwrap() else { panic!("must be remembered") };
+        let Verdict::Again(answer) = replay.begin(name(5, 0, 7)).unwrap() else {
+            panic!("must be remembered")
+        };
         assert_eq!(answer.downcast_ref(), Some(&5_u64));
     }
     #[test]

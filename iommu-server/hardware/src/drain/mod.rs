@@ -24,8 +24,6 @@
 //!
 //! Everything is generic over [`Atomics`], so that loom runs the code that ships.
 
-<<<<<<< HEAD
-=======
 mod atomics;
 mod attached;
 mod generations;
@@ -43,24 +41,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crossbeam_utils::CachePadded;
->>>>>>> hw-cache
 use iommu_types::{DomainId, Generation};
-use std::task::{Context, Poll};
 
-<<<<<<< HEAD
-/// The atomics, lock and fence that this module and the caches are built from: std in production, loom in tests.
-pub trait Atomics: 'static {
-    /* type U64: ..; type Bool; type Mutex<T>; fn fence(); spin/yield hint */
-}
-pub struct Std;
-impl Atomics for Std {}
-
-/// All generations, slots and domain lists of one unit. `Drains<Std>` in production.
-pub struct Drains<A: Atomics = Std> {
-    _a: std::marker::PhantomData<A>,
-}
-/// Index of a slot. One slot per port (device), each in its own cache line (crossbeam_utils::CachePadded).
-=======
 pub use atomics::{AtomicWord, Atomics, ExclusiveLock, Std};
 use attached::Attached;
 pub use generations::NEVER;
@@ -69,81 +51,12 @@ pub use pending::{Drained, PendingDrain};
 use slots::{Epoch, Slots};
 
 /// Index of a slot. One slot per port, each in a cache line of its own.
->>>>>>> hw-cache
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotIndex(pub u16);
 
 /// What must be quiet before an invalidation is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-<<<<<<< HEAD
-    Everything,
-    Domain(DomainId),
-    Slot(SlotIndex),
-}
-
-impl<A: Atomics> Drains<A> {
-    pub fn new(slots_max: u16) -> Self {
-        todo!()
-    }
-    pub fn claim_slot(&self) -> Option<SlotIndex> {
-        todo!()
-    }
-    pub fn release_slot(&self, slot: SlotIndex) {
-        todo!()
-    }
-    pub fn generation(&self, domain: DomainId) -> Generation {
-        todo!()
-    }
-    /// (1): called before the caches are cleared.
-    pub fn move_generation(&self, scope: Scope) {
-        todo!()
-    } // Everything moves all (e.g. a global counter folded into generation())
-    /// (3) + (4): called after the caches are cleared. Completes synchronously if all is quiet.
-    pub fn drain(&self, scope: Scope) -> PendingDrain {
-        todo!()
-    }
-    // device side; a slot is used by one thread at a time (the port is &mut)
-    pub fn enter(&self, slot: SlotIndex) {
-        todo!()
-    } // store epoch; SeqCst fence
-    pub fn leave(&self, slot: SlotIndex) {
-        todo!()
-    } // store idle; wake a waiter if its flag is set
-    pub fn register(&self, slot: SlotIndex, domain: DomainId) {
-        todo!()
-    } // slow path, as above
-}
-
-/// Not yet quiet. A future (std::task only): resolves to `Drained`. Dropping it is allowed and forgets the waiter.
-#[must_use = "an unmapped page is not quiet until the drain completes"]
-pub struct PendingDrain {}
-/// Proof that a drain completed. Cannot be made elsewhere.
-#[derive(Debug)]
-pub struct Drained(());
-impl PendingDrain {
-    /// Synchronous check, without a waker: `Ok(Drained)` when all is quiet.
-    pub fn try_complete(self) -> Result<Drained, PendingDrain> {
-        todo!()
-    }
-    /// Both must be quiet.
-    pub fn and(self, other: PendingDrain) -> PendingDrain {
-        todo!()
-    }
-    /// Nothing to wait for.
-    pub fn none() -> PendingDrain {
-        todo!()
-    }
-    /// Spins/parks the thread until drained: for tests and benches.
-    pub fn wait_blocking(self) -> Drained {
-        todo!()
-    }
-}
-impl std::future::Future for PendingDrain {
-    type Output = Drained;
-    fn poll(self: std::pin::Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Drained> {
-        todo!()
-=======
     /// Every slot.
     Everything,
     /// The slots registered for a domain.
@@ -352,6 +265,5 @@ impl<A: Atomics> Invalidating<'_, A> {
 impl<A: Atomics> Drop for Invalidating<'_, A> {
     fn drop(&mut self) {
         self.drains.shared.generations.end(self.covered);
->>>>>>> hw-cache
     }
 }

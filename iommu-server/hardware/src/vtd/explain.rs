@@ -229,7 +229,9 @@ fn conclude(
     let Request { iova, access, .. } = request;
     let by_tables = match end {
         End::Interrupt => {
-            return format!("The write at {iova} by {source} is an interrupt and goes to interrupt remapping.");
+            return format!(
+                "The write at {iova} by {source} is an interrupt and goes to interrupt remapping."
+            );
         }
         End::Untranslated(_) if request.is_in_interrupt_range() => {
             return format!("The zero-length read at {iova} by {source} moves nothing and passes.");

@@ -7,7 +7,6 @@
 //! **Architecture invariant:** there is one translation path ([`Burst::translate`]), one walk and one order of
 //! invalidation ([`Unit::invalidate`]); the two kinds of unit share all three.
 
-<<<<<<< HEAD
 mod counters;
 mod event;
 mod explain;
@@ -27,10 +26,3 @@ pub use port::{BURST_BYTES_MAX, BURST_OPERATIONS_MAX, Burst, Lent, Port, Request
 pub use queue::QUEUE_DESCRIPTORS_PER_STEP;
 pub use registers::{BadRegisterAccess, HeldDrain, QueueProgress, RegisterFile, WriteEffect};
 pub use unit::{PortsExhausted, Unit, UnitConfig};
-=======
-pub mod interrupt; // C
-pub mod spec; // C: root_context.rs, pte.rs, irte.rs, invalidation.rs (descriptors), registers.rs (bit layouts of CAP, ECAP, GCMD.. FRCD), each item citing VT-d 5.10 §n once
-mod unit;
-pub mod walk; // C
-pub use unit::*;
->>>>>>> main

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use iommu_types::{Access, DomainId, Fault, FaultReason, Generation, Hpa, InterruptFault, Iova, Pasid, SourceId};
+use iommu_types::{
+    Access, DomainId, Fault, FaultReason, Generation, Hpa, InterruptFault, Iova, Pasid, SourceId,
+};
 use iommu_types::{Permissions, TranslationFault};
 
 use super::counters::SlotTally;
@@ -181,7 +183,11 @@ impl Burst<'_> {
     ///
     /// Hit → permission → op. An insufficient hit is a miss: a permission fault always comes from the tables.
     #[inline]
-    pub fn translate<R>(&mut self, request: Request, op: impl FnOnce(Lent) -> R) -> Result<R, TranslationFault> {
+    pub fn translate<R>(
+        &mut self,
+        request: Request,
+        op: impl FnOnce(Lent) -> R,
+    ) -> Result<R, TranslationFault> {
         match self.resolve(&request) {
             Ok(hpa) => Ok(op(Lent { hpa })),
             Err(fault) => Err(self.refuse(&request, fault)),
@@ -200,7 +206,11 @@ impl Burst<'_> {
         }
     }
     /// An interrupt request in the course of a burst.
-    pub(crate) fn interrupt(&mut self, address: u64, data: u32) -> Result<DeliveredInterrupt, InterruptFault> {
+    pub(crate) fn interrupt(
+        &mut self,
+        address: u64,
+        data: u32,
+    ) -> Result<DeliveredInterrupt, InterruptFault> {
         match self.place {
             Place::Outside => self.port.interrupt(address, data),
             _ => self.port.interrupt_inside(address, data),
@@ -265,7 +275,7 @@ impl Burst<'_> {
         }
         self.resolve_slowly(request)
     }
-    #[cold]
+    #[inline(never)]
     fn resolve_slowly(&mut self, request: &Request) -> Result<Hpa, WalkFault> {
         if request.is_in_interrupt_range() {
             if request.is_zero_length_read() {
@@ -308,12 +318,15 @@ impl Burst<'_> {
         let generation = unit.drains.generation(domain, context_generation);
         let start = unit.paging.lookup(domain, request.iova);
         let paging = &tally.paging_structure_cache;
-        if start.is_some() { paging.hits.add(1) } else { paging.misses.add(1) }
+        if start.is_some() {
+            paging.hits.add(1)
+        } else {
+            paging.misses.add(1)
+        }
         let mut reads = CountReads(0);
-        let mut walk = |start| {
-            let passed = |table: PagingEntry| paging.filled(unit.paging.fill(&unit.drains, generation, table));
-            walk_tables(unit, context, start, request, &mut reads, passed)
-        };
+        let mut deepest = None;
+        let mut walk =
+            |start| walk_tables(unit, context, start, request, &mut reads, |table| deepest = Some(table));
         let walked = match walk(start) {
             // A cached table may be stale; a fault never comes from it alone.
             Err(_) if start.is_some() => walk(None),
@@ -321,6 +334,10 @@ impl Burst<'_> {
         };
         tally.walk_reads.add(reads.0);
         let leaf = walked?;
+        // Of the tables passed only the deepest is kept: reading the entries above it again costs less than filling them.
+        if let Some(table) = deepest {
+            paging.filled(unit.paging.fill(&unit.drains, generation, table));
+        }
         let entry = IotlbEntry {
             domain_id: domain,
             iova: Iova::new(request.iova.get() & !(leaf.size.bytes() - 1)),

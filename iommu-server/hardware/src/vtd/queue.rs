@@ -143,7 +143,7 @@ impl Queue {
         if self.tail_bytes >= self.address.bytes() {
             return Err(QueueError::TAIL_BEYOND_QUEUE);
         }
-        if self.tail_bytes % self.address.descriptor_bytes() != 0 {
+        if !self.tail_bytes.is_multiple_of(self.address.descriptor_bytes()) {
             return Err(QueueError::TAIL_MISALIGNED);
         }
         let load = |offset_bytes: u64| {

@@ -15,6 +15,7 @@ use iommu_hardware::vtd::{EventMessage, EventSink, Port, QueueProgress, WriteEff
 use iommu_types::{
     AccessWidth, Capabilities, DmaFault, DomainId, Hpa, Invalidation, Iova, PageSize, Permissions, SourceId,
 };
+use proptest::test_runner::{Config as ProptestConfig, RngSeed};
 
 pub const MEMORY_BYTES: u64 = 8 << 20;
 pub const ROOT: Hpa = Hpa::new(0x1000);
@@ -26,6 +27,16 @@ pub const FRAMES: u64 = 0x10_0000;
 pub const DEVICE: SourceId = SourceId::new(0x0310);
 pub const DOMAIN: DomainId = DomainId::new(7);
 pub const RW: Permissions = Permissions::READ_WRITE;
+
+/// Property tests of that many cases, the same ones on every run. `PROPTEST_RNG_SEED` chooses others.
+pub fn cases(cases: u32) -> ProptestConfig {
+    let chosen = ProptestConfig::default();
+    let rng_seed = match chosen.rng_seed {
+        RngSeed::Random => RngSeed::Fixed(0x10_44),
+        fixed => fixed,
+    };
+    ProptestConfig { cases, rng_seed, failure_persistence: None, ..chosen }
+}
 
 /// Keeps event messages.
 #[derive(Default)]

@@ -153,4 +153,3 @@ fn direction_of(permissions: u8) -> Direction {
     let found = all.into_iter().find(|direction| direction.permissions().bits() == permissions);
     found.expect("a record of the DMA API has a direction")
 }
-

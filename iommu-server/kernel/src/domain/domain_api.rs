@@ -10,7 +10,8 @@ use iommu_types::errors::{
     BeyondWidth, InvalidField, MapError, RangeOverlaps, ReservedRange, SplitsMapping, Unaligned, UnmapError,
 };
 use iommu_types::{
-    Capabilities, Gpa, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, Protection, RequestId,
+    Capabilities, Gpa, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, Protection,
+    RequestId,
 };
 
 use super::table::Extent;
@@ -194,10 +195,7 @@ fn next_extent(
         let fits = |size: &PageSize| {
             let is_aligned = at.is_aligned(size.bytes()) && frame.is_aligned(size.bytes());
             let is_long_enough = run.frames - done >= frames_of(*size);
-            exists(*size)
-                && is_aligned
-                && is_long_enough
-                && (*size == PageSize::Size4K || is_free(at, *size))
+            exists(*size) && is_aligned && is_long_enough && (*size == PageSize::Size4K || is_free(at, *size))
         };
         PageSize::ALL.into_iter().rev().find(fits)
     };

@@ -110,7 +110,8 @@ impl Domain {
     /// The domain's mappings that begin at `from` or after, by address, `limit` at most.
     pub fn mappings(&self, kernel: &Kernel, from: Iova, limit: usize) -> Vec<MappingState> {
         let first = from.page_number();
-        let ranges = self.ranges.range(first..).take(limit + 1).map(|(page, mapping)| (*page, mapping.record));
+        let ranges =
+            self.ranges.range(first..).take(limit + 1).map(|(page, mapping)| (*page, mapping.record));
         let mut found: Vec<_> = ranges.chain(self.tables.slots_from(first, limit + 1)).collect();
         found.sort_unstable_by_key(|(page, _)| *page);
         let state = |(_, index)| {

@@ -296,16 +296,17 @@ impl Tables {
     ) -> Option<(u64, RecordIndex)> {
         let in_region = |key: Key, node: &Node| {
             let base = first_address(key).page_number();
-            let mapping = |(n, slot): (usize, &u32)| Some((base + n as u64, RecordIndex(slot.checked_sub(1)?)));
-            let mut mappings = node.slots.iter().flat_map(|slots| slots.iter()).enumerate().filter_map(mapping);
+            let mapping =
+                |(n, slot): (usize, &u32)| Some((base + n as u64, RecordIndex(slot.checked_sub(1)?)));
+            let mut mappings =
+                node.slots.iter().flat_map(|slots| slots.iter()).enumerate().filter_map(mapping);
             mappings.find(|(page, record)| *page <= last && last_page(*record) >= first)
         };
         if leaf_key(first) == leaf_key(last) {
             return in_region(leaf_key(first), self.nodes.get(&leaf_key(first))?);
         }
-        let is_near = |(key, _): &(&Key, &Node)| {
-            level_of(**key) == 1 && (leaf_key(first)..=leaf_key(last)).contains(*key)
-        };
+        // Only leaf tables have slots, so keys of other levels do no harm.
+        let is_near = |(key, _): &(&Key, &Node)| (leaf_key(first)..=leaf_key(last)).contains(*key);
         let near = self.nodes.iter().filter(is_near);
         near.filter_map(|(key, node)| in_region(*key, node)).min_by_key(|(page, _)| *page)
     }
@@ -317,7 +318,8 @@ impl Tables {
         let slots_of = |(key, node): (&Key, &Node)| {
             let first = first_address(*key).page_number();
             let slots: Vec<u32> = node.slots.as_ref().map(|slots| slots.to_vec()).unwrap_or_default();
-            let slot = move |(n, slot): (usize, u32)| Some((first + n as u64, RecordIndex(slot.checked_sub(1)?)));
+            let slot =
+                move |(n, slot): (usize, u32)| Some((first + n as u64, RecordIndex(slot.checked_sub(1)?)));
             slots.into_iter().enumerate().filter_map(slot)
         };
         let found = regions.into_iter().flat_map(slots_of).skip_while(|(page, _)| *page < from);

@@ -76,13 +76,7 @@ pub fn walk_second_stage(
         if level <= CACHED_TABLE_LEVEL_MAX {
             // What the table covers begins at a multiple of what an entry one level up covers.
             let covered = Iova::new(iova.get() & (u64::MAX << level_shift(level + 1)));
-            on_table(PagingEntry {
-                domain_id: context.domain_id,
-                iova: covered,
-                level,
-                table,
-                permissions,
-            });
+            on_table(PagingEntry { domain_id: context.domain_id, iova: covered, level, table, permissions });
         }
     };
     let size = PageSize::at_level(level).expect("the checks let a page stand only at levels 1 to 3");

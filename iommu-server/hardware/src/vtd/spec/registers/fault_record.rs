@@ -70,8 +70,9 @@ impl FaultRecord {
     pub fn to_fault(self) -> Fault {
         let reason = FaultReason(self.reason());
         let source_id = self.source_id();
-        if (0x20..=0x2f).contains(&reason.0) {
-            let defined = !matches!(reason.0, 0x20 | 0x25 | 0x29..=0x2b);
+        // 0x29 is a DMA to the interrupt range that is no interrupt: it keeps its address, as any DMA does.
+        if (0x20..=0x2f).contains(&reason.0) && reason != FaultReason::IR_INVALID_ACCESS {
+            let defined = !matches!(reason.0, 0x20 | 0x25 | 0x2a | 0x2b);
             let index = defined.then_some((self.fault_page() >> 36) as u16);
             return Fault::Interrupt(InterruptFault { source_id, index, reason });
         }

@@ -1,0 +1,228 @@
+//! `DriverService.DmaStream`: batches of maps and unmaps, pipelined, in order.
+//!
+//! Like a device session it is one task: the transport polls for the next answer, the stream reads the next batch and carries it out under one
+//! lock. Only an unmap whose DMA is not quiet is waited for, in a task of its own that finishes even when the stream is gone.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use futures_core::Stream;
+use iommu_kernel::DmaUnmap;
+use iommu_proto::framing::typed_framing_status;
+use iommu_proto::model::{DmaStreamBatch, DmaStreamRequest, map_response, unmap_response};
+use iommu_proto::pb;
+use iommu_types::errors::{DmaMapError, DmaUnmapError};
+use iommu_types::{DeviceAddress, Direction, InvalidRange, IovaRange, RequestId};
+use prost::Message;
+use tokio::task::{JoinHandle, coop};
+use tonic::{Status, Streaming};
+
+use super::{Caller, Invalid, internal, reclaimed};
+use crate::bounds;
+use crate::ending::Ending;
+use crate::host::Host;
+use crate::host::domains::Unsettled;
+use crate::host::owners::OwnerState;
+use crate::session::driver::{ClientSession, Inside, Tenancy};
+use crate::session::replay::{Replay, RequestName, Verdict, recalled};
+
+type Answer = Result<pb::DmaStreamResponse, Status>;
+
+enum Stage {
+    Reading,
+    /// A batch waits for its drain, or for the first of its duplicates.
+    Waiting(JoinHandle<Answer>),
+    Over,
+}
+
+/// The response stream.
+pub struct DmaStream {
+    work: Work,
+    inbound: Streaming<pb::DmaStreamRequest>,
+    stage: Stage,
+    end: Pin<Box<dyn Future<Output = Ending> + Send>>,
+}
+
+struct Work {
+    host: Arc<Host>,
+    owner: Arc<OwnerState>,
+    tenancy: Arc<Tenancy>,
+    session: Arc<ClientSession>,
+    /// Reused from batch to batch.
+    unmaps: Vec<DmaUnmap>,
+}
+
+impl DmaStream {
+    /// A stream that waits for batches.
+    pub(super) fn new(
+        host: Arc<Host>,
+        caller: &Caller,
+        inbound: Streaming<pb::DmaStreamRequest>,
+    ) -> Result<Self, Status> {
+        let (session, shutdown) = (caller.session.end.wait_owned(), host.shutdown.wait_owned());
+        let end = async move {
+            tokio::select! {
+                ending = session => ending,
+                ending = shutdown => ending,
+            }
+        };
+        let work = Work {
+            host,
+            owner: Arc::clone(caller.driver()?),
+            tenancy: Arc::clone(caller.tenancy()?),
+            session: Arc::clone(&caller.session),
+            unmaps: Vec::new(),
+        };
+        Ok(Self { work, inbound, stage: Stage::Reading, end: Box::pin(end) })
+    }
+
+    fn poll_answer(&mut self, context: &mut Context<'_>) -> Poll<Option<Answer>> {
+        loop {
+            if let Stage::Waiting(waiting) = &mut self.stage {
+                let answer = ready!(Pin::new(waiting).poll(context));
+                self.stage = Stage::Reading;
+                return Poll::Ready(Some(
+                    answer.unwrap_or_else(|_| Err(internal("the task of a batch ended early"))),
+                ));
+            }
+            if let Poll::Ready(ending) = self.end.as_mut().poll(context) {
+                return Poll::Ready(Some(Err(ending.into_status())));
+            }
+            let budget = ready!(coop::poll_proceed(context));
+            let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
+                return Poll::Ready(None);
+            };
+            budget.made_progress();
+            match message.map_err(typed_framing_status).and_then(|message| self.work.take(message)) {
+                Ok(Taken::Answer(answer)) => return Poll::Ready(Some(answer)),
+                Ok(Taken::Waiting(waiting)) => self.stage = Stage::Waiting(waiting),
+                Err(status) => return Poll::Ready(Some(Err(status))),
+            }
+        }
+    }
+}
+
+enum Taken {
+    Answer(Answer),
+    Waiting(JoinHandle<Answer>),
+}
+
+/// What reports the end of a batch to the replay window.
+struct Report {
+    replay: Arc<Replay>,
+    name: RequestName,
+    _inside: Inside,
+}
+
+impl Report {
+    fn answer(self, answer: Answer) -> Answer {
+        let bytes = answer.as_ref().map_or(256, |answer| answer.encoded_len() + 64);
+        self.replay.finish(self.name, Arc::new(answer.clone()), bytes);
+        answer
+    }
+}
+
+impl Work {
+    fn take(&mut self, mut wire: pb::DmaStreamRequest) -> Result<Taken, Status> {
+        let header = wire.header.take();
+        let digest = self.tenancy.replay.digest("DmaStream", &wire);
+        wire.header = header;
+        let batch = DmaStreamRequest::parse(wire, bounds::BATCH.operations_max).map_err(Invalid::status)?;
+        let name = RequestName::new(batch.header, digest);
+        let inside = self.tenancy.enter().ok_or_else(|| reclaimed(&self.session))?;
+        match self.tenancy.replay.begin(name)? {
+            Verdict::First => {}
+            Verdict::Again(answer) => return Ok(Taken::Answer(recalled(&answer))),
+            Verdict::InFlight => {
+                let replay = Arc::clone(&self.tenancy.replay);
+                return Ok(Taken::Waiting(tokio::spawn(async move {
+                    replay.settled(name).await;
+                    match replay.begin(name)? {
+                        Verdict::Again(answer) => recalled(&answer),
+                        Verdict::First | Verdict::InFlight => {
+                            Err(internal("a batch in flight was forgotten"))
+                        }
+                    }
+                })));
+            }
+        }
+        let report = Report { replay: Arc::clone(&self.tenancy.replay), name, _inside: inside };
+        Ok(self.carry_out(batch, report))
+    }
+
+    fn carry_out(&mut self, request: DmaStreamRequest, report: Report) -> Taken {
+        let DmaStreamRequest { header, device, batch } = request;
+        match batch {
+            DmaStreamBatch::Map(map) => {
+                let id = header.request_id;
+                let count = map.len();
+                let mapped = self.host.dma_map_batch(&self.owner, device, map.ranges(), map.direction, id);
+                let answer = match mapped {
+                    Ok(outcomes) => map_response(id, outcomes),
+                    // What is wrong with the device is wrong with each operation of the batch.
+                    Err(error) => map_response(id, std::iter::repeat_n(Err::<_, DmaMapError>(error), count)),
+                };
+                Taken::Answer(report.answer(Ok(answer)))
+            }
+            DmaStreamBatch::Unmap(unmap) => {
+                self.unmap(header.request_id, device, unmap.ranges(), unmap.direction, report)
+            }
+        }
+    }
+
+    fn unmap(
+        &mut self,
+        id: RequestId,
+        device: DeviceAddress,
+        ranges: impl ExactSizeIterator<Item = Result<IovaRange, InvalidRange>>,
+        direction: Direction,
+        report: Report,
+    ) -> Taken {
+        let count = ranges.len();
+        self.unmaps.clear();
+        let mut invalid = Vec::new();
+        for (index, range) in ranges.enumerate() {
+            match range {
+                Ok(range) => self.unmaps.push(DmaUnmap { range, direction }),
+                Err(error) => invalid.push((index, error)),
+            }
+        }
+        let unmapped = self.host.dma_unmap_batch(self.owner.owner, device, &self.unmaps);
+        let (mut results, unsettled) = match unmapped {
+            Ok(unmapped) => unmapped,
+            Err(error) => (std::iter::repeat_n(Err(error), self.unmaps.len()).collect(), None),
+        };
+        for (index, error) in invalid {
+            results.insert(index, Err(DmaUnmapError::from(error)));
+        }
+        assert!(results.len() == count, "every operation of a batch has a result");
+        let answer = unmap_response(id, results);
+        match unsettled {
+            None => Taken::Answer(report.answer(Ok(answer))),
+            Some(unsettled) => Taken::Waiting(tokio::spawn(settle(unsettled, answer, report))),
+        }
+    }
+}
+
+/// Answers an unmap when it is quiet (I1).
+async fn settle(unsettled: Unsettled, answer: pb::DmaStreamResponse, report: Report) -> Answer {
+    unsettled.settle().await;
+    report.answer(Ok(answer))
+}
+
+impl Stream for DmaStream {
+    type Item = Answer;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Answer>> {
+        if matches!(self.stage, Stage::Over) {
+            return Poll::Ready(None);
+        }
+        let answer = self.poll_answer(context);
+        if let Poll::Ready(None | Some(Err(_))) = answer {
+            self.stage = Stage::Over;
+        }
+        answer
+    }
+}

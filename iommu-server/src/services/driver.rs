@@ -1,0 +1,316 @@
+//! `DriverService`: buffers, the DMA API, the domain API, interrupts, registers.
+//!
+//! A mutating call is carried out once per request ID, in a task of its own (a cancelled call must not lose the end of an unmap), and
+//! inside its tenancy, so that a reclaim waits for it.
+
+use std::sync::Arc;
+
+use iommu_kernel as kernel;
+use iommu_proto::errors::WireError;
+use iommu_proto::model;
+use iommu_proto::pb::{self, driver_service_server::DriverService};
+use iommu_types::errors::{
+    AttachError, DetachError, DmaMapError, InterruptError, LimitReached, MmioError, NotAllocated,
+};
+use iommu_types::{Direction, GpaRange, InvalidRange, IovaRange};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::dma_stream::DmaStream;
+use super::feed::{Feed, feed};
+use super::{Caller, parse, reclaimed};
+use crate::bounds;
+use crate::host::Host;
+use crate::host::owners::OwnerState;
+use crate::interrupts::Signal;
+use crate::session::replay::RequestName;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Drivers {
+    /// The host.
+    pub host: Arc<Host>,
+}
+
+fn status(error: impl WireError) -> Status {
+    error.into_status()
+}
+
+/// Carries out a mutating call once: parses the message as `$model`, then runs `$body` with the host and the owner.
+macro_rules! once {
+    ($self:ident, $request:ident, $model:ty, |$host:ident, $owner:ident, $ask:ident| $body:expr) => {{
+        let caller = Caller::of(&$request)?;
+        let tenancy = Arc::clone(caller.tenancy()?);
+        let mut wire = $request.into_inner();
+        let header = wire.header.take();
+        let digest = tenancy.replay.digest(stringify!($model), &wire);
+        wire.header = header;
+        let $ask: $model = parse(wire)?;
+        let name = RequestName::new($ask.header, digest);
+        let inside = tenancy.enter().ok_or_else(|| reclaimed(&caller.session))?;
+        let ($host, $owner) = (Arc::clone(&$self.host), Arc::clone(caller.driver()?));
+        let operation = async move {
+            let _inside = inside;
+            $body
+        };
+        tenancy.replay.once(name, operation).await.map(Response::new)
+    }};
+}
+
+/// A place among the subscriptions of a connection.
+pub(super) fn watcher(caller: &Caller) -> Result<crate::connection::WatcherPlace, Status> {
+    caller.connection.watcher().ok_or_else(|| {
+        let allowed = bounds::WATCHERS_PER_CONNECTION_MAX as u64;
+        LimitReached { limit: "watchers_per_connection".to_owned(), allowed }.into_status()
+    })
+}
+
+fn allocate_coherent(
+    host: &Host,
+    owner: &OwnerState,
+    ask: &model::AllocateCoherent,
+) -> Result<model::AllocatedCoherent, Status> {
+    host.device_of(owner.owner, ask.device).map_err(|e| status(DmaMapError::from(e)))?;
+    let range = owner.memory.write().allocate(&host.kernel, ask.size_bytes).map_err(status)?;
+    let map = kernel::DmaMap {
+        range,
+        direction: Direction::Bidirectional,
+        request_id: ask.header.request_id,
+        coherent: true,
+    };
+    match host.dma_map(owner, ask.device, map) {
+        Ok(iova) => Ok(model::AllocatedCoherent { gpa: range.base(), iova, size_bytes: range.size_bytes() }),
+        Err(error) => {
+            let freed = owner.memory.write().free(&host.kernel, range.base());
+            assert!(freed.is_ok(), "what was just allocated and is not mapped can be freed");
+            Err(status(error))
+        }
+    }
+}
+
+async fn free_coherent(host: &Host, owner: &OwnerState, ask: &model::FreeCoherent) -> Result<(), Status> {
+    let buffer = owner.memory.read().buffers().into_iter().find(|buffer| buffer.base() == ask.gpa);
+    let buffer: GpaRange = buffer.ok_or_else(|| status(NotAllocated { gpa: ask.gpa }))?;
+    let range = IovaRange::new(ask.iova, buffer.size_bytes()).map_err(|e: InvalidRange| status(e))?;
+    let request = kernel::DmaUnmap { range, direction: Direction::Bidirectional };
+    host.dma_unmap(owner.owner, ask.device, request).await.map_err(status)?;
+    owner.memory.write().free(&host.kernel, ask.gpa).map(|_| ()).map_err(status)
+}
+
+impl Drivers {
+    async fn mmio(&self, caller: &Caller, mmio: model::Mmio) -> Result<u64, Status> {
+        let owner = caller.driver()?.owner;
+        self.host.device_of(owner, mmio.device).map_err(|e| status(MmioError::from(e)))?;
+        mmio_call(&self.host, mmio).await.map_err(status)
+    }
+}
+
+/// Brings a register access to the agent of its device.
+pub(super) async fn mmio_call(host: &Host, mmio: model::Mmio) -> Result<u64, MmioError> {
+    let device = host.devices.get(mmio.device)?;
+    let session = device.session().ok_or(iommu_types::errors::DeviceAbsent { device: mmio.device })?;
+    session.mmio(mmio.access).await
+}
+
+fn interrupt(signal: Signal, count: u32) -> Option<pb::Interrupt> {
+    match signal {
+        Signal::Device { device, vector, destination } => {
+            Some(model::Interrupt { device, vector, destination, count }.into())
+        }
+        Signal::Event(_) => None,
+    }
+}
+
+#[tonic::async_trait]
+impl DriverService for Drivers {
+    async fn allocate_buffer(
+        &self,
+        request: Request<pb::AllocateBufferRequest>,
+    ) -> Result<Response<pb::AllocateBufferResponse>, Status> {
+        once!(self, request, model::AllocateBuffer, |host, owner, ask| {
+            let range = owner.memory.write().allocate(&host.kernel, ask.size_bytes).map_err(status)?;
+            Ok(model::AllocatedBuffer { gpa: range.base(), size_bytes: range.size_bytes() }.into())
+        })
+    }
+
+    async fn free_buffer(
+        &self,
+        request: Request<pb::FreeBufferRequest>,
+    ) -> Result<Response<pb::FreeBufferResponse>, Status> {
+        once!(self, request, model::FreeBuffer, |host, owner, ask| {
+            owner.memory.write().free(&host.kernel, ask.gpa).map_err(status)?;
+            Ok(pb::FreeBufferResponse {})
+        })
+    }
+
+    async fn dma_map(
+        &self,
+        request: Request<pb::DmaMapRequest>,
+    ) -> Result<Response<pb::DmaMapResponse>, Status> {
+        once!(self, request, model::DmaMap, |host, owner, ask| {
+            let model::DmaMap { header, device, range, direction } = ask;
+            let map = kernel::DmaMap { range, direction, request_id: header.request_id, coherent: false };
+            let iova = host.dma_map(&owner, device, map).map_err(status)?;
+            Ok(pb::DmaMapResponse { iova: iova.get() })
+        })
+    }
+
+    async fn dma_unmap(
+        &self,
+        request: Request<pb::DmaUnmapRequest>,
+    ) -> Result<Response<pb::DmaUnmapResponse>, Status> {
+        once!(self, request, model::DmaUnmap, |host, owner, ask| {
+            let model::DmaUnmap { device, range, direction, .. } = ask;
+            let unmap = kernel::DmaUnmap { range, direction };
+            host.dma_unmap(owner.owner, device, unmap).await.map_err(status)?;
+            Ok(pb::DmaUnmapResponse {})
+        })
+    }
+
+    type DmaStreamStream = DmaStream;
+
+    async fn dma_stream(
+        &self,
+        request: Request<Streaming<pb::DmaStreamRequest>>,
+    ) -> Result<Response<DmaStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let stream = DmaStream::new(Arc::clone(&self.host), &caller, request.into_inner())?;
+        Ok(Response::new(stream))
+    }
+
+    async fn allocate_coherent(
+        &self,
+        request: Request<pb::AllocateCoherentRequest>,
+    ) -> Result<Response<pb::AllocateCoherentResponse>, Status> {
+        once!(self, request, model::AllocateCoherent, |host, owner, ask| {
+            allocate_coherent(&host, &owner, &ask).map(Into::into)
+        })
+    }
+
+    async fn free_coherent(
+        &self,
+        request: Request<pb::FreeCoherentRequest>,
+    ) -> Result<Response<pb::FreeCoherentResponse>, Status> {
+        once!(self, request, model::FreeCoherent, |host, owner, ask| {
+            free_coherent(&host, &owner, &ask).await?;
+            Ok(pb::FreeCoherentResponse {})
+        })
+    }
+
+    async fn create_domain(
+        &self,
+        request: Request<pb::CreateDomainRequest>,
+    ) -> Result<Response<pb::CreateDomainResponse>, Status> {
+        once!(self, request, model::CreateDomain, |host, owner, ask| {
+            let domain =
+                host.kernel.create_domain(&owner.account, ask.protection, ask.width_bits).map_err(status)?;
+            let slot = host.domains.insert(domain, None);
+            Ok(pb::CreateDomainResponse { domain_id: u32::from(slot.id.get()) })
+        })
+    }
+
+    async fn destroy_domain(
+        &self,
+        request: Request<pb::DestroyDomainRequest>,
+    ) -> Result<Response<pb::DestroyDomainResponse>, Status> {
+        once!(self, request, model::DestroyDomain, |host, owner, ask| {
+            host.destroy_domain(owner.owner, ask.domain_id).await.map_err(status)?;
+            Ok(pb::DestroyDomainResponse {})
+        })
+    }
+
+    async fn attach_device(
+        &self,
+        request: Request<pb::AttachDeviceRequest>,
+    ) -> Result<Response<pb::AttachDeviceResponse>, Status> {
+        once!(self, request, model::AttachDevice, |host, owner, ask| {
+            host.device_of(owner.owner, ask.device).map_err(|e| status(AttachError::from(e)))?;
+            let device = host.devices.get(ask.device).map_err(status)?;
+            let domain_id = host.give_own(&device, &owner, ask.domain_id).await.map_err(status)?;
+            Ok(pb::AttachDeviceResponse { domain_id: u32::from(domain_id.get()) })
+        })
+    }
+
+    async fn detach_device(
+        &self,
+        request: Request<pb::DetachDeviceRequest>,
+    ) -> Result<Response<pb::DetachDeviceResponse>, Status> {
+        once!(self, request, model::DetachDevice, |host, owner, ask| {
+            host.device_of(owner.owner, ask.device).map_err(|e| status(DetachError::from(e)))?;
+            let device = host.devices.get(ask.device).map_err(status)?;
+            host.detach_own(&device, owner.owner).await.map_err(status)?;
+            Ok(pb::DetachDeviceResponse {})
+        })
+    }
+
+    async fn map(&self, request: Request<pb::MapRequest>) -> Result<Response<pb::MapResponse>, Status> {
+        once!(self, request, model::MapFixed, |host, owner, ask| {
+            let map = kernel::MapFixed {
+                iova: ask.range,
+                gpa: ask.memory.base(),
+                permissions: ask.permissions,
+                request_id: ask.header.request_id,
+            };
+            host.map_fixed(&owner, ask.domain_id, map).map_err(status)?;
+            Ok(pb::MapResponse {})
+        })
+    }
+
+    async fn unmap(&self, request: Request<pb::UnmapRequest>) -> Result<Response<pb::UnmapResponse>, Status> {
+        once!(self, request, model::UnmapFixed, |host, owner, ask| {
+            let unmapped = host.unmap_fixed(owner.owner, ask.domain_id, ask.range).await;
+            Ok(pb::UnmapResponse { unmapped_bytes: unmapped.map_err(status)? })
+        })
+    }
+
+    async fn allocate_interrupt(
+        &self,
+        request: Request<pb::AllocateInterruptRequest>,
+    ) -> Result<Response<pb::AllocateInterruptResponse>, Status> {
+        once!(self, request, model::AllocateInterrupt, |host, owner, ask| {
+            host.device_of(owner.owner, ask.device).map_err(|e| status(InterruptError::from(e)))?;
+            let source = ask.device.source_id;
+            let message = host.kernel.allocate_interrupt(&owner.account, source).map_err(status)?;
+            let kernel::MsiMessage { address, data, vector } = message;
+            Ok(model::AllocatedInterrupt { address, data, vector }.into())
+        })
+    }
+
+    type WatchInterruptsStream = Feed<pb::WatchInterruptsResponse>;
+
+    async fn watch_interrupts(
+        &self,
+        request: Request<pb::WatchInterruptsRequest>,
+    ) -> Result<Response<Self::WatchInterruptsStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let place = watcher(&caller)?;
+        let subscription = caller.driver()?.interrupts.subscribe();
+        let stream = feed(&self.host, &caller, Some(place), |sender| async move {
+            sender.send(Ok(pb::WatchInterruptsResponse::default())).await?;
+            loop {
+                let signals = subscription.next().await;
+                let interrupts =
+                    signals.into_iter().filter_map(|(signal, count)| interrupt(signal, count)).collect();
+                sender.send(Ok(pb::WatchInterruptsResponse { interrupts })).await?;
+            }
+        });
+        Ok(Response::new(stream))
+    }
+
+    async fn mmio_read(
+        &self,
+        request: Request<pb::MmioReadRequest>,
+    ) -> Result<Response<pb::MmioReadResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let value = self.mmio(&caller, parse(request.into_inner())?).await?;
+        Ok(Response::new(pb::MmioReadResponse { value }))
+    }
+
+    async fn mmio_write(
+        &self,
+        request: Request<pb::MmioWriteRequest>,
+    ) -> Result<Response<pb::MmioWriteResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        self.mmio(&caller, parse(request.into_inner())?).await?;
+        Ok(Response::new(pb::MmioWriteResponse {}))
+    }
+}

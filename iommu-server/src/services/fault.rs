@@ -1,0 +1,159 @@
+//! `FaultService`: what was refused.
+
+use std::sync::Arc;
+
+use iommu_proto::errors::WireError;
+use iommu_proto::model::{FaultFilter, FaultList, ListFaults, NewFaults, WatchFaults};
+use iommu_proto::pb;
+use iommu_proto::pb::fault_service_server::FaultService;
+use iommu_types::errors::NotYours;
+use iommu_types::{FaultRecord, Owner};
+use tonic::{Request, Response, Status};
+
+use super::driver::watcher;
+use super::fault_token::Positions;
+use super::feed::{Feed, feed};
+use super::{Caller, parse};
+use crate::bounds;
+use crate::host::Host;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Faults {
+    /// The host.
+    pub host: Arc<Host>,
+}
+
+/// Which logs a caller reads, and which of their records.
+#[derive(Clone, Debug)]
+struct View {
+    host: Arc<Host>,
+    /// `None` for all logs there are, also those to come.
+    log: Option<Option<Owner>>,
+    filter: FaultFilter,
+}
+
+impl View {
+    fn new(host: &Arc<Host>, caller: &Caller, filter: Option<FaultFilter>) -> Result<Self, NotYours> {
+        let filter = filter.unwrap_or_default();
+        let own = caller.session.owner().map(|owner| owner.owner);
+        let log = match (caller.sees_all(), filter.owner) {
+            (true, named) => named.map(Some),
+            (false, None) => Some(own),
+            (false, named) if named == own => Some(named),
+            (false, Some(named)) => return Err(NotYours { object: format!("the fault log of {named}") }),
+        };
+        if let (false, Some(device)) = (caller.sees_all(), filter.device) {
+            let entry_owner = host.topology.read().device(device).ok().and_then(|entry| entry.owner);
+            caller.must_see(entry_owner, device)?;
+        }
+        Ok(Self { host: Arc::clone(host), log, filter })
+    }
+    fn logs(&self) -> Vec<Option<Owner>> {
+        match self.log {
+            Some(log) => vec![log],
+            None => self.host.faults.owners(),
+        }
+    }
+    fn wants(&self, record: &FaultRecord) -> bool {
+        self.filter.device.is_none_or(|device| device == record.device)
+    }
+    /// Where all logs end now.
+    fn end(&self) -> Positions {
+        let mut positions = Positions::default();
+        for log in self.logs() {
+            positions.set(log, self.host.faults.latest(log));
+        }
+        positions
+    }
+    /// At most one message of records after `positions`, which move on. `None` when there is nothing new.
+    fn next(&self, positions: &mut Positions) -> Option<NewFaults> {
+        let mut records = Vec::new();
+        let mut missed_count = 0;
+        let mut moved = false;
+        for log in self.logs() {
+            let room = bounds::ITEMS_PER_MESSAGE_MAX - records.len();
+            if room == 0 {
+                break;
+            }
+            let batch = self.host.faults.after(log, positions.of(log), room);
+            missed_count += batch.missed;
+            if let Some(last) = batch.records.last() {
+                positions.set(log, last.sequence);
+                moved = true;
+            }
+            records.extend(batch.records.into_iter().filter(|record| self.wants(record)));
+        }
+        let resume_token = positions.write(self.host.run_id);
+        moved.then_some(NewFaults { records, missed_count, resume_token })
+    }
+}
+
+#[tonic::async_trait]
+impl FaultService for Faults {
+    async fn list(
+        &self,
+        request: Request<pb::ListFaultsRequest>,
+    ) -> Result<Response<pb::ListFaultsResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let ListFaults { filter, limit } = parse(request.into_inner())?;
+        let view = View::new(&self.host, &caller, filter).map_err(WireError::into_status)?;
+        self.host.faults.collect(&self.host);
+        let end = view.end();
+        let mut records = Vec::new();
+        let mut overwritten_count = 0;
+        for log in view.logs() {
+            let kept = bounds::FAULT_RECORDS_PER_OWNER as usize;
+            let batch = self.host.faults.after(log, 0, kept);
+            records.extend(batch.records.into_iter().filter(|record| view.wants(record)));
+            overwritten_count += self.host.faults.overwritten(log);
+        }
+        records.sort_by_key(|record| (record.at_unix_ms, record.owner, record.sequence));
+        let limit = match limit as usize {
+            0 => bounds::ITEMS_PER_MESSAGE_MAX,
+            limit => limit.min(bounds::ITEMS_PER_MESSAGE_MAX),
+        };
+        records.drain(..records.len().saturating_sub(limit));
+        let list = FaultList {
+            records,
+            overwritten_count,
+            unit_overflow_count: self.host.kernel.unit().counters().faults_overflowed,
+            resume_token: end.write(self.host.run_id),
+        };
+        Ok(Response::new(list.into()))
+    }
+
+    type WatchStream = Feed<pb::WatchFaultsResponse>;
+
+    async fn watch(
+        &self,
+        request: Request<pb::WatchFaultsRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let place = watcher(&caller)?;
+        let WatchFaults { filter, resume_token } = parse(request.into_inner())?;
+        let view = View::new(&self.host, &caller, filter).map_err(WireError::into_status)?;
+        let mut bell = self.host.faults.subscribe();
+        let mut positions = match resume_token.as_str() {
+            "" => view.end(),
+            token => Positions::read(token, self.host.run_id, |log| self.host.faults.latest(log))
+                .map_err(WireError::into_status)?,
+        };
+        let stream = feed(&self.host, &caller, Some(place), |sender| async move {
+            let resume_token = positions.write(view.host.run_id);
+            let first = pb::WatchFaultsResponse { resume_token, ..Default::default() };
+            sender.send(Ok(first)).await?;
+            loop {
+                while let Some(new) = view.next(&mut positions) {
+                    if !new.records.is_empty() || new.missed_count > 0 {
+                        sender.send(Ok(new.into())).await?;
+                    }
+                }
+                if bell.changed().await.is_err() {
+                    return Ok(());
+                }
+            }
+        });
+        Ok(Response::new(stream))
+    }
+}

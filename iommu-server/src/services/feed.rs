@@ -1,0 +1,114 @@
+//! Response streams that are not on the data path: a task makes messages, a bounded channel carries them, and the session's end, the
+//! server's end or a reader that does not read ends them with a typed status.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use futures_core::Stream;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use super::Caller;
+use crate::bounds;
+use crate::connection::WatcherPlace;
+use crate::ending::{EndSignal, Ending};
+use crate::host::Host;
+
+/// A response stream.
+pub struct Feed<T> {
+    messages: mpsc::Receiver<Result<T, Status>>,
+    end: Pin<Box<dyn Future<Output = Ending> + Send>>,
+    over: bool,
+    _place: Option<WatcherPlace>,
+}
+
+/// Where the task puts its messages.
+pub struct FeedSender<T> {
+    messages: mpsc::Sender<Result<T, Status>>,
+    stalled: EndSignal,
+    caller: Caller,
+}
+
+/// The reader is gone, or does not read: stop making messages.
+#[derive(Debug)]
+pub struct ReaderGone;
+
+impl<T> FeedSender<T> {
+    /// Sends one message.
+    pub async fn send(&self, message: Result<T, Status>) -> Result<(), ReaderGone> {
+        match tokio::time::timeout(bounds::STREAM_STALLED, self.messages.send(message)).await {
+            Ok(sent) => sent.map_err(|_| ReaderGone),
+            Err(_) => {
+                let stalled_ms = bounds::STREAM_STALLED.as_millis() as u64;
+                self.stalled.end(Ending::Stalled { stalled_ms });
+                tokio::time::sleep(bounds::ENDING_GRACE).await;
+                if !self.messages.is_closed() {
+                    // It does not even read why its stream ended.
+                    self.caller.connection.cut();
+                }
+                Err(ReaderGone)
+            }
+        }
+    }
+    /// Resolves when nobody reads any more.
+    pub async fn closed(&self) {
+        self.messages.closed().await;
+    }
+}
+
+/// Starts a stream whose messages `produce` makes, in a task of its own that ends when the reader does.
+pub fn feed<T, F>(
+    host: &Host,
+    caller: &Caller,
+    place: Option<WatcherPlace>,
+    produce: impl FnOnce(FeedSender<T>) -> F,
+) -> Feed<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<(), ReaderGone>> + Send + 'static,
+{
+    let (sender, messages) = mpsc::channel(bounds::FEED_DEPTH);
+    let stalled = EndSignal::new();
+    let end = {
+        let (session, shutdown) = (caller.session.end.wait_owned(), host.shutdown.wait_owned());
+        let stalled = stalled.wait_owned();
+        async move {
+            tokio::select! {
+                ending = session => ending,
+                ending = shutdown => ending,
+                ending = stalled => ending,
+            }
+        }
+    };
+    let closing = sender.clone();
+    let produced = produce(FeedSender { messages: sender, stalled, caller: caller.clone() });
+    tokio::spawn(async move {
+        tokio::select! {
+            // A reader that is gone needs no telling.
+            _ = produced => {}
+            () = closing.closed() => {}
+        }
+    });
+    Feed { messages, end: Box::pin(end), over: false, _place: place }
+}
+
+impl<T> Stream for Feed<T> {
+    type Item = Result<T, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.over {
+            return Poll::Ready(None);
+        }
+        if let Poll::Ready(ending) = self.end.as_mut().poll(context) {
+            self.over = true;
+            self.messages.close();
+            return Poll::Ready(Some(Err(ending.into_status())));
+        }
+        let next = self.messages.poll_recv(context);
+        if let Poll::Ready(None | Some(Err(_))) = next {
+            self.over = true;
+        }
+        next
+    }
+}
