@@ -46,7 +46,8 @@ fn verdict(figure: &Figure) -> String {
     };
     let sign = if figure.bound == Some(Bound::AtLeast) { ">=" } else { "<=" };
     let target = figure.target.unwrap_or(f64::NAN);
-    format!("{} {unit} (target {sign} {})", short(number), short(target))
+    let told = |number: f64| if number.abs() < 10.0 { format!("{number:.2}") } else { short(number) };
+    format!("{} {unit} (target {sign} {})", told(number), told(target))
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use iommu_server::config::Config;
 use iommu_server::connection::ConnectionCounts;
 use iommu_server::ending::EndSignal;
 use iommu_server::listen::Listeners;
+use iommu_server::server::transport;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -96,14 +97,4 @@ pub(crate) async fn serve(listen: SocketAddr, listen_unix: &Path) -> anyhow::Res
         .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
     transport().add_service(service).serve_with_incoming(connections).await.context("serve the echo")
-}
-
-/// HTTP/2 as the server has it.
-fn transport() -> tonic::transport::Server {
-    tonic::transport::Server::builder()
-        .initial_stream_window_size(bounds::STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(bounds::CONNECTION_WINDOW_BYTES)
-        .max_frame_size(bounds::FRAME_BYTES_MAX)
-        .http2_keepalive_interval(Some(bounds::KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(bounds::KEEPALIVE_TIMEOUT))
 }
