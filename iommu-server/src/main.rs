@@ -111,13 +111,17 @@ fn preallocate(host: &Host) -> Result<(), String> {
 }
 
 /// The line that programs wait for.
+#[derive(serde::Serialize)]
+struct Ready<'a> {
+    event: &'static str,
+    listen: &'a [std::net::SocketAddr],
+    unix: &'a [std::path::PathBuf],
+    admin: Option<std::net::SocketAddr>,
+}
+
 fn print_ready(server: &Server, admin: Option<std::net::SocketAddr>) -> std::io::Result<()> {
-    let line = serde_json::json!({
-        "event": "ready",
-        "listen": server.listen,
-        "unix": server.unix,
-        "admin": admin,
-    });
+    let ready = Ready { event: "ready", listen: &server.listen, unix: &server.unix, admin };
+    let line = serde_json::to_string(&ready)?;
     tracing::info!(listen = ?server.listen, unix = ?server.unix, ?admin, "ready");
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{line}")?;

@@ -21,7 +21,8 @@ pub fn start(filter: &str, format: LogFormat) -> Result<(), ConfigError> {
         remedy: "write a tracing filter, such as info or iommu_server=debug".to_owned(),
     })?;
     let registry = tracing_subscriber::registry().with(filter);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
     match format {
         LogFormat::Human => registry.with(lines).init(),
         LogFormat::Json => registry.with(lines.json()).init(),

@@ -12,6 +12,7 @@ use iommu_types::errors::{AttachError, DetachError, InvalidField};
 use iommu_types::{DeviceAddress, Owner};
 use tonic::{Request, Response, Status};
 
+use super::driver::mmio_call;
 use super::{Caller, internal, parse};
 use crate::host::Host;
 use crate::session::open::{quarantine, tenant_of};
@@ -139,5 +140,29 @@ impl AdminService for Admin {
         .await?;
         tracing::info!(?peer, ended, by = %caller.session.identity, "quarantined");
         Ok(Response::new(pb::QuarantineResponse { ended }))
+    }
+
+    async fn mmio_read(
+        &self,
+        request: Request<pb::MmioReadRequest>,
+    ) -> Result<Response<pb::MmioReadResponse>, Status> {
+        let mmio: model::Mmio = parse(request.into_inner())?;
+        on_host(mmio.device)?;
+        let value = mmio_call(&self.host, mmio).await.map_err(WireError::into_status)?;
+        Ok(Response::new(pb::MmioReadResponse { value }))
+    }
+
+    async fn mmio_write(
+        &self,
+        request: Request<pb::MmioWriteRequest>,
+    ) -> Result<Response<pb::MmioWriteResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let mmio: model::Mmio = parse(request.into_inner())?;
+        on_host(mmio.device)?;
+        mmio_call(&self.host, mmio).await.map_err(WireError::into_status)?;
+        tracing::info!(
+            device = %mmio.device, offset = mmio.access.offset, by = %caller.session.identity, "register written"
+        );
+        Ok(Response::new(pb::MmioWriteResponse {}))
     }
 }
