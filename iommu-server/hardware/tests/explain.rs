@@ -108,8 +108,9 @@ proptest! {
     fn explain_agrees_with_translate_over_any_tables(
         steps in proptest::collection::vec(step(), 1..120),
         with_stale_caches in any::<bool>(),
+        caching_mode in any::<bool>(),
     ) {
-        let machine = Machine::translating(Capabilities { host_width_bits: 46, ..Capabilities::FULL });
+        let machine = Machine::translating(Capabilities { caching_mode, ..Capabilities::FULL });
         let root_at = Hpa::new(ROOT.get() + 16 * u64::from(DEVICE.bus()));
         let context_at = Hpa::new(TABLES[0] + 16 * u64::from(DEVICE.devfn()));
         machine.store(root_at, TABLES[0] | 1);
@@ -143,7 +144,7 @@ proptest! {
                         prop_assert!(!explanation.conclusion.contains("stale"));
                     }
                     let agrees = result == expected(&explanation);
-                    let told = explanation.conclusion.contains("stale cached context");
+                    let told = explanation.conclusion.contains("stale cached entry");
                     prop_assert!(agrees || told, "{:?}, but translate says {:?}", explanation, result);
                     // FPD of a stale cached context may differ from what the tables say.
                     if agrees && !with_stale_caches {

@@ -297,13 +297,18 @@ mod tests {
                 .map(|owner| {
                     let (frames, held) = (&frames, &held);
                     threads.spawn(move || {
-                        for _ in 0..20_000 {
+                        // Until each owner has had its pins: who runs when is the scheduler's.
+                        let mut pins = 0;
+                        while pins < 500 {
                             if frames.pin(at, owner).is_ok() {
                                 let state = frames.state(at).expect("RAM");
                                 assert_eq!(state.owner, owner, "the frame moved under a pin");
                                 assert!(state.pins >= 1);
+                                pins += 1;
                                 held.fetch_add(1, Ordering::Relaxed);
                                 frames.unpin(at);
+                            } else {
+                                std::thread::yield_now();
                             }
                         }
                     })

@@ -8,7 +8,8 @@ use iommu_types::{
     Access, CacheState, Explanation, FaultReason, Hpa, Iova, Outcome, Pasid, SourceId, Translation,
 };
 
-use super::port::{Request, refusal, walk_tables, within_page};
+use super::miss::{known_absent, walk_tables, within_page};
+use super::port::{Request, refusal};
 use super::unit::Unit;
 use super::walk::{Leaf, NoTrace, StepCollector, WalkFault, check_table_mode, walk_context};
 use crate::cache::{CachedContext, ContextTranslation, IotlbEntry, PagingEntry};
@@ -134,6 +135,10 @@ impl Unit {
             }
             Some(entry) => (CacheState::Insufficient { entry: translation_in_words(&entry) }, None),
         };
+        if let (Some(entry), Some(fault)) = (entry, known_absent(self, &used, request)) {
+            let iotlb = CacheState::Hit { entry: translation_in_words(&entry) };
+            return Caches { context, iotlb, end: Some(End::Refused(fault)), ..Caches::NOT_ASKED };
+        }
         let table = self.paging.lookup(used.domain_id, request.iova);
         let paging = match (&hit, &table) {
             (Some(_), _) => CacheState::NotAsked,
@@ -210,6 +215,9 @@ fn context_in_words(context: &CachedContext) -> String {
 
 fn translation_in_words(entry: &IotlbEntry) -> String {
     let IotlbEntry { domain_id, iova, size, hpa, permissions } = entry;
+    if permissions.is_empty() {
+        return format!("domain {domain_id}, {size} page {iova} is not present (CM)");
+    }
     format!("domain {domain_id}, {size} page {iova} -> {hpa} {permissions}")
 }
 
@@ -250,13 +258,13 @@ fn conclude(
             format!("{by_tables} by the tables, but a stale cached entry still leads it to {}.", cached.hpa)
         }
         (None, End::Refused(tables), Some(End::Refused(cached))) if tables.reason != cached.reason => {
-            format!("{by_tables}; with the stale cached context it is refused too: {}.", cached.reason)
+            format!("{by_tables}; with the stale cached entry it is refused too: {}.", cached.reason)
         }
         (None, End::Translated(_) | End::Untranslated(_), Some(End::Refused(cached))) => {
-            format!("{by_tables} by the tables, but a stale cached context refuses it: {}.", cached.reason)
+            format!("{by_tables} by the tables, but a stale cached entry refuses it: {}.", cached.reason)
         }
         (None, End::Translated(_) | End::Refused(_), Some(End::Untranslated(hpa))) => {
-            format!("{by_tables} by the tables, but a stale cached context passes it untranslated to {hpa}.")
+            format!("{by_tables} by the tables, but a stale cached entry passes it untranslated to {hpa}.")
         }
         _ => format!("{by_tables}."),
     }

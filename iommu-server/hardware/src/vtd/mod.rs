@@ -12,6 +12,7 @@ mod event;
 mod explain;
 mod fault_log;
 pub mod interrupt;
+mod miss;
 mod port;
 mod queue;
 mod registers;

@@ -6,18 +6,17 @@
 
 use std::sync::Arc;
 
+use iommu_types::TranslationFault;
 use iommu_types::{
     Access, DomainId, Fault, FaultReason, Generation, Hpa, InterruptFault, Iova, Pasid, SourceId,
 };
-use iommu_types::{Permissions, TranslationFault};
 
 use super::counters::SlotTally;
 use super::interrupt::{DeliveredInterrupt, remap};
+use super::miss::{look_up_context, walk_and_fill, walk_tables, within_page};
 use super::unit::{PortsExhausted, Unit};
-use super::walk::{
-    Leaf, NoTrace, Trace, WalkFault, check_table_mode, is_interrupt_range, walk_context, walk_second_stage,
-};
-use crate::cache::{CachedContext, ContextTranslation, IotlbEntry, PagingEntry};
+use super::walk::{NoTrace, WalkFault, check_table_mode, is_interrupt_range};
+use crate::cache::{CachedContext, ContextTranslation};
 use crate::drain::SlotIndex;
 use crate::memory::PhysicalMemory;
 
@@ -129,27 +128,6 @@ impl Port {
     fn tally(&self) -> &SlotTally {
         self.unit.tally(self.slot)
     }
-    /// The context of the source, from the cache or the tables. `generation` was taken before (I4).
-    fn look_up_context(&self, generation: Generation) -> Result<CachedContext, WalkFault> {
-        let (unit, tally) = (&*self.unit, self.tally());
-        if let Some(context) = unit.contexts.lookup(self.source_id) {
-            tally.context_cache.hits.add(1);
-            return Ok(context);
-        }
-        tally.context_cache.misses.add(1);
-        let mut reads = CountReads(0);
-        let walked = walk_context(
-            &**unit.memory(),
-            unit.capabilities(),
-            unit.root_table(),
-            self.source_id,
-            &mut reads,
-        );
-        tally.walk_reads.add(reads.0);
-        let context = walked?;
-        tally.context_cache.filled(unit.contexts.fill(&unit.drains, generation, self.source_id, context));
-        Ok(context)
-    }
 }
 
 impl Drop for Port {
@@ -240,7 +218,7 @@ impl Burst<'_> {
                 return;
             }
             let generation = self.port.unit.drains.context_generation();
-            match self.port.look_up_context(generation) {
+            match look_up_context(&self.port.unit, self.port.tally(), self.port.source_id, generation) {
                 Err(fault) => {
                     self.place = Place::Refused(fault);
                     return;
@@ -304,49 +282,13 @@ impl Burst<'_> {
             },
         }
     }
-    /// Walks and fills. The generation is taken before anything is read that the walk depends on (I4).
     fn miss(
-        &mut self,
+        &self,
         context: &CachedContext,
-        context_generation: Generation,
+        generation: Generation,
         request: &Request,
     ) -> Result<Hpa, WalkFault> {
-        let (unit, tally) = (&*self.port.unit, self.port.tally());
-        let domain = context.domain_id;
-        tally.iotlb.misses.add(1);
-        tally.walks.add(1);
-        let generation = unit.drains.generation(domain, context_generation);
-        let start = unit.paging.lookup(domain, request.iova);
-        let paging = &tally.paging_structure_cache;
-        if start.is_some() {
-            paging.hits.add(1)
-        } else {
-            paging.misses.add(1)
-        }
-        let mut reads = CountReads(0);
-        let mut deepest = None;
-        let mut walk =
-            |start| walk_tables(unit, context, start, request, &mut reads, |table| deepest = Some(table));
-        let walked = match walk(start) {
-            // A cached table may be stale; a fault never comes from it alone.
-            Err(_) if start.is_some() => walk(None),
-            walked => walked,
-        };
-        tally.walk_reads.add(reads.0);
-        let leaf = walked?;
-        // Of the tables passed only the deepest is kept: reading the entries above it again costs less than filling them.
-        if let Some(table) = deepest {
-            paging.filled(unit.paging.fill(&unit.drains, generation, table));
-        }
-        let entry = IotlbEntry {
-            domain_id: domain,
-            iova: Iova::new(request.iova.get() & !(leaf.size.bytes() - 1)),
-            size: leaf.size,
-            hpa: leaf.hpa,
-            permissions: leaf.permissions,
-        };
-        tally.iotlb.filled(unit.iotlb.fill(&unit.drains, generation, entry));
-        Ok(within_page(leaf.hpa, leaf.size.bytes(), request.iova))
+        walk_and_fill(self.unit(), self.port.tally(), context, generation, request, || ())
     }
     #[cold]
     fn refuse(&self, request: &Request, fault: WalkFault) -> TranslationFault {
@@ -365,47 +307,4 @@ impl Drop for Burst<'_> {
 /// The fault of a request: common facts and a reason, put together in this one place.
 pub(super) fn refusal(source_id: SourceId, request: &Request, reason: FaultReason) -> TranslationFault {
     TranslationFault { source_id, pasid: request.pasid, iova: request.iova, access: request.access, reason }
-}
-
-/// The second-stage walk of a request, for the shipping path and for Explain alike.
-pub(super) fn walk_tables(
-    unit: &Unit,
-    context: &CachedContext,
-    start: Option<PagingEntry>,
-    request: &Request,
-    trace: &mut impl Trace,
-    on_table: impl FnMut(PagingEntry),
-) -> Result<Leaf, WalkFault> {
-    walk_second_stage(
-        &**unit.memory(),
-        unit.capabilities(),
-        context,
-        start,
-        request.iova,
-        request.access,
-        request.size_bytes,
-        trace,
-        on_table,
-    )
-}
-
-/// The address of `iova` in a page that starts at `base`.
-#[inline]
-pub(super) fn within_page(base: Hpa, page_bytes: u64, iova: Iova) -> Hpa {
-    Hpa::new(base.get() | (iova.get() & (page_bytes - 1)))
-}
-
-/// Counts the entries that a walk reads.
-struct CountReads(u64);
-
-impl Trace for CountReads {
-    fn read_root(&mut self, _at: Hpa, _raw: Option<u128>) {
-        self.0 += 1;
-    }
-    fn read_context(&mut self, _at: Hpa, _raw: Option<u128>) {
-        self.0 += 1;
-    }
-    fn read_table(&mut self, _level: u8, _at: Hpa, _raw: Option<u64>, _permissions: Permissions) {
-        self.0 += 1;
-    }
 }
