@@ -14,13 +14,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Rounds of a measurement on the wire.
+    /// Rounds of a measurement on the wire: many short ones, so that what else the machine does meets both sides alike.
     pub(crate) const fn rounds(self) -> u32 {
-        if self.quick { 3 } else { 5 }
+        if self.quick { 9 } else { 21 }
     }
     /// How long one side of a round on the wire lasts.
     pub(crate) const fn slice(self) -> Duration {
-        Duration::from_millis(if self.quick { 120 } else { 500 })
+        Duration::from_millis(if self.quick { 40 } else { 120 })
     }
     /// Rounds of a measurement in process: many short ones, so that a disturbance meets few of them.
     pub(crate) const fn rounds_in_process(self) -> u32 {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use iommu_launch::{Binaries, Process, Server, ServerOptions};
+use iommu_launch::{Binaries, Process, Server, ServerOptions, binaries_beside};
 use iommu_types::{DeviceAddress, Owner, SourceId};
 use serde::Deserialize;
 
@@ -35,7 +35,7 @@ impl Bench {
             return Ok(binaries.clone());
         }
         self.progress.detail("cargo builds the binaries");
-        let binaries = tokio::task::block_in_place(iommu_launch::binaries)?;
+        let binaries = tokio::task::block_in_place(|| binaries_beside(env!("CARGO_PKG_NAME")))?;
         Ok(self.binaries.insert(binaries).clone())
     }
 
