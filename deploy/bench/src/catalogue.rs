@@ -40,14 +40,31 @@ pub(crate) const ALL: &[Measurement] = &[
     measurement("memory-session", "memory of the server per idle device session and per idle driver session"),
 ];
 
-/// Those whose names begin with one of the words; all without words. `Err` names a word that no name begins with.
-pub(crate) fn chosen(words: &[String]) -> Result<Vec<Measurement>, &str> {
-    if let Some(word) = words.iter().find(|word| !ALL.iter().any(|m| m.name.starts_with(word.as_str()))) {
-        return Err(word);
+/// Which figures are wanted: those whose names begin with one of the words; all without words.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted(pub(crate) Vec<String>);
+
+impl Wanted {
+    /// Whether a figure is wanted.
+    pub(crate) fn figure(&self, name: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|word| name.starts_with(word.as_str()))
     }
-    let wanted =
-        |m: &&Measurement| words.is_empty() || words.iter().any(|word| m.name.starts_with(word.as_str()));
-    Ok(ALL.iter().filter(wanted).copied().collect())
+
+    /// The measurements that give them. `Err` names a word that stands for nothing.
+    pub(crate) fn measurements(&self) -> Result<Vec<Measurement>, &str> {
+        if let Some(word) = self.0.iter().find(|word| !ALL.iter().any(|m| m.may_give(word))) {
+            return Err(word);
+        }
+        let wanted = |m: &&Measurement| self.0.is_empty() || self.0.iter().any(|word| m.may_give(word));
+        Ok(ALL.iter().filter(wanted).copied().collect())
+    }
+}
+
+impl Measurement {
+    /// Whether a word is the beginning of its name, or of the name of a figure of it.
+    fn may_give(&self, word: &str) -> bool {
+        self.name.starts_with(word) || word.strip_prefix(self.name).is_some_and(|rest| rest.starts_with('-'))
+    }
 }
 
 /// Runs one.
@@ -73,16 +90,28 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
 
 #[cfg(test)]
 mod tests {
-    use super::{ALL, chosen};
+    use super::{ALL, Wanted};
+
+    fn check(words: &[&str], expected: Result<&[&str], &str>) {
+        let wanted = Wanted(words.iter().map(|word| (*word).to_owned()).collect());
+        let names = wanted.measurements().map(|all| all.iter().map(|m| m.name).collect::<Vec<_>>());
+        assert_eq!(names.as_deref(), expected.as_deref(), "{words:?}");
+    }
 
     #[test]
     fn a_word_chooses_by_the_beginning_of_names() {
-        let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-        assert_eq!(chosen(&[]).map(|all| all.len()), Ok(ALL.len()));
-        let latency = words(&["latency", "start"]);
-        let names: Vec<_> = chosen(&latency).expect("both exist").iter().map(|m| m.name).collect();
-        assert_eq!(names, ["start", "latency-tcp", "latency-unix"]);
-        let wrong = words(&["start", "nonsense"]);
-        assert_eq!(chosen(&wrong), Err("nonsense"));
+        check(&["latency", "start"], Ok(&["start", "latency-tcp", "latency-unix"]));
+        check(&["dma-unix-read-64"], Ok(&["dma-unix"]));
+        check(&["start", "nonsense"], Err("nonsense"));
+        check(&["dma-tcpx"], Err("dma-tcpx"));
+        let all: Vec<_> = ALL.iter().map(|m| m.name).collect();
+        check(&[], Ok(&all));
+    }
+
+    #[test]
+    fn figures_are_chosen_within_a_measurement() {
+        let wanted = Wanted(vec!["dma-unix-read".to_owned()]);
+        assert!(wanted.figure("dma-unix-read-64") && !wanted.figure("dma-unix-write-64"));
+        assert!(Wanted::default().figure("anything"));
     }
 }

@@ -27,7 +27,7 @@ pub(crate) struct Cli {
     /// Exit with 3 if a target is missed.
     #[arg(long)]
     pub(crate) require: bool,
-    /// Only the measurements whose names begin so; see --list.
+    /// Only the figures whose names begin so; see --list.
     #[arg(long, value_name = "NAME", num_args = 1..)]
     pub(crate) only: Vec<String>,
     /// Print the report as JSON instead of a table.

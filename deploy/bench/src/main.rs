@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{CommandFactory, Parser, error::ErrorKind};
 
+use crate::catalogue::Wanted;
 use crate::cli::{Cli, Role};
 use crate::progress::Progress;
 use crate::report::Report;
@@ -40,8 +41,9 @@ async fn main() -> anyhow::Result<ExitCode> {
         wire::echo::serve(listen, &listen_unix).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    let chosen = catalogue::chosen(&cli.only).unwrap_or_else(|word| {
-        let told = format!("no measurement's name begins with {word:?}; --list tells the names");
+    let wanted = Wanted(cli.only.clone());
+    let chosen = wanted.measurements().unwrap_or_else(|word| {
+        let told = format!("no figure's name begins with {word:?}; --list tells the names");
         Cli::command().error(ErrorKind::InvalidValue, told).exit()
     });
     if cli.list {
@@ -52,12 +54,12 @@ async fn main() -> anyhow::Result<ExitCode> {
         print(&listed)?;
         return Ok(ExitCode::SUCCESS);
     }
-    measure(&cli, &chosen).await
+    measure(&cli, &chosen, wanted).await
 }
 
-async fn measure(cli: &Cli, chosen: &[catalogue::Measurement]) -> anyhow::Result<ExitCode> {
+async fn measure(cli: &Cli, chosen: &[catalogue::Measurement], wanted: Wanted) -> anyhow::Result<ExitCode> {
     let directory = target_directory()?.join("measure");
-    let mut bench = Bench::new(Plan { quick: cli.quick }, Progress::new(chosen.len()));
+    let mut bench = Bench::new(Plan { quick: cli.quick }, Progress::new(chosen.len()), wanted);
     let mut report = Report::default();
     let mut could_not_run = Vec::new();
     for &measurement in chosen {
@@ -73,6 +75,7 @@ async fn measure(cli: &Cli, chosen: &[catalogue::Measurement]) -> anyhow::Result
     }
     bench.progress.finish();
     bench.stop().await;
+    report.figures.retain(|figure| bench.wanted.figure(&figure.name));
     let written = report.write_into(&directory)?;
     if cli.json {
         print(&format!("{}\n", report.json()?))?;

@@ -7,6 +7,7 @@ use iommu_launch::{Binaries, Process, Server, ServerOptions, binaries_beside};
 use iommu_types::{DeviceAddress, Owner, SourceId};
 use serde::Deserialize;
 
+use crate::catalogue::Wanted;
 use crate::progress::Progress;
 use crate::rounds::Plan;
 
@@ -19,14 +20,16 @@ pub(crate) struct Bench {
     pub(crate) plan: Plan,
     /// Where it is told.
     pub(crate) progress: Progress,
+    /// Which figures are asked for.
+    pub(crate) wanted: Wanted,
     binaries: Option<Binaries>,
     ends: Option<Ends>,
 }
 
 impl Bench {
     /// Starts nothing yet.
-    pub(crate) fn new(plan: Plan, progress: Progress) -> Self {
-        Self { plan, progress, binaries: None, ends: None }
+    pub(crate) fn new(plan: Plan, progress: Progress, wanted: Wanted) -> Self {
+        Self { plan, progress, wanted, binaries: None, ends: None }
     }
 
     /// The real binaries, built when they are first needed.

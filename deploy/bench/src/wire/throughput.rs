@@ -35,6 +35,10 @@ async fn all_sizes(bench: &Bench, ends: &Ends, transport: Transport) -> anyhow::
     for kind in [Kind::Read, Kind::Write] {
         let mut points = (Vec::new(), Vec::new());
         for (size_bytes, count, mapped_bytes, target) in SIZES {
+            let name = format!("dma-{}-{}-{size_bytes}", transport.name(), kind.name());
+            if !bench.wanted.figure(&name) {
+                continue;
+            }
             bench.progress.detail(&format!("{} {size_bytes} B", kind.name()));
             let set = WorkingSet::map(&driver, 0, count, mapped_bytes).await?;
             let load = Load::new(kind, size_bytes, set.iovas.clone());
@@ -49,7 +53,6 @@ async fn all_sizes(bench: &Bench, ends: &Ends, transport: Transport) -> anyhow::
             let megabytes = |operations: f64| operations * f64::from(size_bytes) / 1e6;
             points.0.push((f64::from(size_bytes), megabytes(value.median())));
             points.1.push((f64::from(size_bytes), megabytes(reference.median())));
-            let name = format!("dma-{}-{}-{size_bytes}", transport.name(), kind.name());
             let (unit, value, reference) = if size_bytes == 64 {
                 ("operations/s", value, reference)
             } else {
