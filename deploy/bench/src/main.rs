@@ -31,6 +31,11 @@ use crate::report::Report;
 use crate::rounds::Plan;
 use crate::stand::Bench;
 
+/// Payloads of a megabyte come and go thousands of times a second; the C library's allocator gives their pages back to the system
+/// each time and takes them again, fault by fault (measured: half of the bytes per second).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// With `--require`, when a target was missed.
 const EXIT_MISSED: u8 = 3;
 
