@@ -130,14 +130,8 @@ fn routes(host: &Arc<Host>) -> Result<(Routes, HealthReporter), ServerError> {
     Ok((routes.prepare(), health))
 }
 
-/// Serves until the shutdown signal and the last connection.
-async fn serve(
-    host: Arc<Host>,
-    routes: Routes,
-    connections: ReceiverStream<io::Result<Connection>>,
-) -> Result<(), tonic::transport::Error> {
-    let shutdown = host.shutdown.wait_owned();
-    let observe = ObserveLayer { metrics: Arc::clone(&host.metrics) };
+/// HTTP/2 as this server speaks it: windows, frames, keepalive and what a peer may do. The echo of the measurements speaks it too.
+pub fn transport() -> tonic::transport::Server {
     tonic::transport::Server::builder()
         .initial_stream_window_size(bounds::STREAM_WINDOW_BYTES)
         .initial_connection_window_size(bounds::CONNECTION_WINDOW_BYTES)
@@ -148,6 +142,17 @@ async fn serve(
         .http2_keepalive_timeout(Some(host.config.keepalive))
         .http2_max_pending_accept_reset_streams(Some(bounds::PENDING_RESETS_MAX))
         .http2_max_local_error_reset_streams(Some(bounds::LOCAL_RESETS_MAX))
+}
+
+/// Serves until the shutdown signal and the last connection.
+async fn serve(
+    host: Arc<Host>,
+    routes: Routes,
+    connections: ReceiverStream<io::Result<Connection>>,
+) -> Result<(), tonic::transport::Error> {
+    let shutdown = host.shutdown.wait_owned();
+    let observe = ObserveLayer { metrics: Arc::clone(&host.metrics) };
+    transport()
         .layer(observe)
         .layer(LimitLayer::default())
         .layer(framing_layer())

@@ -22,6 +22,18 @@ const PACKAGES: [&str; 3] = ["iommu-server", "dma-engine", "iommuctl"];
 
 /// Builds the binaries in the profile of the running program and says where they are. Blocks; cargo's progress goes to standard error.
 pub fn binaries() -> anyhow::Result<Binaries> {
+    build(&PACKAGES)
+}
+
+/// As [`binaries`], built together with the package of the caller, which is up to date: cargo then gives all of them the same
+/// features of their dependencies, and what was compiled for the caller is not compiled again.
+pub fn binaries_beside(caller: &str) -> anyhow::Result<Binaries> {
+    let mut packages = vec![caller];
+    packages.extend(PACKAGES);
+    build(&packages)
+}
+
+fn build(packages: &[&str]) -> anyhow::Result<Binaries> {
     let profile = own_profile()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -34,7 +46,7 @@ pub fn binaries() -> anyhow::Result<Binaries> {
         "--profile",
         &profile,
     ]);
-    for package in PACKAGES {
+    for package in packages {
         command.args(["--package", package]);
     }
     let output = command

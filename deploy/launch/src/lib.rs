@@ -9,6 +9,6 @@ mod build;
 mod process;
 mod server;
 
-pub use build::{Binaries, binaries};
+pub use build::{Binaries, binaries, binaries_beside};
 pub use process::Process;
 pub use server::{AgentOptions, Server, ServerOptions};

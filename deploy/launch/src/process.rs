@@ -6,7 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
+
+/// How long a process may take until it is ready. Generous: machines that build are slow.
+const READY_WITHIN: Duration = Duration::from_secs(20);
 
 /// A child process. It is killed when this value is dropped.
 #[derive(Debug)]
@@ -44,6 +48,23 @@ impl Process {
     /// Its standard output; once.
     pub fn take_stdout(&mut self) -> Option<tokio::process::ChildStdout> {
         self.child.stdout.take()
+    }
+
+    /// The first line that it prints, which says that it is ready. Once: standard output goes with it.
+    pub async fn first_line(&mut self) -> anyhow::Result<String> {
+        let stdout = self.take_stdout().context("standard output is taken already")?;
+        // A process that prints without end must not fill our memory: 64 KiB is far more than the line needs.
+        let mut line = String::new();
+        let mut reader = BufReader::new(stdout.take(64 << 10));
+        match tokio::time::timeout(READY_WITHIN, reader.read_line(&mut line)).await {
+            Ok(Ok(read)) if read > 0 => Ok(line),
+            Ok(Ok(_)) => {
+                let status = self.wait(Duration::from_secs(5)).await?;
+                bail!("{} ended before it was ready ({status}); its log:\n{}", self.name, self.log())
+            }
+            Ok(Err(error)) => Err(error).with_context(|| format!("read what {} prints", self.name)),
+            Err(_) => bail!("{} was not ready within {READY_WITHIN:?}; its log:\n{}", self.name, self.log()),
+        }
     }
 
     /// Sends a signal.

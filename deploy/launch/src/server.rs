@@ -1,16 +1,11 @@
 //! A server with its agents, in a directory of its own.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::Deserialize;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 
 use crate::{Binaries, Process};
-
-/// How long a process may take until it is ready. Generous: machines that build are slow.
-const READY_WITHIN: Duration = Duration::from_secs(20);
 
 /// How to start a server.
 #[derive(Clone, Debug, Default)]
@@ -62,7 +57,7 @@ impl Server {
         arguments.extend(options.arguments.iter().cloned());
         let log = directory.path().join("server.log");
         let mut process = Process::start("iommu-server", &binaries.server, &arguments, log)?;
-        let ready = first_line(&mut process).await?;
+        let ready = process.first_line().await?;
         let ready: Ready = serde_json::from_str(&ready).with_context(|| {
             format!("the server said {ready:?} instead of being ready; its log:\n{}", process.log())
         })?;
@@ -125,22 +120,5 @@ impl Server {
             .context("run iommuctl")?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ok((output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr)))
-    }
-}
-
-/// The first line that the process prints.
-async fn first_line(process: &mut Process) -> anyhow::Result<String> {
-    let stdout = process.take_stdout().context("standard output is taken already")?;
-    // A process that prints without end must not fill our memory: 64 KiB is far more than the line needs.
-    let mut line = String::new();
-    let mut reader = BufReader::new(stdout.take(64 << 10));
-    match tokio::time::timeout(READY_WITHIN, reader.read_line(&mut line)).await {
-        Ok(Ok(read)) if read > 0 => Ok(line),
-        Ok(Ok(_)) => {
-            let status = process.wait(Duration::from_secs(5)).await?;
-            bail!("the process ended before it was ready ({status}); its log:\n{}", process.log())
-        }
-        Ok(Err(error)) => Err(error).context("read what the process prints"),
-        Err(_) => bail!("the process was not ready within {READY_WITHIN:?}; its log:\n{}", process.log()),
     }
 }

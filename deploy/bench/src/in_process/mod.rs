@@ -1,0 +1,8 @@
+//! Measurements inside this process: the hardware and kernel floors as libraries.
+
+pub(crate) mod growth;
+mod host;
+pub(crate) mod iotlb;
+pub(crate) mod mapping;
+pub(crate) mod memory;
+pub(crate) mod translate;

@@ -1,0 +1,168 @@
+//! The report: a table for people, `report.json` and plots for the rest.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+
+use crate::figure::{Bound, Bounded, Figure};
+use crate::plot::{Chart, bars_against_targets};
+
+/// What the measurements gave.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    /// The figures, in the order of their measurement.
+    pub(crate) figures: Vec<Figure>,
+    /// The charts.
+    pub(crate) charts: Vec<Chart>,
+}
+
+impl Report {
+    /// Adds what a measurement gave.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.figures.extend(other.figures);
+        self.charts.extend(other.charts);
+    }
+
+    /// Whether a target is missed.
+    pub(crate) fn missed_any(&self) -> bool {
+        self.figures.iter().any(|figure| figure.met == Some(false))
+    }
+
+    /// `report.json`: an array of figures.
+    pub(crate) fn json(&self) -> anyhow::Result<String> {
+        serde_json::to_string_pretty(&self.figures).context("write the report as JSON")
+    }
+
+    /// Writes `report.json` and the plots, and says where each of them is.
+    pub(crate) fn write_into(&self, directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+        std::fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
+        let mut contents = vec![("report.json".to_owned(), self.json()?)];
+        contents.push(("targets.svg".to_owned(), bars_against_targets(&self.figures)));
+        contents.extend(self.charts.iter().map(|chart| (format!("{}.svg", chart.file), chart.svg())));
+        let mut written = Vec::new();
+        for (name, content) in contents {
+            let path = directory.join(name);
+            std::fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
+            written.push(path);
+        }
+        Ok(written)
+    }
+
+    /// The table.
+    pub(crate) fn table(&self) -> String {
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        table.set_header([
+            "name",
+            "value",
+            "unit",
+            "min..max",
+            "reference",
+            "is",
+            "ratio",
+            "target",
+            "verdict",
+        ]);
+        for figure in &self.figures {
+            table.add_row([
+                figure.name.clone(),
+                number(figure.value),
+                figure.unit.to_owned(),
+                format!("{}..{}", number(figure.spread.min), number(figure.spread.max)),
+                figure.reference.map(number).unwrap_or_default(),
+                figure.reference_is.unwrap_or_default().to_owned(),
+                figure.ratio.map(|ratio| format!("{ratio:.2}")).unwrap_or_default(),
+                target(figure),
+                figure.met.map(|met| if met { "met" } else { "MISSED" }.to_owned()).unwrap_or_default(),
+            ]);
+        }
+        for index in [1, 3, 4, 6, 7] {
+            let column = table.column_mut(index).expect("the header has nine columns");
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table.to_string()
+    }
+}
+
+fn target(figure: &Figure) -> String {
+    let (Some(target), Some(bound), Some(of)) = (figure.target, figure.bound, figure.target_of) else {
+        return String::new();
+    };
+    let sign = match bound {
+        Bound::AtLeast => "≥",
+        Bound::AtMost => "≤",
+    };
+    match of {
+        Bounded::Ratio => format!("{sign} {target:.2}"),
+        Bounded::Value => format!("{sign} {} {}", number(target), figure.unit),
+    }
+}
+
+/// Three significant digits or more, thousands apart.
+fn number(value: f64) -> String {
+    if value.abs() < 100.0 {
+        let digits = if value.abs() < 10.0 { 2 } else { 1 };
+        return format!("{value:.digits$}");
+    }
+    let digits = format!("{value:.0}");
+    let mut grouped = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        let left = digits.len() - index;
+        if index > 0 && left % 3 == 0 && !grouped.ends_with('-') {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Report, number};
+    use crate::figure::{Figure, RatioOf, Target};
+    use crate::samples::Samples;
+
+    fn report() -> Report {
+        let figure = Figure::alone("iotlb-hit-1024", "ns", &Samples::new(vec![9.0, 8.0, 10.0]))
+            .beside("vm-memory Iotlb", &Samples::new(vec![110.0, 118.0, 115.0]), RatioOf::ReferenceToValue)
+            .judged(Target::ratio_at_least(5.0));
+        Report { figures: vec![figure], charts: Vec::new() }
+    }
+
+    #[test]
+    fn the_report_has_the_promised_fields() {
+        let json = report().json().expect("figures are plain");
+        let read: serde_json::Value = serde_json::from_str(&json).expect("what was written can be read");
+        let figure = &read[0];
+        for field in ["name", "value", "unit", "reference", "ratio", "target", "met"] {
+            assert!(!figure[field].is_null(), "{field} is missing in {json}");
+        }
+        assert_eq!(
+            (figure["spread"]["min"].as_f64(), figure["spread"]["max"].as_f64()),
+            (Some(8.0), Some(10.0))
+        );
+        assert_eq!(figure["met"], true);
+    }
+
+    #[test]
+    fn the_table_names_value_reference_and_verdict() {
+        let table = report().table();
+        for word in ["iotlb-hit-1024", "9.00", "8.00..10.0", "115", "12.78", "≥ 5.00", "met"] {
+            assert!(table.contains(word), "{word} is missing in\n{table}");
+        }
+    }
+
+    #[test]
+    fn large_numbers_are_grouped() {
+        for (value, text) in [
+            (0.5, "0.50"),
+            (42.0, "42.0"),
+            (999.6, "1,000"),
+            (12_345_678.0, "12,345,678"),
+            (-1234.0, "-1,234"),
+        ] {
+            assert_eq!(number(value), text);
+        }
+    }
+}
