@@ -7,7 +7,7 @@
 //! so that software which forgets to invalidate after mapping sees what such hardware does; root, context and table entries
 //! that are not present are not cached even then, which CM=1 allows.
 
-use iommu_types::{Access, AddressType, FaultReason, Generation, Hpa, Iova, PageSize, Permissions, SourceId};
+use iommu_types::{Access, FaultReason, Generation, Hpa, Iova, PageSize, Permissions, SourceId};
 
 use super::counters::SlotTally;
 use super::port::Request;
@@ -178,6 +178,8 @@ mod tests {
     use std::sync::Arc;
 
     use iommu_types::{Capabilities, DomainId, FunctionMask, Invalidation, IovaRange};
+
+    use iommu_types::AddressType;
 
     use super::*;
     use crate::bare::BareMachine;
