@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use expect_test::{Expect, expect};
 use iommu_proto::dma::{
-    Action, Atomic, BatchBuilder, BatchError, BatchFull, BatchLimits, BatchShape, BatchView,
-    CompletionsBuilder, reason_code, reason_from_code, refuse_whole,
+    Action, BatchBuilder, BatchError, BatchFull, BatchLimits, BatchShape, BatchView, CompletionsBuilder,
+    reason_code, reason_from_code, refuse_whole,
 };
 use iommu_proto::pb;
-use iommu_types::{DmaFault, FaultReason, Iova, Pasid, Refusal};
+use iommu_types::{AtomicOperation, DmaFault, FaultReason, Iova, Pasid, Refusal};
 use proptest::prelude::*;
 use prost::Message as _;
 
@@ -176,7 +176,7 @@ fn a_full_builder_takes_no_more() {
     assert_eq!(builder.read(Iova::new(0), 257), Err(BatchFull));
     assert_eq!(builder.read(Iova::new(0), 250), Ok(()));
     assert_eq!(builder.write(Iova::new(0), &[0; 7], false), Err(BatchFull));
-    assert_eq!(builder.atomic(Iova::new(0), Atomic::Swap32(1)), Err(BatchFull));
+    assert_eq!(builder.atomic(Iova::new(0), AtomicOperation::Swap32(1)), Err(BatchFull));
     assert_eq!(builder.bytes_left(), 6);
     for _ in 0..6 {
         assert_eq!(builder.write(Iova::new(0), &[0], true), Ok(()));
@@ -273,9 +273,9 @@ fn add(builder: &mut BatchBuilder, asked: &Asked) {
     match asked.kind {
         0 => builder.read(iova, asked.size_bytes),
         1 | 2 => builder.write(iova, &vec![fill; asked.size_bytes as usize + 1], asked.kind == 2),
-        3 => builder.atomic(iova, Atomic::FetchAdd64(u64::from(fill))),
-        4 => builder.atomic(iova, Atomic::Swap32(u32::from(fill))),
-        _ => builder.atomic(iova, Atomic::Cas128 { compare: 1, new: u128::from(fill) }),
+        3 => builder.atomic(iova, AtomicOperation::FetchAdd64(u64::from(fill))),
+        4 => builder.atomic(iova, AtomicOperation::Swap32(u32::from(fill))),
+        _ => builder.atomic(iova, AtomicOperation::Cas128 { compare: 1, new: u128::from(fill) }),
     }
     .expect("fits the contract's limits");
 }
@@ -302,9 +302,9 @@ proptest! {
                     prop_assert_eq!(posted, asked.kind == 2);
                     prop_assert_eq!(data, vec![asked.fill; asked.size_bytes as usize + 1]);
                 }
-                Action::Atomic(Atomic::FetchAdd64(operand)) => prop_assert_eq!(operand, u64::from(asked.fill)),
-                Action::Atomic(Atomic::Swap32(operand)) => prop_assert_eq!(operand, u32::from(asked.fill)),
-                Action::Atomic(Atomic::Cas128 { compare: 1, new }) => prop_assert_eq!(new, u128::from(asked.fill)),
+                Action::Atomic(AtomicOperation::FetchAdd64(operand)) => prop_assert_eq!(operand, u64::from(asked.fill)),
+                Action::Atomic(AtomicOperation::Swap32(operand)) => prop_assert_eq!(operand, u32::from(asked.fill)),
+                Action::Atomic(AtomicOperation::Cas128 { compare: 1, new }) => prop_assert_eq!(new, u128::from(asked.fill)),
                 other => prop_assert!(false, "{:?} was not asked", other),
             }
             let space = answer.space(&operation);

@@ -2,9 +2,9 @@
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use iommu_types::errors::InvalidField;
-use iommu_types::{Iova, Pasid};
+use iommu_types::{AtomicOperation, Iova, Pasid};
 
-use super::{Atomic, BatchLimits, Results, kind};
+use super::{BatchLimits, Results, kind};
 use crate::pb;
 
 /// The operation does not fit the batch any more: send it and begin the next one.
@@ -62,19 +62,23 @@ impl BatchBuilder {
         Ok(())
     }
     /// Adds an AtomicOp.
-    pub fn atomic(&mut self, iova: Iova, atomic: Atomic) -> Result<(), BatchFull> {
+    pub fn atomic(&mut self, iova: Iova, atomic: AtomicOperation) -> Result<(), BatchFull> {
         match atomic {
-            Atomic::FetchAdd32(operand) => self.operands(kind::FETCH_ADD, iova, &[&operand.to_le_bytes()]),
-            Atomic::FetchAdd64(operand) => self.operands(kind::FETCH_ADD, iova, &[&operand.to_le_bytes()]),
-            Atomic::Swap32(operand) => self.operands(kind::SWAP, iova, &[&operand.to_le_bytes()]),
-            Atomic::Swap64(operand) => self.operands(kind::SWAP, iova, &[&operand.to_le_bytes()]),
-            Atomic::Cas32 { compare, new } => {
+            AtomicOperation::FetchAdd32(operand) => {
+                self.operands(kind::FETCH_ADD, iova, &[&operand.to_le_bytes()])
+            }
+            AtomicOperation::FetchAdd64(operand) => {
+                self.operands(kind::FETCH_ADD, iova, &[&operand.to_le_bytes()])
+            }
+            AtomicOperation::Swap32(operand) => self.operands(kind::SWAP, iova, &[&operand.to_le_bytes()]),
+            AtomicOperation::Swap64(operand) => self.operands(kind::SWAP, iova, &[&operand.to_le_bytes()]),
+            AtomicOperation::Cas32 { compare, new } => {
                 self.operands(kind::COMPARE_AND_SWAP, iova, &[&compare.to_le_bytes(), &new.to_le_bytes()])
             }
-            Atomic::Cas64 { compare, new } => {
+            AtomicOperation::Cas64 { compare, new } => {
                 self.operands(kind::COMPARE_AND_SWAP, iova, &[&compare.to_le_bytes(), &new.to_le_bytes()])
             }
-            Atomic::Cas128 { compare, new } => {
+            AtomicOperation::Cas128 { compare, new } => {
                 self.operands(kind::COMPARE_AND_SWAP, iova, &[&compare.to_le_bytes(), &new.to_le_bytes()])
             }
         }

@@ -15,7 +15,7 @@ mod completions;
 
 use iommu_types::{FaultReason, Refusal};
 
-pub use batch::{Action, Atomic, BatchError, BatchView, Operation, Operations};
+pub use batch::{Action, BatchError, BatchView, Operation, Operations};
 pub use builder::{BatchBuilder, BatchFull, BatchShape};
 pub use completions::{CompletionsBuilder, Results, refuse_whole};
 
