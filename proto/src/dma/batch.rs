@@ -89,7 +89,7 @@ impl<'a, T: Copy> Column<'a, T> {
 }
 
 /// Bytes that an operation takes from the payload of its batch.
-const fn payload_bytes(kind: u8, size_bytes: u32) -> u64 {
+pub(super) const fn payload_bytes(kind: u8, size_bytes: u32) -> u64 {
     match kind {
         kind::WRITE | kind::POSTED_WRITE | kind::FETCH_ADD | kind::SWAP => size_bytes as u64,
         kind::COMPARE_AND_SWAP => 2 * size_bytes as u64,
@@ -98,7 +98,7 @@ const fn payload_bytes(kind: u8, size_bytes: u32) -> u64 {
 }
 
 /// Bytes that an operation adds to the completions of its batch.
-const fn result_bytes(kind: u8, size_bytes: u32) -> u64 {
+pub(super) const fn result_bytes(kind: u8, size_bytes: u32) -> u64 {
     match kind {
         kind::READ | kind::FETCH_ADD | kind::SWAP | kind::COMPARE_AND_SWAP => size_bytes as u64,
         _ => 0,
