@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model;
 pub use iommu_proto::model::Peer;
 use iommu_proto::pb;
@@ -10,7 +11,8 @@ use iommu_types::errors::{AttachError, DeclareError, DetachError, MmioError};
 use iommu_types::{AccessWidth, DeviceAddress, DomainId, Owner};
 use tonic::transport::Channel;
 
-use crate::connection::{Core, MESSAGE_BYTES_MAX};
+use crate::connection::Core;
+use crate::mmio::Place;
 use crate::{SdkError, convert};
 
 /// The administration service. Its calls carry no request ID; one whose answer was lost and that is made
@@ -40,10 +42,10 @@ impl Admin {
         let message: pb::DeclareDeviceRequest =
             model::DeclareDevice { device, name: name.into(), owner }.into();
         self.core
-            .call_once(|channel| {
-                let request = self.core.request(message.clone());
-                async move { client(channel).declare_device(request).await }
-            })
+            .unary_once(
+                message,
+                |channel, request| async move { client(channel).declare_device(request).await },
+            )
             .await
             .map(drop)
     }
@@ -52,10 +54,10 @@ impl Admin {
     pub async fn remove_device(&self, device: DeviceAddress) -> Result<(), SdkError<DetachError>> {
         let message: pb::RemoveDeviceRequest = model::RemoveDevice { device }.into();
         self.core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).remove_device(request).await }
-            })
+            .unary_once(
+                message,
+                |channel, request| async move { client(channel).remove_device(request).await },
+            )
             .await
             .map(drop)
     }
@@ -68,10 +70,10 @@ impl Admin {
     ) -> Result<(), SdkError<DeclareError>> {
         let message: pb::DeclareDriverRequest = model::DeclareDriver { owner, name: name.into() }.into();
         self.core
-            .call_once(|channel| {
-                let request = self.core.request(message.clone());
-                async move { client(channel).declare_driver(request).await }
-            })
+            .unary_once(
+                message,
+                |channel, request| async move { client(channel).declare_driver(request).await },
+            )
             .await
             .map(drop)
     }
@@ -85,13 +87,12 @@ impl Admin {
         domain_id: Option<DomainId>,
     ) -> Result<DomainId, SdkError<AttachError>> {
         let message: pb::AttachToOwnerRequest = model::AttachToOwner { device, owner, domain_id }.into();
-        let answer = self
-            .core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).attach_to_owner(request).await }
-            })
-            .await?;
+        let answer =
+            self.core
+                .unary_once(message, |channel, request| async move {
+                    client(channel).attach_to_owner(request).await
+                })
+                .await?;
         Ok(convert::domain_id(answer.domain_id)?)
     }
 
@@ -99,10 +100,7 @@ impl Admin {
     pub async fn detach(&self, device: DeviceAddress) -> Result<(), SdkError<DetachError>> {
         let message: pb::DetachRequest = model::Detach { device }.into();
         self.core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).detach(request).await }
-            })
+            .unary_once(message, |channel, request| async move { client(channel).detach(request).await })
             .await
             .map(drop)
     }
@@ -113,10 +111,7 @@ impl Admin {
         let message: pb::QuarantineRequest = model::Quarantine { peer }.into();
         let answer = self
             .core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).quarantine(request).await }
-            })
+            .unary_once(message, |channel, request| async move { client(channel).quarantine(request).await })
             .await?;
         Ok(answer.ended)
     }
@@ -129,16 +124,14 @@ impl Admin {
         offset: u64,
         width: AccessWidth,
     ) -> Result<u64, SdkError<MmioError>> {
-        let device = Some(device.into());
-        let message = pb::MmioReadRequest { device, bar: bar.into(), offset, width_bytes: width.bytes() };
-        let answer = self
-            .core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).mmio_read(request).await }
-            })
-            .await?;
-        Ok(answer.value)
+        let place = Place { device, bar, offset, width };
+        let answer =
+            self.core
+                .unary_once(place.read(), |channel, request| async move {
+                    client(channel).mmio_read(request).await
+                })
+                .await?;
+        Ok(place.value(answer)?)
     }
 
     /// Writes a register of any device, for debugging beside its driver; answered when the device has taken
@@ -151,13 +144,10 @@ impl Admin {
         width: AccessWidth,
         value: u64,
     ) -> Result<(), SdkError<MmioError>> {
-        let device = Some(device.into());
-        let message =
-            pb::MmioWriteRequest { device, bar: bar.into(), offset, width_bytes: width.bytes(), value };
+        let place = Place { device, bar, offset, width };
         self.core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).mmio_write(request).await }
+            .unary_once(place.write(value), |channel, request| async move {
+                client(channel).mmio_write(request).await
             })
             .await
             .map(drop)

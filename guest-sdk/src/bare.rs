@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model;
 pub use iommu_proto::model::{EventMessage, Machine, MachineDevice, MachineInterrupt};
 use iommu_proto::pb;
@@ -14,8 +15,9 @@ use iommu_types::{AccessWidth, Capabilities, DeviceAddress, InvalidRange, Source
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use crate::connection::{Core, MESSAGE_BYTES_MAX};
+use crate::connection::Core;
 use crate::convert::bad_answer;
+use crate::mmio::Place;
 use crate::subscription::{Feed, subscribe};
 use crate::{Inspect, Never, SdkError, Subscription};
 
@@ -56,10 +58,7 @@ impl BareClient {
             model::CreateMachine { memory_bytes, capabilities, devices }.into();
         let answer = self
             .core
-            .call_once(|channel| {
-                let request = self.core.request(message.clone());
-                async move { client(channel).create(request).await }
-            })
+            .unary_once(message, |channel, request| async move { client(channel).create(request).await })
             .await?;
         let model::CreatedMachine { segment, capabilities } = answer.try_into().map_err(bad_answer)?;
         Ok(BareMachine { core: Arc::clone(&self.core), segment, capabilities })
@@ -69,9 +68,8 @@ impl BareClient {
     pub async fn list(&self) -> Result<Vec<Machine>, SdkError<Never>> {
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(pb::ListMachinesRequest {});
-                async move { client(channel).list(request).await }
+            .unary(pb::ListMachinesRequest {}, |channel, request| async move {
+                client(channel).list(request).await
             })
             .await?;
         Ok(model::Machines::try_from(answer).map_err(bad_answer)?.machines)
@@ -126,10 +124,7 @@ impl BareMachine {
             model::ReadRegister { segment: self.segment, offset, width_bytes: width }.into();
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).read_register(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).read_register(request).await })
             .await?;
         Ok(answer.value)
     }
@@ -143,10 +138,10 @@ impl BareMachine {
         let message: pb::WriteRegisterRequest =
             model::WriteRegister { segment: self.segment, offset, width_bytes: width, value }.into();
         self.core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).write_register(request).await }
-            })
+            .unary_once(
+                message,
+                |channel, request| async move { client(channel).write_register(request).await },
+            )
             .await
             .map(drop)
     }
@@ -167,10 +162,7 @@ impl BareMachine {
             };
             let answer = self
                 .core
-                .call(|channel| {
-                    let request = self.core.request(message);
-                    async move { client(channel).read_memory(request).await }
-                })
+                .unary(message, |channel, request| async move { client(channel).read_memory(request).await })
                 .await?;
             if answer.data.len() as u64 != piece_bytes {
                 let why = format!("data: {} bytes where {piece_bytes} were asked for", answer.data.len());
@@ -201,10 +193,7 @@ impl BareMachine {
             let message =
                 pb::WriteMachineMemoryRequest { segment: self.segment.into(), address: at, data: piece };
             self.core
-                .call(|channel| {
-                    let request = self.core.request(message.clone());
-                    async move { client(channel).write_memory(request).await }
-                })
+                .unary(message, |channel, request| async move { client(channel).write_memory(request).await })
                 .await?;
             at = at.wrapping_add(piece_bytes);
         }
@@ -226,20 +215,12 @@ impl BareMachine {
         offset: u64,
         width: AccessWidth,
     ) -> Result<u64, SdkError<MmioError>> {
-        let message = pb::MmioReadRequest {
-            device: Some(self.device(source_id).into()),
-            bar: 0,
-            offset,
-            width_bytes: width.bytes(),
-        };
+        let place = Place { device: self.device(source_id), bar: 0, offset, width };
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).mmio_read(request).await }
-            })
+            .unary(place.read(), |channel, request| async move { client(channel).mmio_read(request).await })
             .await?;
-        Ok(answer.value)
+        Ok(place.value(answer)?)
     }
 
     /// Writes a register of a device of the machine, in BAR 0. Not retried.
@@ -250,17 +231,10 @@ impl BareMachine {
         width: AccessWidth,
         value: u64,
     ) -> Result<(), SdkError<MmioError>> {
-        let message = pb::MmioWriteRequest {
-            device: Some(self.device(source_id).into()),
-            bar: 0,
-            offset,
-            width_bytes: width.bytes(),
-            value,
-        };
+        let place = Place { device: self.device(source_id), bar: 0, offset, width };
         self.core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).mmio_write(request).await }
+            .unary_once(place.write(value), |channel, request| async move {
+                client(channel).mmio_write(request).await
             })
             .await
             .map(drop)
@@ -270,10 +244,7 @@ impl BareMachine {
     pub async fn destroy(self) -> Result<(), SdkError<UnknownMachine>> {
         let message: pb::DestroyMachineRequest = model::DestroyMachine { segment: self.segment }.into();
         self.core
-            .call_once(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).destroy(request).await }
-            })
+            .unary_once(message, |channel, request| async move { client(channel).destroy(request).await })
             .await
             .map(drop)
     }

@@ -9,6 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use iommu_proto::channel::{self, CONNECT_TIMEOUT, causes};
 use iommu_proto::errors::WireError;
 use iommu_proto::limits::SCHEMA_VERSION;
 use iommu_proto::pb;
@@ -22,20 +23,9 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::error::{causes, of_status};
+use crate::error::of_status;
 use crate::{SdkError, TransportError};
 
-/// How often an idle connection is probed, and how long a probe may stay unanswered.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long one attempt to connect may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// HTTP/2 windows and frames in bytes: bulk memory without waiting for window updates.
-const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
-const FRAME_BYTES_MAX: u32 = 256 << 10;
-/// Largest message that is taken from the server.
-pub(crate) const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Delays between the attempts of a call.
 pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(20);
 pub(crate) const RETRY_LONGEST: Duration = Duration::from_millis(500);
@@ -82,7 +72,7 @@ impl Core {
         name: String,
         role: WireRole,
     ) -> Result<Arc<Self>, SdkError<SessionError>> {
-        let endpoint = configured(&endpoint_text)?;
+        let endpoint = channel::endpoint(&endpoint_text).map_err(TransportError::from)?;
         let mut open = pb::OpenRequest {
             schema_version: SCHEMA_VERSION,
             name,
@@ -213,6 +203,28 @@ impl Core {
         }
     }
 
+    /// [`call`](Self::call) of a unary method, with `message` and the deadline in each attempt.
+    pub(crate) async fn unary<E, M, T, F, A>(&self, message: M, method: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        M: Clone,
+        F: Fn(Channel, Request<M>) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.call(|channel| method(channel, self.request(message.clone()))).await
+    }
+
+    /// [`call_once`](Self::call_once) of a unary method.
+    pub(crate) async fn unary_once<E, M, T, F, A>(&self, message: M, method: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        M: Clone,
+        F: Fn(Channel, Request<M>) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.call_once(|channel| method(channel, self.request(message.clone()))).await
+    }
+
     /// The deadline of a call.
     pub(crate) fn deadline(&self) -> Duration {
         self.deadline
@@ -267,27 +279,10 @@ fn is_broken_connection(status: &Status) -> bool {
         && std::error::Error::source(status).is_some()
 }
 
-fn configured(text: &str) -> Result<Endpoint, TransportError> {
-    let bad = |why: String| TransportError::BadEndpoint { endpoint: text.to_owned(), why };
-    if !text.starts_with("http://") && !text.starts_with("unix:") {
-        return Err(bad("the scheme must be http or unix".into()));
-    }
-    let endpoint = Endpoint::from_shared(text.to_owned()).map_err(|error| bad(causes(&error)))?;
-    Ok(endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX))
-}
-
 /// Asks the health service, over a connection of its own.
 pub(crate) async fn serving(endpoint_text: &str) -> Result<bool, TransportError> {
     let unreachable = |why| TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why };
-    let connected = configured(endpoint_text)?.connect().await;
+    let connected = channel::endpoint(endpoint_text)?.connect().await;
     let channel = connected.map_err(|error| unreachable(causes(&error)))?;
     let question = HealthCheckRequest { service: String::new() };
     let answer = HealthClient::new(channel).check(question).await;

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use iommu_proto::errors::WireError;
+use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model::{self, RequestHeader};
 use iommu_proto::pb;
 use iommu_proto::pb::driver_service_client::DriverServiceClient;
@@ -15,7 +16,7 @@ use iommu_types::{DeviceAddress, Direction, Generation, Gpa, GpaRange, Iova, Own
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
-use crate::connection::{Core, MESSAGE_BYTES_MAX};
+use crate::connection::Core;
 use crate::convert::bad_answer;
 use crate::requests::Requests;
 use crate::{

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use iommu_proto::channel::{BadEndpoint, causes};
 use iommu_proto::errors::WireError;
-use iommu_types::errors::{CallError, NotYours, SessionError, UnknownDevice, UnknownDomain, UnknownMachine};
+use iommu_types::errors::{CallError, SessionError};
 use tonic::{Code, Status};
 use tonic_types::ErrorDetails;
 
@@ -36,13 +37,8 @@ impl<E> SdkError<E> {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TransportError {
     /// The endpoint is not one that can be connected to.
-    #[error("the endpoint {endpoint:?} is not usable: {why}; write http://ADDRESS:PORT or unix:///PATH")]
-    BadEndpoint {
-        /// As given.
-        endpoint: String,
-        /// What is wrong with it.
-        why: String,
-    },
+    #[error(transparent)]
+    BadEndpoint(#[from] BadEndpoint),
     /// No connection could be made.
     #[error("no connection to {endpoint}: {why}; is the server running there?")]
     Unreachable {
@@ -106,65 +102,6 @@ impl WireError for Never {
     }
 }
 
-/// Why an inspection was refused.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InspectError {
-    /// See [`UnknownDevice`].
-    #[error(transparent)]
-    UnknownDevice(#[from] UnknownDevice),
-    /// See [`UnknownDomain`].
-    #[error(transparent)]
-    UnknownDomain(#[from] UnknownDomain),
-    /// See [`UnknownMachine`].
-    #[error(transparent)]
-    UnknownMachine(#[from] UnknownMachine),
-    /// See [`NotYours`].
-    #[error(transparent)]
-    NotYours(#[from] NotYours),
-}
-
-impl WireError for InspectError {
-    fn reason(&self) -> &'static str {
-        match self {
-            Self::UnknownDevice(fact) => fact.reason(),
-            Self::UnknownDomain(fact) => fact.reason(),
-            Self::UnknownMachine(fact) => fact.reason(),
-            Self::NotYours(fact) => fact.reason(),
-        }
-    }
-    fn code(&self) -> Code {
-        match self {
-            Self::UnknownDevice(fact) => fact.code(),
-            Self::UnknownDomain(fact) => fact.code(),
-            Self::UnknownMachine(fact) => fact.code(),
-            Self::NotYours(fact) => fact.code(),
-        }
-    }
-    fn metadata(&self) -> HashMap<String, String> {
-        match self {
-            Self::UnknownDevice(fact) => fact.metadata(),
-            Self::UnknownDomain(fact) => fact.metadata(),
-            Self::UnknownMachine(fact) => fact.metadata(),
-            Self::NotYours(fact) => fact.metadata(),
-        }
-    }
-    fn details(&self) -> ErrorDetails {
-        match self {
-            Self::UnknownDevice(fact) => fact.details(),
-            Self::UnknownDomain(fact) => fact.details(),
-            Self::UnknownMachine(fact) => fact.details(),
-            Self::NotYours(fact) => fact.details(),
-        }
-    }
-    fn from_reason(reason: &str, metadata: &HashMap<String, String>) -> Option<Self> {
-        let device = UnknownDevice::from_reason(reason, metadata).map(Self::UnknownDevice);
-        device
-            .or_else(|| UnknownDomain::from_reason(reason, metadata).map(Self::UnknownDomain))
-            .or_else(|| UnknownMachine::from_reason(reason, metadata).map(Self::UnknownMachine))
-            .or_else(|| NotYours::from_reason(reason, metadata).map(Self::NotYours))
-    }
-}
-
 /// What a refused status means to the caller.
 pub(crate) fn of_status<E: WireError>(status: &Status) -> SdkError<E> {
     if let Some(refusal) = E::from_status(status) {
@@ -174,19 +111,4 @@ pub(crate) fn of_status<E: WireError>(status: &Status) -> SdkError<E> {
         Some(error) => SdkError::Call(error),
         None => TransportError::Status { code: status.code(), message: causes(status) }.into(),
     }
-}
-
-/// An error with all its causes, which tonic keeps to itself ("transport error").
-pub(crate) fn causes(error: &dyn std::error::Error) -> String {
-    let mut told = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let words = error.to_string();
-        if !told.contains(&words) {
-            told.push_str(": ");
-            told.push_str(&words);
-        }
-        cause = error.source();
-    }
-    told
 }

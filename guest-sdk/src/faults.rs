@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model;
 pub use iommu_proto::model::{FaultFilter, FaultList, NewFaults};
 use iommu_proto::pb;
@@ -10,7 +11,7 @@ use iommu_types::errors::NotYours;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use crate::connection::{Core, MESSAGE_BYTES_MAX};
+use crate::connection::Core;
 use crate::convert::bad_answer;
 use crate::subscription::{Feed, subscribe};
 use crate::{SdkError, Subscription};
@@ -36,10 +37,7 @@ impl Faults {
         let message: pb::ListFaultsRequest = model::ListFaults { filter: Some(filter), limit }.into();
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).list(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).list(request).await })
             .await?;
         Ok(answer.try_into().map_err(bad_answer)?)
     }

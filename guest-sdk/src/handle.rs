@@ -10,7 +10,8 @@ use iommu_types::{AccessWidth, DeviceAddress, DomainId, Iova};
 use crate::convert::{self, bad_answer};
 use crate::dma_stream::Client;
 use crate::driver::{DriverCore, client};
-use crate::{MsiVector, SdkError, TransportError};
+use crate::mmio::Place;
+use crate::{MsiVector, SdkError};
 
 /// A device of a driver. Cheap to clone; whether the device exists is told by the first call on it.
 #[derive(Clone, Debug)]
@@ -34,24 +35,13 @@ impl DeviceHandle {
     /// A read that got no answer because the connection was lost is made again: a register that changes by
     /// being read may be read twice.
     pub async fn read(&self, bar: u8, offset: u64, width: AccessWidth) -> Result<u64, SdkError<MmioError>> {
-        let message = pb::MmioReadRequest {
-            device: Some(self.address.into()),
-            bar: bar.into(),
-            offset,
-            width_bytes: width.bytes(),
-        };
-        let core = &self.driver.core;
-        let answer = core
-            .call(|channel| {
-                let request = core.request(message);
-                async move { client(channel).mmio_read(request).await }
-            })
+        let place = Place { device: self.address, bar, offset, width };
+        let answer = self
+            .driver
+            .core
+            .unary(place.read(), |channel, request| async move { client(channel).mmio_read(request).await })
             .await?;
-        if answer.value & !width.mask() != 0 {
-            let why = format!("value: {:#x} does not fit {width}", answer.value);
-            return Err(TransportError::BadAnswer(why).into());
-        }
-        Ok(answer.value)
+        Ok(place.value(answer)?)
     }
 
     /// Writes a register; answered when the device has taken it. Bits of `value` above the width are refused.
@@ -65,20 +55,14 @@ impl DeviceHandle {
         width: AccessWidth,
         value: u64,
     ) -> Result<(), SdkError<MmioError>> {
-        let message = pb::MmioWriteRequest {
-            device: Some(self.address.into()),
-            bar: bar.into(),
-            offset,
-            width_bytes: width.bytes(),
-            value,
-        };
-        let core = &self.driver.core;
-        core.call_once(|channel| {
-            let request = core.request(message);
-            async move { client(channel).mmio_write(request).await }
-        })
-        .await
-        .map(drop)
+        let place = Place { device: self.address, bar, offset, width };
+        self.driver
+            .core
+            .unary_once(place.write(value), |channel, request| async move {
+                client(channel).mmio_write(request).await
+            })
+            .await
+            .map(drop)
     }
 
     /// Reads a 4-byte register of BAR 0.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model;
 pub use iommu_proto::model::{
     CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, IotlbEntry, MappingState, Mappings,
@@ -12,7 +13,7 @@ use iommu_proto::pb::inspect_service_client::InspectServiceClient;
 use iommu_types::{Access, DeviceAddress, DomainId, Explanation, Iova, Owner, Pasid};
 use tonic::transport::Channel;
 
-use crate::connection::{Core, MESSAGE_BYTES_MAX, may_retry};
+use crate::connection::{Core, may_retry};
 use crate::convert::bad_answer;
 use crate::error::of_status;
 use crate::{InspectError, Never, SdkError};
@@ -51,9 +52,8 @@ impl Inspect {
     pub async fn topology(&self) -> Result<Topology, SdkError<Never>> {
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(pb::GetTopologyRequest {});
-                async move { client(channel).get_topology(request).await }
+            .unary(pb::GetTopologyRequest {}, |channel, request| async move {
+                client(channel).get_topology(request).await
             })
             .await?;
         Ok(answer.try_into().map_err(bad_answer)?)
@@ -64,10 +64,7 @@ impl Inspect {
         let message: pb::ListDomainsRequest = model::ListDomains { owner }.into();
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).list_domains(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).list_domains(request).await })
             .await?;
         Ok(model::Domains::try_from(answer).map_err(bad_answer)?.domains)
     }
@@ -84,10 +81,7 @@ impl Inspect {
             model::ListMappings { domain_id, from_iova: from, limit }.into();
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).list_mappings(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).list_mappings(request).await })
             .await?;
         Ok(answer.try_into().map_err(bad_answer)?)
     }
@@ -145,10 +139,7 @@ impl Inspect {
         let message: pb::DumpIotlbRequest = model::DumpIotlb { domain_id, limit }.into();
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).dump_iotlb(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).dump_iotlb(request).await })
             .await?;
         Ok(answer.try_into().map_err(bad_answer)?)
     }
@@ -158,10 +149,7 @@ impl Inspect {
         let message: pb::GetCountersRequest = model::GetCounters { segment }.into();
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).get_counters(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).get_counters(request).await })
             .await?;
         Ok(answer.try_into().map_err(bad_answer)?)
     }
@@ -172,10 +160,7 @@ impl Inspect {
         let message: pb::ExplainRequest = model::Explain { device, pasid, iova, access, size_bytes }.into();
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).explain(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).explain(request).await })
             .await?;
         Ok(model::Explained::try_from(answer).map_err(bad_answer)?.explanation)
     }

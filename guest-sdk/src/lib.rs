@@ -42,6 +42,7 @@ mod inspect;
 mod interrupts;
 mod mapping;
 mod memory;
+mod mmio;
 mod requests;
 mod roles;
 mod subscription;
@@ -53,7 +54,7 @@ pub use connection::SessionLimits;
 pub use dma_stream::{DmaStream, MapTicket, UnmapTicket};
 pub use domain::{Domain, DomainWidth};
 pub use driver::{Driver, LeakReport};
-pub use error::{InspectError, Never, SdkError, TransportError};
+pub use error::{Never, SdkError, TransportError};
 pub use faults::{FaultFilter, FaultList, Faults, NewFaults};
 pub use handle::DeviceHandle;
 pub use inspect::{
@@ -61,6 +62,8 @@ pub use inspect::{
     MappingState, Mappings, OwnerState, Topology, WalkStep,
 };
 pub use interrupts::{Interrupt, InterruptEvent, MsiVector};
+pub use iommu_proto::channel::BadEndpoint;
+pub use iommu_types::errors::InspectError;
 pub use iommu_types::{
     Access, AccessWidth, Capabilities, DeviceAddress, Direction, DomainId, Explanation, FaultRecord, Gpa,
     GpaRange, Iova, Owner, Permissions, Protection, SourceId, errors,

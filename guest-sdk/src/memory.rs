@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::pb;
 use iommu_proto::pb::memory_service_client::MemoryServiceClient;
 use iommu_types::errors::MemoryError;
 use iommu_types::{Gpa, InvalidRange, Owner};
 use tonic::transport::Channel;
 
-use crate::connection::{Core, MESSAGE_BYTES_MAX};
+use crate::connection::Core;
 use crate::error::of_status;
 use crate::{SdkError, TransportError};
 
@@ -34,10 +35,7 @@ impl Memory {
         let message = self.read_request(gpa, size_bytes);
         let answer = self
             .core
-            .call(|channel| {
-                let request = self.core.request(message);
-                async move { client(channel).read(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).read(request).await })
             .await?;
         whole(answer.data, size_bytes)
     }
@@ -53,11 +51,7 @@ impl Memory {
         let message = pb::MemoryWriteRequest { owner: self.owner.map(Into::into), gpa: gpa.get(), data };
         let answer = self
             .core
-            .call(|channel| {
-                // The bytes are counted, not copied.
-                let request = self.core.request(message.clone());
-                async move { client(channel).write(request).await }
-            })
+            .unary(message, |channel, request| async move { client(channel).write(request).await })
             .await?;
         written(answer.written_bytes, size_bytes)
     }

@@ -310,5 +310,5 @@ async fn a_refused_identity_and_an_absent_server_are_told_apart() {
     let absent = Connection::to("unix:///nonexistent/iommu.sock").observer("anybody").await.unwrap_err();
     assert!(matches!(absent, SdkError::Transport(TransportError::Unreachable { .. })), "{absent:?}");
     let bad = Connection::to("ftp://host").observer("anybody").await.unwrap_err();
-    assert!(matches!(bad, SdkError::Transport(TransportError::BadEndpoint { .. })), "{bad:?}");
+    assert!(matches!(bad, SdkError::Transport(TransportError::BadEndpoint(_))), "{bad:?}");
 }

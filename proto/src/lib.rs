@@ -6,6 +6,7 @@
 //!
 //! The schema is `proto/iommu/v1`; its comments and `proto/README.md` are enough to write a client in another language.
 
+pub mod channel;
 pub mod codec;
 mod convert;
 pub mod dma;

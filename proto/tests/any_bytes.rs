@@ -1,7 +1,7 @@
 //! Whatever bytes a peer sends: a message or an error, never a panic.
 
 use bytes::Bytes;
-use iommu_proto::dma::{BatchBuilder, BatchLimits, BatchView, CompletionsBuilder, refuse_whole};
+use iommu_proto::dma::{Batch, BatchLimits, BatchView, CompletionsBuilder, refuse_whole};
 use iommu_proto::model::*;
 use iommu_proto::pb;
 use iommu_types::{Capabilities, Iova, Refusal};
@@ -44,13 +44,13 @@ fn receive_batch(bytes: &[u8]) {
 
 fn receive_completions(bytes: &[u8]) {
     let Ok(completions) = pb::DmaCompletions::decode(bytes) else { return };
-    let mut builder = BatchBuilder::new(BatchLimits::CONTRACT, None);
+    let mut batch = Batch::new();
     for index in 0..4 {
-        builder.read(Iova::new(index), index as u32).expect("fits");
+        batch.read(Iova::new(index), index as u32);
     }
-    let (_, shape) = builder.finish(completions.first_tag);
-    if let Ok(results) = shape.results(completions) {
-        assert_eq!(results.count(), 4);
+    let (_, shape) = batch.into_message(completions.first_tag);
+    if let Ok(completed) = shape.complete(completions) {
+        assert_eq!(completed.results().count(), 4);
     }
 }
 

@@ -154,7 +154,7 @@ fn code_of(reason: &EndReason) -> ExitCode {
     let code = match reason {
         EndReason::Cancelled => 0,
         EndReason::Fenced(_) => 3,
-        EndReason::BadEndpoint { .. } => USAGE,
+        EndReason::BadEndpoint(_) => USAGE,
         EndReason::Lost(_) => 69,
         EndReason::Protocol(_) | EndReason::Ended(_) => 76,
         EndReason::Refused(_) => 77,

@@ -1,5 +1,6 @@
 //! Why a session ended, and whether another one makes sense.
 
+use iommu_proto::channel::{BadEndpoint, causes};
 use iommu_proto::errors::WireError;
 use iommu_types::errors::{CallError, SessionError, SessionFenced};
 use tonic::Status;
@@ -28,13 +29,8 @@ pub enum EndReason {
     #[error("no connection: {0}")]
     Lost(String),
     /// The endpoint is not one that can be connected to.
-    #[error("the endpoint {endpoint:?} is not usable: {why}; write http://ADDRESS:PORT or unix:///PATH")]
-    BadEndpoint {
-        /// As given.
-        endpoint: String,
-        /// What is wrong with it.
-        why: String,
-    },
+    #[error(transparent)]
+    BadEndpoint(#[from] BadEndpoint),
 }
 
 impl EndReason {
@@ -56,7 +52,7 @@ impl EndReason {
     /// Whether to connect again.
     pub(crate) fn allows_reconnect(&self, policy: &Reconnect) -> bool {
         match self {
-            Self::Cancelled | Self::BadEndpoint { .. } | Self::Protocol(_) => false,
+            Self::Cancelled | Self::BadEndpoint(_) | Self::Protocol(_) => false,
             Self::Fenced(_) => policy.after_fenced,
             Self::Refused(SessionError::ShuttingDown(_) | SessionError::LimitReached(_)) => true,
             Self::Refused(_) => policy.after_refused,
@@ -86,19 +82,4 @@ fn ended_is_passing(error: &CallError) -> bool {
         | CallError::BadResumeToken(_)
         | CallError::InvalidField(_) => false,
     }
-}
-
-/// An error with all its causes, which tonic keeps to itself ("transport error").
-pub(crate) fn causes(error: &dyn std::error::Error) -> String {
-    let mut told = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let words = error.to_string();
-        if !told.contains(&words) {
-            told.push_str(": ");
-            told.push_str(&words);
-        }
-        cause = error.source();
-    }
-    told
 }

@@ -36,9 +36,6 @@
 
 mod agent;
 mod backoff;
-mod batch;
-mod completed;
-mod connect;
 mod device_task;
 mod dma;
 mod end;
@@ -48,9 +45,9 @@ mod session;
 
 pub use agent::{Agent, AgentBuilder};
 pub use backoff::{Backoff, Reconnect};
-pub use batch::{AtomicValue, Batch};
-pub use completed::{Completed, OperationResult};
 pub use dma::{Dma, DmaError, Ticket};
 pub use end::EndReason;
+pub use iommu_proto::channel::BadEndpoint;
+pub use iommu_proto::dma::{AtomicValue, Batch, Completed, OperationResult};
 pub use link::{LinkState, SessionLimits};
 pub use model::{DeviceModel, MmioRefusal, Register};

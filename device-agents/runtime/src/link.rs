@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use iommu_proto::dma::BatchShape;
 use iommu_proto::model::MmioCompletion;
 use iommu_proto::pb;
 use iommu_proto::pb::device_to_server::Message as Up;
@@ -21,7 +22,6 @@ use iommu_types::Generation;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::completed::Shape;
 use crate::{Batch, Completed, DmaError, EndReason};
 
 /// DMA batches in flight that we use at most, however many the server offers.
@@ -107,8 +107,7 @@ impl Link {
 /// A batch whose answer is awaited.
 #[derive(Debug)]
 struct InFlight {
-    first_tag: u64,
-    shape: Shape,
+    shape: BatchShape,
     /// Gone once the batch was failed by a reset; its answer is then only checked off.
     waiter: Option<oneshot::Sender<Result<Completed, DmaError>>>,
 }
@@ -173,7 +172,8 @@ impl Session {
         let (waiter, answer) = oneshot::channel();
         if batch.is_empty() {
             let (_, shape) = batch.into_message(0);
-            let _ = waiter.send(Ok(Completed::nothing(shape)));
+            let nothing = shape.complete(pb::DmaCompletions::default());
+            let _ = waiter.send(Ok(nothing.expect("an empty batch has an empty answer")));
             return Ok(answer);
         }
         let (credit, resets_told) = match self.credits.try_acquire() {
@@ -192,7 +192,7 @@ impl Session {
         traffic.next_tag = first_tag.wrapping_add(batch.len() as u64);
         let (message, shape) = batch.into_message(first_tag);
         traffic.send(Up::Dma(message)).map_err(|_| DmaError::SessionLost)?;
-        traffic.in_flight.push_back(InFlight { first_tag, shape, waiter: Some(waiter) });
+        traffic.in_flight.push_back(InFlight { shape, waiter: Some(waiter) });
         credit.forget();
         Ok(answer)
     }
@@ -211,13 +211,10 @@ impl Session {
     /// Takes the answer to the oldest batch in flight. `Err` says which rule the server broke.
     pub(crate) fn completed(&self, answer: pb::DmaCompletions) -> Result<(), String> {
         let oldest = lock(&self.traffic).in_flight.pop_front();
-        let Some(InFlight { first_tag, shape, waiter }) = oldest else {
+        let Some(InFlight { shape, waiter }) = oldest else {
             return Err(format!("completions with tag {} while no batch is in flight", answer.first_tag));
         };
-        if answer.first_tag != first_tag {
-            return Err(format!("completions with tag {} where {first_tag} is next", answer.first_tag));
-        }
-        let completed = Completed::check(shape, answer)?;
+        let completed = shape.complete(answer).map_err(|broken| broken.to_string())?;
         self.credits.add_permits(1);
         if let Some(waiter) = waiter {
             // Whoever asked may have stopped waiting; that is theirs to decide.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use iommu_proto::limits::SCHEMA_VERSION;
+use iommu_proto::channel::{self, causes};
+use iommu_proto::limits::{MESSAGE_BYTES_MAX, SCHEMA_VERSION};
 use iommu_proto::model::{FromDevice, Hello, ToDevice, Welcome};
 use iommu_proto::pb;
 use iommu_proto::pb::device_service_client::DeviceServiceClient;
@@ -14,7 +15,6 @@ use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
 use crate::agent::AbortOnDrop;
-use crate::connect::{MESSAGE_BYTES_MAX, connect};
 use crate::device_task::{self, Work};
 use crate::link::{DMA_CREDITS_MAX, Link, MMIO_CREDITS, OUTBOUND_MAX, Session};
 use crate::{DeviceModel, Dma, EndReason, LinkState, SessionLimits};
@@ -83,7 +83,8 @@ pub(crate) async fn serve<M: DeviceModel>(
 }
 
 async fn shake_hands(peer: &Peer) -> Result<(Arc<Session>, Streaming<pb::ServerToDevice>), EndReason> {
-    let channel = connect(&peer.endpoint).await?;
+    let connected = channel::endpoint(&peer.endpoint)?.connect().await;
+    let channel = connected.map_err(|error| EndReason::Lost(causes(&error)))?;
     let mut client = DeviceServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let (outbound, messages) = mpsc::channel(OUTBOUND_MAX);
     let hello = FromDevice::Hello(Hello {

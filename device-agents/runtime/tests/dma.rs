@@ -275,6 +275,27 @@ async fn what_is_over_a_limit_is_refused_before_it_is_sent() {
 }
 
 #[tokio::test]
+async fn a_refusal_of_a_later_version_is_a_fault_and_leaves_the_session_alone() {
+    let mut running = running(1).await;
+    let dma = running.dma.clone();
+    let read = tokio::spawn(async move { (dma.read(at(0), 2).await, dma.read(at(1), 1).await) });
+    let refused = running.attached.batch().await;
+    running.attached.send(ToDevice::Dma(pb::DmaCompletions {
+        first_tag: refused.first_tag,
+        fault_index: vec![0],
+        fault_reason: vec![0x1fff],
+        fault_iova: vec![0],
+        fault_done_bytes: vec![0],
+        ..Default::default()
+    }));
+    let next = running.attached.batch().await;
+    running.attached.complete(&next, vec![7]);
+    let (first, second) = soon("both reads", read).await.unwrap();
+    assert_eq!(first, Err(DmaError::Fault(fault(0, 0, Err(Refusal::Unknown(0x1fff))))));
+    assert_eq!(&second.unwrap()[..], [7]);
+}
+
+#[tokio::test]
 async fn an_answer_that_does_not_fit_its_batch_ends_the_session() {
     let ok = || pb::DmaCompletions { payload: vec![1, 2].into(), ..Default::default() };
     let faults = |index, reason, done| pb::DmaCompletions {
@@ -285,12 +306,14 @@ async fn an_answer_that_does_not_fit_its_batch_ends_the_session() {
         ..Default::default()
     };
     let cases = [
-        (pb::DmaCompletions { first_tag: 1, ..ok() }, "tag 1 where 0 is next"),
-        (pb::DmaCompletions { payload: vec![1].into(), ..ok() }, "payload of 1 bytes where 2 belong"),
-        (pb::DmaCompletions { fault_index: vec![0], ..ok() }, "fault columns"),
-        (faults(1, 6, 0), "fault_index 1"),
-        (faults(0, 6, 3), "fault_done_bytes 3"),
-        (faults(0, 0x1fff, 0), "fault_reason 0x1fff"),
+        (pb::DmaCompletions { first_tag: 1, ..ok() }, "first_tag: is 1"),
+        (
+            pb::DmaCompletions { payload: vec![1].into(), ..ok() },
+            "payload: has 1 bytes; the operations give 2",
+        ),
+        (pb::DmaCompletions { fault_index: vec![0], ..ok() }, "fault_reason: has 0 elements"),
+        (faults(1, 6, 0), "fault_index: 1"),
+        (faults(0, 6, 3), "fault_done_bytes: operation 0 did 3 of 2 bytes"),
     ];
     for (answer, words) in cases {
         let mut running = running(1).await;

@@ -49,7 +49,7 @@ async fn main() -> ExitCode {
             print::error(&error);
             return ExitCode::from(match error {
                 SdkError::Refused(_) | SdkError::Call(_) => FAILED,
-                SdkError::Transport(TransportError::BadEndpoint { .. }) => WRONG_USAGE,
+                SdkError::Transport(TransportError::BadEndpoint(_)) => WRONG_USAGE,
                 SdkError::Transport(_) => UNREACHABLE,
             });
         }

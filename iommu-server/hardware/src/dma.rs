@@ -1,8 +1,10 @@
 //! DMA operations over a port: page by page, stopping at the first fault, in bounded bursts.
 
-use iommu_types::{Access, AddressType, DmaFault, FaultReason, Hpa, Iova, PAGE_SIZE_BYTES, Pasid, Refusal};
+use iommu_types::{
+    Access, AddressType, AtomicOperation, DmaFault, FaultReason, Hpa, Iova, PAGE_SIZE_BYTES, Pasid, Refusal,
+};
 
-use crate::memory::{AtomicOperation, NoMemoryAt, PhysicalMemory};
+use crate::memory::{NoMemoryAt, PhysicalMemory};
 use crate::vtd::interrupt::DeliveredInterrupt;
 use crate::vtd::{BURST_BYTES_MAX, BURST_OPERATIONS_MAX, Burst, Port, Request};
 

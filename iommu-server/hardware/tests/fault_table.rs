@@ -6,12 +6,12 @@
 mod machine;
 
 use iommu_hardware::dma::{Run, Transfer};
-use iommu_hardware::memory::AtomicOperation;
 use iommu_hardware::vtd::spec::irte::{InterruptAddress, Irte};
 use iommu_hardware::vtd::spec::registers::{Gcmd, Irta, offset};
 use iommu_hardware::vtd::spec::root_context::ContextEntry;
 use iommu_types::{
-    AddressType, Capabilities, DmaFault, FaultReason, Hpa, Iova, PageSize, Pasid, Permissions,
+    AddressType, AtomicOperation, Capabilities, DmaFault, FaultReason, Hpa, Iova, PageSize, Pasid,
+    Permissions,
 };
 use machine::{DEVICE, DOMAIN, INTERRUPTS, Machine, ROOT, RW, Table};
 

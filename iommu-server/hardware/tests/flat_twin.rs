@@ -5,11 +5,10 @@ mod machine;
 use std::collections::BTreeMap;
 
 use iommu_hardware::dma::{Done, Run, Transfer};
-use iommu_hardware::memory::AtomicOperation;
 use iommu_hardware::vtd::Request;
 use iommu_types::{
-    Access, AddressType, Capabilities, DmaFault, FaultReason, Hpa, Invalidation, Iova, IovaRange,
-    Permissions, Refusal,
+    Access, AddressType, AtomicOperation, Capabilities, DmaFault, FaultReason, Hpa, Invalidation, Iova,
+    IovaRange, Permissions, Refusal,
 };
 use machine::{DEVICE, DOMAIN, Machine, Table};
 use proptest::prelude::*;

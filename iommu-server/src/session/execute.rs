@@ -1,10 +1,9 @@
 //! One batch of DMA, carried out.
 
 use iommu_hardware::dma::{Done, Run, Transfer};
-use iommu_hardware::memory::AtomicOperation;
 use iommu_hardware::vtd::Port;
 use iommu_hardware::vtd::interrupt::DeliveredInterrupt;
-use iommu_proto::dma::{Action, Atomic, BatchError, BatchView, CompletionsBuilder, Operation, refuse_whole};
+use iommu_proto::dma::{Action, BatchError, BatchView, CompletionsBuilder, Operation, refuse_whole};
 use iommu_proto::pb;
 use iommu_types::{DmaFault, Refusal};
 
@@ -15,18 +14,6 @@ use crate::host::devices::BatchCount;
 pub(crate) struct Executed {
     pub(crate) completions: pb::DmaCompletions,
     pub(crate) count: BatchCount,
-}
-
-fn atomic_operation(atomic: Atomic) -> AtomicOperation {
-    match atomic {
-        Atomic::FetchAdd32(addend) => AtomicOperation::FetchAdd32(addend),
-        Atomic::FetchAdd64(addend) => AtomicOperation::FetchAdd64(addend),
-        Atomic::Swap32(value) => AtomicOperation::Swap32(value),
-        Atomic::Swap64(value) => AtomicOperation::Swap64(value),
-        Atomic::Cas32 { compare, new } => AtomicOperation::Cas32 { compare, new },
-        Atomic::Cas64 { compare, new } => AtomicOperation::Cas64 { compare, new },
-        Atomic::Cas128 { compare, new } => AtomicOperation::Cas128 { compare, new },
-    }
 }
 
 /// Refuses every operation.
@@ -85,7 +72,7 @@ fn one(
     let transfer = match operation.action {
         Action::Read => Transfer::Read(completions.space(operation)),
         Action::Write { data, .. } => Transfer::Write(data),
-        Action::Atomic(atomic) => Transfer::Atomic(atomic_operation(atomic)),
+        Action::Atomic(operation) => Transfer::Atomic(operation),
         Action::Malformed => {
             return Err(DmaFault { done_bytes: 0, iova: operation.iova, reason: Err(Refusal::Malformed) });
         }

@@ -203,7 +203,7 @@ impl From<FromDevice> for pb::DeviceToServer {
 pub enum ToDevice {
     /// First message of the stream.
     Welcome(Welcome),
-    /// Answer to a batch; read it with [`BatchShape::results`](crate::dma::BatchShape::results).
+    /// Answer to a batch; read it with [`BatchShape::complete`](crate::dma::BatchShape::complete).
     Dma(pb::DmaCompletions),
     /// A register access by the driver.
     Mmio(MmioRequest),

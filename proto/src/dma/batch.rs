@@ -1,7 +1,7 @@
 //! A received batch: checked once, then read in place.
 
 use iommu_types::errors::{InvalidField, LimitReached};
-use iommu_types::{AddressType, Iova, Pasid};
+use iommu_types::{AddressType, AtomicOperation, Iova, Pasid};
 
 use super::{BatchLimits, kind};
 use crate::pb;
@@ -20,40 +20,6 @@ pub enum BatchError {
     Bytes(LimitReached),
 }
 
-/// An AtomicOp of PCIe with its operands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Atomic {
-    /// Adds to 4 bytes.
-    FetchAdd32(u32),
-    /// Adds to 8 bytes.
-    FetchAdd64(u64),
-    /// Replaces 4 bytes.
-    Swap32(u32),
-    /// Replaces 8 bytes.
-    Swap64(u64),
-    /// Replaces 4 bytes that equal `compare`.
-    Cas32 {
-        /// Value expected.
-        compare: u32,
-        /// Value to store.
-        new: u32,
-    },
-    /// Replaces 8 bytes that equal `compare`.
-    Cas64 {
-        /// Value expected.
-        compare: u64,
-        /// Value to store.
-        new: u64,
-    },
-    /// Replaces 16 bytes that equal `compare`.
-    Cas128 {
-        /// Value expected.
-        compare: u128,
-        /// Value to store.
-        new: u128,
-    },
-}
-
 /// What one operation asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action<'a> {
@@ -67,7 +33,7 @@ pub enum Action<'a> {
         posted: bool,
     },
     /// An AtomicOp. Its alignment is not checked here.
-    Atomic(Atomic),
+    Atomic(AtomicOperation),
     /// Nonsense: an unknown kind, a write of nothing, an atomic of an odd size. To be answered with
     /// [`Refusal::Malformed`](iommu_types::Refusal::Malformed).
     Malformed,
@@ -123,7 +89,7 @@ impl<'a, T: Copy> Column<'a, T> {
 }
 
 /// Bytes that an operation takes from the payload of its batch.
-const fn payload_bytes(kind: u8, size_bytes: u32) -> u64 {
+pub(super) const fn payload_bytes(kind: u8, size_bytes: u32) -> u64 {
     match kind {
         kind::WRITE | kind::POSTED_WRITE | kind::FETCH_ADD | kind::SWAP => size_bytes as u64,
         kind::COMPARE_AND_SWAP => 2 * size_bytes as u64,
@@ -132,7 +98,7 @@ const fn payload_bytes(kind: u8, size_bytes: u32) -> u64 {
 }
 
 /// Bytes that an operation adds to the completions of its batch.
-const fn result_bytes(kind: u8, size_bytes: u32) -> u64 {
+pub(super) const fn result_bytes(kind: u8, size_bytes: u32) -> u64 {
     match kind {
         kind::READ | kind::FETCH_ADD | kind::SWAP | kind::COMPARE_AND_SWAP => size_bytes as u64,
         _ => 0,
@@ -285,13 +251,13 @@ fn action(kind: u8, taken: &[u8]) -> Action<'_> {
 }
 
 /// The AtomicOp with these operands, or `None` when PCIe has none of that size.
-fn atomic(kind: u8, operands: &[u8]) -> Option<Atomic> {
+fn atomic(kind: u8, operands: &[u8]) -> Option<AtomicOperation> {
     if kind == kind::COMPARE_AND_SWAP {
         let (compare, new) = operands.split_at(operands.len() / 2);
         return Some(match compare.len() {
-            4 => Atomic::Cas32 { compare: word(compare)?, new: word(new)? },
-            8 => Atomic::Cas64 { compare: double_word(compare)?, new: double_word(new)? },
-            16 => Atomic::Cas128 {
+            4 => AtomicOperation::Cas32 { compare: word(compare)?, new: word(new)? },
+            8 => AtomicOperation::Cas64 { compare: double_word(compare)?, new: double_word(new)? },
+            16 => AtomicOperation::Cas128 {
                 compare: u128::from_le_bytes(compare.try_into().ok()?),
                 new: u128::from_le_bytes(new.try_into().ok()?),
             },
@@ -299,10 +265,10 @@ fn atomic(kind: u8, operands: &[u8]) -> Option<Atomic> {
         });
     }
     match (kind, operands.len()) {
-        (kind::FETCH_ADD, 4) => Some(Atomic::FetchAdd32(word(operands)?)),
-        (kind::FETCH_ADD, 8) => Some(Atomic::FetchAdd64(double_word(operands)?)),
-        (kind::SWAP, 4) => Some(Atomic::Swap32(word(operands)?)),
-        (kind::SWAP, 8) => Some(Atomic::Swap64(double_word(operands)?)),
+        (kind::FETCH_ADD, 4) => Some(AtomicOperation::FetchAdd32(word(operands)?)),
+        (kind::FETCH_ADD, 8) => Some(AtomicOperation::FetchAdd64(double_word(operands)?)),
+        (kind::SWAP, 4) => Some(AtomicOperation::Swap32(word(operands)?)),
+        (kind::SWAP, 8) => Some(AtomicOperation::Swap64(double_word(operands)?)),
         _ => None,
     }
 }

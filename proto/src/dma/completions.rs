@@ -1,11 +1,9 @@
-//! The answer to a batch, on both sides.
+//! The answer to a batch, as the server gathers it.
 
 use bytes::{Bytes, BytesMut};
-use iommu_types::errors::InvalidField;
-use iommu_types::{DmaFault, Iova, Refusal};
+use iommu_types::{DmaFault, Refusal};
 
-use super::builder::{BatchShape, Expected};
-use super::{Action, BatchView, Operation, reason_code, reason_from_code};
+use super::{Action, BatchView, Operation, reason_code};
 use crate::pb;
 
 /// Gathers the ends of a batch's operations, in their order.
@@ -81,103 +79,3 @@ pub fn refuse_whole(batch: &pb::DmaBatch, refusal: Refusal) -> pb::DmaCompletion
         fault_done_bytes: vec![0; operations],
     }
 }
-
-/// How each operation of a batch ended, in order: with its result (empty for a write) or with its fault.
-#[derive(Debug)]
-pub struct Results {
-    expected: std::vec::IntoIter<Expected>,
-    index: u32,
-    payload: Bytes,
-    faults: std::iter::Peekable<std::vec::IntoIter<(u32, DmaFault)>>,
-}
-
-fn invalid(field: &str, why: String) -> InvalidField {
-    InvalidField { field: format!("dma.{field}"), why }
-}
-
-impl Results {
-    pub(super) fn new(shape: BatchShape, completions: pb::DmaCompletions) -> Result<Self, InvalidField> {
-        if completions.first_tag != shape.first_tag {
-            let why = format!("is {}; the oldest batch has {}", completions.first_tag, shape.first_tag);
-            return Err(invalid("first_tag", why));
-        }
-        let faults = faults(&completions)?;
-        let mut carried_bytes = 0_u64;
-        let mut next_fault = faults.iter().peekable();
-        for (index, expected) in (0_u32..).zip(&shape.expected) {
-            let fault = next_fault.next_if(|(at, _)| *at == index);
-            let (Expected::Data(size_bytes) | Expected::OldValue(size_bytes) | Expected::Nothing(size_bytes)) =
-                *expected;
-            if let Some((_, fault)) = fault
-                && fault.done_bytes > size_bytes
-            {
-                let why = format!("operation {index} did {} of {size_bytes} bytes", fault.done_bytes);
-                return Err(invalid("fault_done_bytes", why));
-            }
-            carried_bytes += u64::from(carried(*expected, fault.map(|(_, fault)| fault)));
-        }
-        if let Some((index, _)) = next_fault.next() {
-            let why = format!("{index} is not an operation of the batch, or not in order");
-            return Err(invalid("fault_index", why));
-        }
-        if carried_bytes != completions.payload.len() as u64 {
-            let why = format!("has {} bytes; the operations give {carried_bytes}", completions.payload.len());
-            return Err(invalid("payload", why));
-        }
-        Ok(Self {
-            expected: shape.expected.into_iter(),
-            index: 0,
-            payload: completions.payload,
-            faults: faults.into_iter().peekable(),
-        })
-    }
-}
-
-/// Bytes of the payload that belong to an operation.
-fn carried(expected: Expected, fault: Option<&DmaFault>) -> u32 {
-    match (expected, fault) {
-        (Expected::Data(size_bytes) | Expected::OldValue(size_bytes), None) => size_bytes,
-        (Expected::Data(_), Some(fault)) => fault.done_bytes,
-        (Expected::OldValue(_), Some(_)) | (Expected::Nothing(_), _) => 0,
-    }
-}
-
-/// The fault columns as rows.
-fn faults(completions: &pb::DmaCompletions) -> Result<Vec<(u32, DmaFault)>, InvalidField> {
-    let pb::DmaCompletions { fault_index, fault_reason, fault_iova, fault_done_bytes, .. } = completions;
-    for (field, length) in [
-        ("fault_reason", fault_reason.len()),
-        ("fault_iova", fault_iova.len()),
-        ("fault_done_bytes", fault_done_bytes.len()),
-    ] {
-        if length != fault_index.len() {
-            let why = format!("has {length} elements; fault_index has {}", fault_index.len());
-            return Err(invalid(field, why));
-        }
-    }
-    let rows = std::iter::zip(fault_index, fault_reason).zip(std::iter::zip(fault_iova, fault_done_bytes));
-    rows.map(|((index, code), (iova, done_bytes))| {
-        let reason = reason_from_code(*code)
-            .ok_or_else(|| invalid("fault_reason", format!("{code:#x} is not a reason of this version")))?;
-        Ok((*index, DmaFault { done_bytes: *done_bytes, iova: Iova::new(*iova), reason }))
-    })
-    .collect()
-}
-
-impl Iterator for Results {
-    type Item = Result<Bytes, DmaFault>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let expected = self.expected.next()?;
-        let index = self.index;
-        self.index += 1;
-        let fault = self.faults.next_if(|(at, _)| *at == index).map(|(_, fault)| fault);
-        let data = self.payload.split_to(carried(expected, fault.as_ref()) as usize);
-        Some(fault.map_or(Ok(data), Err))
-    }
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        self.expected.size_hint()
-    }
-}
-
-impl ExactSizeIterator for Results {}

@@ -6,18 +6,20 @@
 //!
 //! | side   | sends                  | receives                          |
 //! | ------ | ---------------------- | --------------------------------- |
-//! | device | [`BatchBuilder`]       | [`BatchShape::results`]           |
+//! | device | [`Batch`]              | [`BatchShape::complete`]          |
 //! | server | [`CompletionsBuilder`] | [`BatchView::operations`]         |
 
 mod batch;
 mod builder;
+mod completed;
 mod completions;
 
 use iommu_types::{FaultReason, Refusal};
 
-pub use batch::{Action, Atomic, BatchError, BatchView, Operation, Operations};
-pub use builder::{BatchBuilder, BatchFull, BatchShape};
-pub use completions::{CompletionsBuilder, Results, refuse_whole};
+pub use batch::{Action, BatchError, BatchView, Operation, Operations};
+pub use builder::{AtomicValue, Batch};
+pub use completed::{BatchShape, Completed, OperationResult};
+pub use completions::{CompletionsBuilder, refuse_whole};
 
 use crate::limits;
 
@@ -64,18 +66,20 @@ pub const fn reason_code(reason: Result<FaultReason, Refusal>) -> u32 {
         Err(Refusal::OverLimit) => REFUSALS_FROM + 2,
         Err(Refusal::Malformed) => REFUSALS_FROM + 3,
         Err(Refusal::NoMemory) => REFUSALS_FROM + 4,
+        Err(Refusal::Unknown(code)) => code,
     }
 }
 
-/// The reason with this code. VT-d's codes are open; refusals are ours, and one that this version does not know is `None`.
-pub const fn reason_from_code(code: u32) -> Option<Result<FaultReason, Refusal>> {
-    Some(match code {
+/// The reason with this code. VT-d's codes are open, and so are refusals: a server of a later version may have more of
+/// them, which a device takes as refused and nothing else.
+pub const fn reason_from_code(code: u32) -> Result<FaultReason, Refusal> {
+    match code {
         0..=0xff => Ok(FaultReason(code as u8)),
         0x1000 => Err(Refusal::Fenced),
         0x1001 => Err(Refusal::StaleGeneration),
         0x1002 => Err(Refusal::OverLimit),
         0x1003 => Err(Refusal::Malformed),
         0x1004 => Err(Refusal::NoMemory),
-        _ => return None,
-    })
+        _ => Err(Refusal::Unknown(code)),
+    }
 }

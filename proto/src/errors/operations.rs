@@ -54,6 +54,7 @@ operations! {
     MmioError { InvalidField, UnknownDevice, NotYours, DeviceAbsent, DeviceTimeout, MmioRefused, LimitReached }
     CreateMachineError { InvalidField, BadCapabilities, OutOfMemory, LimitReached }
     RegisterError { UnknownMachine, NotYours, InvalidField, BadRegisterAccess }
+    InspectError { UnknownDevice, UnknownDomain, UnknownMachine, NotYours }
     SessionError { InvalidField, IdentityRefused, VersionMismatch, SessionExists, LimitReached, ShuttingDown }
     CallError {
         SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,

@@ -4541,7 +4541,8 @@ pub struct DmaCompletions {
     #[prost(uint32, repeated, tag = "3")]
     pub fault_index: ::prost::alloc::vec::Vec<u32>,
     /// Why: 0 to 255 is a VT-d fault reason; from 0x1000 on a refusal outside translation: 0x1000 fenced, 0x1001 stale generation, 0x1002
-    /// over a limit, 0x1003 malformed, 0x1004 no memory there.
+    /// over a limit, 0x1003 malformed, 0x1004 no memory there. Later versions add refusals: a device takes a code that it does not know
+    /// as a refusal.
     #[prost(uint32, repeated, tag = "4")]
     pub fault_reason: ::prost::alloc::vec::Vec<u32>,
     /// First address that was not served.

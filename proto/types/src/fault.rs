@@ -190,4 +190,7 @@ pub enum Refusal {
     /// The translation ends at an address behind which there is no memory (PCIe: Unsupported Request).
     #[error("the address leads to no memory")]
     NoMemory,
+    /// A refusal that this version does not know, by its code on the wire: the server is newer.
+    #[error("the operation was refused for a reason that this version does not know ({0:#x})")]
+    Unknown(u32),
 }

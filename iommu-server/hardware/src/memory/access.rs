@@ -10,7 +10,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use iommu_types::{Hpa, HpaRange, PAGE_SIZE_BYTES};
+use iommu_types::{AtomicOperation, Hpa, HpaRange, PAGE_SIZE_BYTES};
 use vm_memory::{AtomicInteger, VolatileMemory};
 
 use super::PhysicalMemory;
@@ -28,51 +28,6 @@ pub struct NoMemoryAt {
     pub at: Hpa,
     /// Bytes of the access.
     pub size_bytes: u64,
-}
-
-/// PCIe AtomicOps: FetchAdd and Swap of 4 and 8 bytes, CAS of 4, 8 and 16. Naturally aligned, checked by the caller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AtomicOperation {
-    /// Adds to 4 bytes; wraps.
-    FetchAdd32(u32),
-    /// Adds to 8 bytes; wraps.
-    FetchAdd64(u64),
-    /// Replaces 4 bytes.
-    Swap32(u32),
-    /// Replaces 8 bytes.
-    Swap64(u64),
-    /// Replaces 4 bytes if they are `compare`.
-    Cas32 {
-        /// Value that must be there.
-        compare: u32,
-        /// Value to put there.
-        new: u32,
-    },
-    /// Replaces 8 bytes if they are `compare`.
-    Cas64 {
-        /// Value that must be there.
-        compare: u64,
-        /// Value to put there.
-        new: u64,
-    },
-    /// Replaces 16 bytes if they are `compare`.
-    Cas128 {
-        /// Value that must be there.
-        compare: u128,
-        /// Value to put there.
-        new: u128,
-    },
-}
-
-impl AtomicOperation {
-    /// Bytes that the operation reads and writes, and the alignment it needs.
-    pub fn size_bytes(self) -> u32 {
-        match self {
-            Self::FetchAdd32(_) | Self::Swap32(_) | Self::Cas32 { .. } => 4,
-            Self::FetchAdd64(_) | Self::Swap64(_) | Self::Cas64 { .. } => 8,
-            Self::Cas128 { .. } => 16,
-        }
-    }
 }
 
 // === Bytes in bulk ===

@@ -12,7 +12,7 @@ mod frames;
 mod physical;
 mod records;
 
-pub use access::{AtomicOperation, NoMemoryAt};
+pub use access::NoMemoryAt;
 pub use frames::{FrameArray, FrameState, OWNER_NONE, OWNER_SERVER, PinError, TransferError};
 pub use physical::{
     Backing, HIGH_RAM_BASE, LOW_RAM_BYTES_MAX, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, MemoryConfig, MemoryError,

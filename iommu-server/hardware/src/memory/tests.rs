@@ -1,7 +1,7 @@
 //! Claims about the space as a whole: where RAM is, that accesses are all or nothing, what is refused and why.
 
 use super::*;
-use iommu_types::{Hpa, HpaRange, PAGE_SIZE_BYTES};
+use iommu_types::{AtomicOperation, Hpa, HpaRange, PAGE_SIZE_BYTES};
 use proptest::prelude::*;
 use std::os::unix::fs::PermissionsExt;
 

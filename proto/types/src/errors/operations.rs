@@ -52,6 +52,8 @@ operations! {
     CreateMachineError { InvalidField, BadCapabilities, OutOfMemory, LimitReached }
     /// Why a register of a bare machine's unit was not read or written.
     RegisterError { UnknownMachine, NotYours, InvalidField, BadRegisterAccess }
+    /// Why an inspection was refused.
+    InspectError { UnknownDevice, UnknownDomain, UnknownMachine, NotYours }
     /// Why a session was not opened.
     SessionError { InvalidField, IdentityRefused, VersionMismatch, SessionExists, LimitReached, ShuttingDown }
     /// What can befall any call, whatever it does: the session, the framing, the server.
