@@ -277,8 +277,4 @@ impl Feed for MachineFeed {
         let parsed = model::MachineInterrupts::try_from(message).map_err(|error| error.to_string())?;
         Ok(parsed.interrupts)
     }
-
-    fn resumed(&mut self) -> Option<MachineInterrupt> {
-        None
-    }
 }

@@ -86,8 +86,4 @@ impl Feed for FaultFeed {
         let empty = new.records.is_empty() && new.missed_count == 0;
         Ok(if empty { Vec::new() } else { vec![new] })
     }
-
-    fn resumed(&mut self) -> Option<NewFaults> {
-        None
-    }
 }

@@ -63,8 +63,11 @@ pub(crate) trait Feed: Send + 'static {
     ) -> impl Future<Output = Result<Streaming<Self::Message>, SdkError<Self::Error>>> + Send;
     /// The items of a message. `Err` says which rule of the schema it breaks.
     fn items(&mut self, message: Self::Message) -> Result<Vec<Self::Item>, String>;
-    /// What to tell the subscriber after a new subscription took the place of a lost one.
-    fn resumed(&mut self) -> Option<Self::Item>;
+    /// What to tell the subscriber after a new subscription took the place of a lost one; nothing, unless it
+    /// must know.
+    fn resumed(&mut self) -> Option<Self::Item> {
+        None
+    }
 }
 
 /// Subscribes and returns once the subscription stands: when its first message has come.

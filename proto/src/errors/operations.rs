@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use iommu_types::InvalidRange;
 use iommu_types::errors::*;
+use iommu_types::{InvalidRange, for_each_operation};
 use tonic::Code;
 use tonic_types::ErrorDetails;
 
@@ -11,7 +11,7 @@ use super::WireError;
 use crate::model::{InvalidBatch, InvalidRequest};
 
 macro_rules! operations {
-    ($($name:ident { $($variant:ident),* $(,)? })*) => { $(
+    ($($(#[$doc:meta])* $name:ident { $($variant:ident),* $(,)? })*) => { $(
         impl WireError for $name {
             fn reason(&self) -> &'static str {
                 match self { $(Self::$variant(fact) => fact.reason()),* }
@@ -37,29 +37,7 @@ macro_rules! operations {
     )* };
 }
 
-operations! {
-    AllocateError { InvalidField, OutOfMemory, LimitReached }
-    FreeError { InvalidRange, NotAllocated, StillMapped }
-    DmaMapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached }
-    DmaUnmapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotMapped, SizeMismatch, DirectionMismatch }
-    MapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
-    UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
-    CreateDomainError { InvalidField, OutOfMemory, LimitReached }
-    DestroyDomainError { UnknownDomain, NotYours, DomainInUse }
-    AttachError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, OutOfMemory, LimitReached }
-    DetachError { UnknownDevice, NotAttached, NotYours }
-    DeclareError { InvalidField, DeviceExists, UnknownOwner, LimitReached }
-    MemoryError { InvalidRange, InvalidField, UnknownOwner, UnknownMachine, NotYours, NotOwned, NoMemory, LimitReached }
-    InterruptError { UnknownDevice, NotYours, InvalidField, LimitReached }
-    MmioError { InvalidField, UnknownDevice, NotYours, DeviceAbsent, DeviceTimeout, MmioRefused, LimitReached }
-    CreateMachineError { InvalidField, BadCapabilities, OutOfMemory, LimitReached }
-    RegisterError { UnknownMachine, NotYours, InvalidField, BadRegisterAccess }
-    InspectError { UnknownDevice, UnknownDomain, UnknownMachine, NotYours }
-    SessionError { InvalidField, IdentityRefused, VersionMismatch, SessionExists, LimitReached, ShuttingDown }
-    CallError {
-        SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,
-        MessageTooLarge, UnknownMethod, ShuttingDown, StreamStalled, BadResumeToken, LimitReached, InvalidField, Internal,
-    }
+for_each_operation!(operations
     InvalidRequest { InvalidField, InvalidRange }
     InvalidBatch { InvalidField, LimitReached }
-}
+);

@@ -1,7 +1,59 @@
-//! One enum per operation.
+//! One enum per operation, and the one list of them.
 
 use super::*;
 use crate::InvalidRange;
+
+/// Calls a macro with `more` and then every operation and its errors, as `Name { Error, … }`, so that the wire and its
+/// tests cover each without a list of their own.
+#[macro_export]
+macro_rules! for_each_operation {
+    ($callback:ident $($more:tt)*) => {
+        $callback! {
+            $($more)*
+            /// Why a buffer was not allocated.
+            AllocateError { InvalidField, OutOfMemory, LimitReached }
+            /// Why a buffer was not freed.
+            FreeError { InvalidRange, NotAllocated, StillMapped }
+            /// Why the DMA API did not map.
+            DmaMapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached }
+            /// Why the DMA API did not unmap.
+            DmaUnmapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotMapped, SizeMismatch, DirectionMismatch }
+            /// Why the domain API did not map.
+            MapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
+            /// Why the domain API did not unmap.
+            UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
+            /// Why a domain was not created.
+            CreateDomainError { InvalidField, OutOfMemory, LimitReached }
+            /// Why a domain was not destroyed.
+            DestroyDomainError { UnknownDomain, NotYours, DomainInUse }
+            /// Why a device was not attached.
+            AttachError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, OutOfMemory, LimitReached }
+            /// Why a device was not detached.
+            DetachError { UnknownDevice, NotAttached, NotYours }
+            /// Why a device was not declared.
+            DeclareError { InvalidField, DeviceExists, UnknownOwner, LimitReached }
+            /// Why memory was not read or written.
+            MemoryError { InvalidRange, InvalidField, UnknownOwner, UnknownMachine, NotYours, NotOwned, NoMemory, LimitReached }
+            /// Why no interrupt was allocated.
+            InterruptError { UnknownDevice, NotYours, InvalidField, LimitReached }
+            /// Why a register of a device was not read or written.
+            MmioError { InvalidField, UnknownDevice, NotYours, DeviceAbsent, DeviceTimeout, MmioRefused, LimitReached }
+            /// Why no bare machine was created.
+            CreateMachineError { InvalidField, BadCapabilities, OutOfMemory, LimitReached }
+            /// Why a register of a bare machine's unit was not read or written.
+            RegisterError { UnknownMachine, NotYours, InvalidField, BadRegisterAccess }
+            /// Why an inspection was refused.
+            InspectError { UnknownDevice, UnknownDomain, UnknownMachine, NotYours }
+            /// Why a session was not opened.
+            SessionError { InvalidField, IdentityRefused, VersionMismatch, SessionExists, LimitReached, ShuttingDown }
+            /// What can befall any call, whatever it does: the session, the framing, the server.
+            CallError {
+                SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,
+                MessageTooLarge, UnknownMethod, ShuttingDown, StreamStalled, BadResumeToken, LimitReached, InvalidField, Internal,
+            }
+        }
+    };
+}
 
 macro_rules! operations {
     ($($(#[$doc:meta])* $name:ident { $($variant:ident),* $(,)? })*) => {
@@ -19,46 +71,4 @@ macro_rules! operations {
     };
 }
 
-operations! {
-    /// Why a buffer was not allocated.
-    AllocateError { InvalidField, OutOfMemory, LimitReached }
-    /// Why a buffer was not freed.
-    FreeError { InvalidRange, NotAllocated, StillMapped }
-    /// Why the DMA API did not map.
-    DmaMapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached }
-    /// Why the DMA API did not unmap.
-    DmaUnmapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotMapped, SizeMismatch, DirectionMismatch }
-    /// Why the domain API did not map.
-    MapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
-    /// Why the domain API did not unmap.
-    UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
-    /// Why a domain was not created.
-    CreateDomainError { InvalidField, OutOfMemory, LimitReached }
-    /// Why a domain was not destroyed.
-    DestroyDomainError { UnknownDomain, NotYours, DomainInUse }
-    /// Why a device was not attached.
-    AttachError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, OutOfMemory, LimitReached }
-    /// Why a device was not detached.
-    DetachError { UnknownDevice, NotAttached, NotYours }
-    /// Why a device was not declared.
-    DeclareError { InvalidField, DeviceExists, UnknownOwner, LimitReached }
-    /// Why memory was not read or written.
-    MemoryError { InvalidRange, InvalidField, UnknownOwner, UnknownMachine, NotYours, NotOwned, NoMemory, LimitReached }
-    /// Why no interrupt was allocated.
-    InterruptError { UnknownDevice, NotYours, InvalidField, LimitReached }
-    /// Why a register of a device was not read or written.
-    MmioError { InvalidField, UnknownDevice, NotYours, DeviceAbsent, DeviceTimeout, MmioRefused, LimitReached }
-    /// Why no bare machine was created.
-    CreateMachineError { InvalidField, BadCapabilities, OutOfMemory, LimitReached }
-    /// Why a register of a bare machine's unit was not read or written.
-    RegisterError { UnknownMachine, NotYours, InvalidField, BadRegisterAccess }
-    /// Why an inspection was refused.
-    InspectError { UnknownDevice, UnknownDomain, UnknownMachine, NotYours }
-    /// Why a session was not opened.
-    SessionError { InvalidField, IdentityRefused, VersionMismatch, SessionExists, LimitReached, ShuttingDown }
-    /// What can befall any call, whatever it does: the session, the framing, the server.
-    CallError {
-        SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,
-        MessageTooLarge, UnknownMethod, ShuttingDown, StreamStalled, BadResumeToken, LimitReached, InvalidField, Internal,
-    }
-}
+for_each_operation!(operations);
