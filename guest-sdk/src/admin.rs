@@ -13,8 +13,8 @@ use tonic::transport::Channel;
 use crate::connection::{Core, MESSAGE_BYTES_MAX};
 use crate::{SdkError, convert};
 
-/// The administration service. Its calls carry no request ID; one whose answer was lost and that is made again may be told that
-/// it was done already (such as `DEVICE_EXISTS`), so none is retried by itself.
+/// The administration service. Its calls carry no request ID; one whose answer was lost and that is made
+/// again may be told that it was done already (such as `DEVICE_EXISTS`), so none is retried by itself.
 #[derive(Clone, Debug)]
 pub struct Admin {
     core: Arc<Core>,
@@ -29,8 +29,8 @@ impl Admin {
         Self { core }
     }
 
-    /// Declares a device (segment 0), so that an agent may connect for it under `name`; with an owner, it is attached to that owner's default
-    /// domain.
+    /// Declares a device (segment 0), so that an agent may connect for it under `name`; with an owner, it is
+    /// attached to that owner's default domain.
     pub async fn declare_device(
         &self,
         device: DeviceAddress,
@@ -76,8 +76,8 @@ impl Admin {
             .map(drop)
     }
 
-    /// Gives a device to an owner and attaches it to a domain of that owner, or to the owner's default domain of the device. One that is attached
-    /// is detached first.
+    /// Gives a device to an owner and attaches it to a domain of that owner, or to the owner's default domain
+    /// of the device. One that is attached is detached first.
     pub async fn attach_to_owner(
         &self,
         device: DeviceAddress,
@@ -107,7 +107,8 @@ impl Admin {
             .map(drop)
     }
 
-    /// Ends the session of a peer at once; of a driver, what it holds is reclaimed without grace. Says whether there was a session.
+    /// Ends the session of a peer at once; of a driver, what it holds is reclaimed without grace. Says
+    /// whether there was a session.
     pub async fn quarantine(&self, peer: Peer) -> Result<bool, SdkError<AttachError>> {
         let message: pb::QuarantineRequest = model::Quarantine { peer }.into();
         let answer = self
@@ -140,7 +141,8 @@ impl Admin {
         Ok(answer.value)
     }
 
-    /// Writes a register of any device, for debugging beside its driver; answered when the device has taken it.
+    /// Writes a register of any device, for debugging beside its driver; answered when the device has taken
+    /// it.
     pub async fn mmio_write(
         &self,
         device: DeviceAddress,

@@ -1,5 +1,6 @@
-//! Bare machines: a PCI segment, memory from address 0, one VT-d unit, and devices behind it. The client plays the operating system: it
-//! writes the tables into the machine's memory and programs the unit's registers.
+//! Bare machines: a PCI segment, memory from address 0, one VT-d unit, and devices behind it. The client
+//! plays the operating system: it writes the tables into the machine's memory and programs the unit's
+//! registers.
 
 use std::sync::Arc;
 
@@ -24,7 +25,8 @@ pub struct BareClient {
     core: Arc<Core>,
 }
 
-/// A bare machine. It stays until it is destroyed or the session is reclaimed; dropping the value destroys nothing.
+/// A bare machine. It stays until it is destroyed or the session is reclaimed; dropping the value destroys
+/// nothing.
 #[derive(Clone, Debug)]
 pub struct BareMachine {
     core: Arc<Core>,
@@ -41,8 +43,9 @@ impl BareClient {
         Self { core }
     }
 
-    /// Creates a machine of `memory_bytes` (a multiple of 4096) with the devices named; `None` gives its unit everything that is built.
-    /// Creating has no request ID and is not retried: after an error without an answer, [`list`](Self::list) tells whether it is there.
+    /// Creates a machine of `memory_bytes` (a multiple of 4096) with the devices named; `None` gives its unit
+    /// everything that is built. Creating has no request ID and is not retried: after an error without an
+    /// answer, [`list`](Self::list) tells whether it is there.
     pub async fn create(
         &self,
         memory_bytes: u64,
@@ -107,8 +110,8 @@ impl BareMachine {
         self.read_register(offset, AccessWidth::Bytes8).await
     }
 
-    /// Writes a 4-byte register of the unit. Writing the queue tail starts the queue, which goes on after the answer. Not retried: some
-    /// registers act by being written.
+    /// Writes a 4-byte register of the unit. Writing the queue tail starts the queue, which goes on after the
+    /// answer. Not retried: some registers act by being written.
     pub async fn write32(&self, offset: u32, value: u32) -> Result<(), SdkError<RegisterError>> {
         self.write_register(offset, AccessWidth::Bytes4, value.into()).await
     }
@@ -148,7 +151,8 @@ impl BareMachine {
             .map(drop)
     }
 
-    /// Reads `size_bytes` of the machine's memory at physical address `address`; any amount, message by message.
+    /// Reads `size_bytes` of the machine's memory at physical address `address`; any amount, message by
+    /// message.
     pub async fn read_memory(&self, address: u64, size_bytes: u64) -> Result<Bytes, SdkError<MemoryError>> {
         check_range(address, size_bytes)?;
         let most = u64::from(self.core.limits().batch_bytes_max);
@@ -180,8 +184,8 @@ impl BareMachine {
         Ok(data.freeze())
     }
 
-    /// Writes `data` into the machine's memory; any amount, message by message. Aligned 8-byte units are written atomically. Writing
-    /// the same bytes again is harmless, so lost messages are repeated.
+    /// Writes `data` into the machine's memory; any amount, message by message. Aligned 8-byte units are
+    /// written atomically. Writing the same bytes again is harmless, so lost messages are repeated.
     pub async fn write_memory(
         &self,
         address: u64,
@@ -207,8 +211,8 @@ impl BareMachine {
         Ok(())
     }
 
-    /// Interrupts of the machine's devices and event messages of its unit, from now on. Returns once the subscription stands; after a lost
-    /// connection it goes on with what comes then.
+    /// Interrupts of the machine's devices and event messages of its unit, from now on. Returns once the
+    /// subscription stands; after a lost connection it goes on with what comes then.
     pub async fn watch_interrupts(
         &self,
     ) -> Result<Subscription<MachineInterrupt, UnknownMachine>, SdkError<UnknownMachine>> {

@@ -11,8 +11,8 @@ use iommu_types::{Gpa, GpaRange, InvalidRange};
 use crate::driver::DriverCore;
 use crate::{Memory, SdkError};
 
-/// A buffer of whole pages in the owner's memory. It stays allocated until it is freed or the session is reclaimed; dropping the
-/// value frees nothing.
+/// A buffer of whole pages in the owner's memory. It stays allocated until it is freed or the session is
+/// reclaimed; dropping the value frees nothing.
 #[derive(Debug)]
 pub struct Buffer {
     driver: Arc<DriverCore>,
@@ -39,8 +39,8 @@ impl Buffer {
         self.range
     }
 
-    /// A part: `size_bytes` (at least 1) from `offset`. What leaves the buffer is refused by the server unless it is memory of the
-    /// owner as well.
+    /// A part: `size_bytes` (at least 1) from `offset`. What leaves the buffer is refused by the server
+    /// unless it is memory of the owner as well.
     pub fn slice(&self, offset: u64, size_bytes: u64) -> Result<GpaRange, InvalidRange> {
         let base = self.gpa().checked_add(offset).ok_or(InvalidRange::Wraps {
             space: "gpa",

@@ -1,7 +1,8 @@
 //! The session of a client: opened once, opened again when its connection is lost, and the calls on it.
 //!
-//! A session lives on one HTTP/2 connection. When that is lost, the next call (or a retry) connects anew and comes back with the
-//! resume token; each connection has a number (epoch), so that of many calls that see one loss only one opens again.
+//! A session lives on one HTTP/2 connection. When that is lost, the next call (or a retry) connects anew and
+//! comes back with the resume token; each connection has a number (epoch), so that of many calls that see one
+//! loss only one opens again.
 
 use std::future::Future;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use iommu_proto::errors::WireError;
+use iommu_proto::limits::SCHEMA_VERSION;
 use iommu_proto::pb;
 use iommu_proto::pb::open_request::Role as WireRole;
 use iommu_proto::pb::session_service_client::SessionServiceClient;
@@ -16,12 +18,13 @@ use iommu_types::Generation;
 use iommu_types::errors::{CallError, SessionError};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, IntoRequest, Request, Response, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use crate::error::{causes, of_status};
 use crate::{SdkError, TransportError};
 
-/// Major version of the schema that this crate speaks.
-const SCHEMA_VERSION: u32 = 1;
 /// How often an idle connection is probed, and how long a probe may stay unanswered.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -34,8 +37,8 @@ const FRAME_BYTES_MAX: u32 = 256 << 10;
 /// Largest message that is taken from the server.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Delays between the attempts of a call.
-const RETRY_FIRST: Duration = Duration::from_millis(20);
-const RETRY_LONGEST: Duration = Duration::from_millis(500);
+pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(20);
+pub(crate) const RETRY_LONGEST: Duration = Duration::from_millis(500);
 
 /// Limits of a session, enforced by the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +118,8 @@ impl Core {
         self.live().grace
     }
 
-    /// Opens the session again after connection `epoch` was lost. Whoever comes second gets what the first one opened.
+    /// Opens the session again after connection `epoch` was lost. Whoever comes second gets what the first
+    /// one opened.
     pub(crate) async fn reopen(&self, epoch: u64) -> Result<Arc<Live>, SdkError<SessionError>> {
         let mut open = self.open.lock().await;
         let current = self.live();
@@ -124,8 +128,11 @@ impl Core {
         }
         let token_given = !open.resume_token.is_empty();
         let mut asked = open.clone();
-        let (live, resumed) =
-            open_session(&self.endpoint, &self.endpoint_text, &mut asked, epoch.wrapping_add(1)).await?;
+        let opened = open_session(&self.endpoint, &self.endpoint_text, &mut asked, epoch.wrapping_add(1));
+        let (live, resumed) = match opened.await {
+            Err(error) if token_given && is_forgotten(&error) => return Err(TransportError::StateLost.into()),
+            opened => opened?,
+        };
         if token_given && !resumed {
             // What we held is gone. The token stays as it is, so that every later attempt is told the same.
             return Err(TransportError::StateLost.into());
@@ -137,7 +144,8 @@ impl Core {
         Ok(live)
     }
 
-    /// Calls until there is an answer, a refusal, or the deadline. `attempt` is given the connection of each attempt.
+    /// Calls until there is an answer, a refusal, or the deadline. `attempt` is given the connection of each
+    /// attempt.
     pub(crate) async fn call<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
     where
         E: WireError,
@@ -169,33 +177,45 @@ impl Core {
         ended.unwrap_or_else(|_| Err(TransportError::Deadline { waited: self.deadline, last }.into()))
     }
 
-    /// Calls once, for what must not be done twice and has no request ID. A session that the server does not know any more has
-    /// not done anything, so that is opened again first.
+    /// Calls once, for what must not be done twice and has no request ID. A session that the server does not
+    /// know any more has not done anything, so that is opened again first.
     pub(crate) async fn call_once<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
     where
         E: WireError,
         F: Fn(Channel) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let live = self.live();
-        let once = async {
-            let status = match attempt(live.channel.clone()).await {
-                Ok(answer) => return Ok(answer.into_inner()),
-                Err(status) => status,
-            };
-            if !matches!(CallError::from_status(&status), Some(CallError::SessionRequired(_))) {
-                return Err(of_status(&status));
-            }
-            match self.reopen(live.epoch).await {
-                Ok(live) => attempt(live.channel.clone())
-                    .await
-                    .map(Response::into_inner)
-                    .map_err(|status| of_status(&status)),
-                Err(error) => passing(error).and(Err(of_status(&status))),
-            }
-        };
-        let ended = tokio::time::timeout(self.deadline, once).await;
+        let ended = tokio::time::timeout(self.deadline, self.call_once_at_length(attempt)).await;
         ended.unwrap_or(Err(TransportError::Deadline { waited: self.deadline, last: None }.into()))
+    }
+
+    /// The same without a deadline, for transfers that take as long as they take.
+    pub(crate) async fn call_once_at_length<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: Fn(Channel) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let live = self.live();
+        let status = match attempt(live.channel.clone()).await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => status,
+        };
+        if !matches!(CallError::from_status(&status), Some(CallError::SessionRequired(_))) {
+            return Err(of_status(&status));
+        }
+        match self.reopen(live.epoch).await {
+            Ok(live) => attempt(live.channel.clone())
+                .await
+                .map(Response::into_inner)
+                .map_err(|status| of_status(&status)),
+            Err(error) => passing(error).and(Err(of_status(&status))),
+        }
+    }
+
+    /// The deadline of a call.
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline
     }
 
     /// A request with the deadline of one call, for unary methods.
@@ -214,6 +234,20 @@ pub(crate) fn may_retry(status: &Status) -> bool {
     }
 }
 
+/// Whether the server does not know the token any more: it has reclaimed the session, or was started anew. Name and role were good
+/// before, so a refused identity says the same.
+fn is_forgotten(error: &SdkError<SessionError>) -> bool {
+    matches!(
+        error,
+        SdkError::Refused(SessionError::IdentityRefused(_)) | SdkError::Call(CallError::BadResumeToken(_))
+    )
+}
+
+/// Whether what the session held is there again when it is opened with its token. Who holds nothing opens afresh.
+fn is_resumable(role: Option<&WireRole>) -> bool {
+    matches!(role, Some(WireRole::Driver(_) | WireRole::Bare(_)))
+}
+
 /// Whether a failure to open again is worth another attempt.
 fn passing<E>(error: SdkError<SessionError>) -> Result<(), SdkError<E>> {
     match error {
@@ -226,7 +260,8 @@ fn passing<E>(error: SdkError<SessionError>) -> Result<(), SdkError<E>> {
     }
 }
 
-/// tonic tells a connection that broke under a call as Unknown or Cancelled with a source, or as a broken stream (Internal).
+/// tonic tells a connection that broke under a call as Unknown or Cancelled with a source, or as a broken
+/// stream (Internal).
 fn is_broken_connection(status: &Status) -> bool {
     matches!(status.code(), Code::Unknown | Code::Internal | Code::Cancelled)
         && std::error::Error::source(status).is_some()
@@ -247,6 +282,20 @@ fn configured(text: &str) -> Result<Endpoint, TransportError> {
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX))
+}
+
+/// Asks the health service, over a connection of its own.
+pub(crate) async fn serving(endpoint_text: &str) -> Result<bool, TransportError> {
+    let unreachable = |why| TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why };
+    let connected = configured(endpoint_text)?.connect().await;
+    let channel = connected.map_err(|error| unreachable(causes(&error)))?;
+    let question = HealthCheckRequest { service: String::new() };
+    let answer = HealthClient::new(channel).check(question).await;
+    match answer {
+        Ok(answer) => Ok(answer.into_inner().status() == ServingStatus::Serving),
+        Err(status) if status.code() == Code::Unavailable => Err(unreachable(causes(&status))),
+        Err(status) => Err(TransportError::Status { code: status.code(), message: causes(&status) }),
+    }
 }
 
 /// Connects and opens; leaves the new token in `open`. Also tells whether the session goes on where it was.
@@ -271,7 +320,7 @@ async fn open_session(
         })?
         .into_inner();
     if answer.schema_version != SCHEMA_VERSION {
-        let why = format!("schema_version: {} where 1 was agreed", answer.schema_version);
+        let why = format!("schema_version: {} where {SCHEMA_VERSION} was agreed", answer.schema_version);
         return Err(TransportError::BadAnswer(why).into());
     }
     let limits = answer.limits.ok_or_else(|| TransportError::BadAnswer("limits: absent".into()))?;
@@ -281,7 +330,9 @@ async fn open_session(
         batch_bytes_max: limits.batch_bytes_max.max(1),
         request_window: limits.request_window.max(1),
     };
-    open.resume_token = answer.resume_token;
+    if is_resumable(open.role.as_ref()) {
+        open.resume_token = answer.resume_token;
+    }
     let generation = Generation(answer.generation);
     let grace = Duration::from_millis(answer.grace_ms);
     Ok((Live { channel, epoch, limits, generation, grace }, answer.resumed))

@@ -1,13 +1,15 @@
 //! Map and unmap in batches over one stream, many batches in flight.
 //!
-//! A task owns the stream and keeps every batch until it is answered. When the connection is lost it opens the stream again and
-//! sends the unanswered batches once more, with the same request IDs, so that none is carried out twice.
+//! A task owns the stream and keeps every batch until it is answered. When the connection is lost it opens
+//! the stream again and sends the unanswered batches once more, with the same request IDs, so that none is
+//! carried out twice.
 
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use iommu_proto::model::{map_outcomes, unmap_outcomes};
 use iommu_proto::pb;
@@ -20,7 +22,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use crate::connection::may_retry;
+use crate::connection::{RETRY_FIRST, RETRY_LONGEST, may_retry};
 use crate::driver::{DriverCore, client};
 use crate::error::of_status;
 use crate::requests::RequestInFlight;
@@ -31,8 +33,8 @@ pub(crate) type Client = DriverServiceClient<Channel>;
 
 type Answer<T, E> = Result<Vec<Result<T, E>>, SdkError<Never>>;
 
-/// A stream of map and unmap batches of one device. Batches are answered in the order of their submission; drop it when all tickets have
-/// been awaited.
+/// A stream of map and unmap batches of one device. Batches are answered in the order of their submission;
+/// drop it when all tickets have been awaited.
 #[derive(Debug)]
 pub struct DmaStream {
     driver: Arc<DriverCore>,
@@ -91,8 +93,9 @@ impl DmaStream {
         Self { driver, device, batches }
     }
 
-    /// Sends a batch of maps, all of one direction; at most `batch_operations_max` of them. Waits only while the window of request IDs is
-    /// full. Sizes of 4 GiB and more need [`Driver::dma_map_single`](crate::Driver::dma_map_single).
+    /// Sends a batch of maps, all of one direction; at most `batch_operations_max` of them. Waits only while
+    /// the window of request IDs is full. Sizes of 4 GiB and more need
+    /// [`Driver::dma_map_single`](crate::Driver::dma_map_single).
     pub async fn map(&self, memory: &[GpaRange], direction: Direction) -> Result<MapTicket, SdkError<Never>> {
         let sizes = memory.iter().map(|range| size(range.size_bytes())).collect::<Result<_, _>>()?;
         let batch = WireBatch::Map(pb::DmaMapBatch {
@@ -105,7 +108,8 @@ impl DmaStream {
         Ok(MapTicket(ticket))
     }
 
-    /// Sends a batch of unmaps: the address and size of each mapping, all of one direction. One drain for all of them.
+    /// Sends a batch of unmaps: the address and size of each mapping, all of one direction. One drain for all
+    /// of them.
     pub async fn unmap(
         &self,
         mappings: &[(Iova, u64)],
@@ -164,7 +168,10 @@ pub(crate) fn wire_direction(direction: Direction) -> i32 {
 /// Carries batches for as long as somebody can submit them or waits for an answer.
 async fn pump(driver: Arc<DriverCore>, mut queue: mpsc::UnboundedReceiver<Pending>) {
     let mut unanswered = VecDeque::new();
+    // No delay while streams answer; a server that takes them and ends them at once is not asked in a hot loop.
+    let mut delay = Duration::ZERO;
     loop {
+        tokio::time::sleep(delay).await;
         if unanswered.is_empty() {
             match queue.recv().await {
                 Some(batch) => unanswered.push_back(batch),
@@ -174,11 +181,19 @@ async fn pump(driver: Arc<DriverCore>, mut queue: mpsc::UnboundedReceiver<Pendin
         let error = match open(&driver).await {
             Ok((outbound, inbound)) => match carry(outbound, inbound, &mut queue, &mut unanswered).await {
                 Carried::Finished => return,
-                Carried::Lost => continue,
+                Carried::Lost { answered: true } => {
+                    delay = Duration::ZERO;
+                    continue;
+                }
+                Carried::Lost { answered: false } => {
+                    delay = (delay * 2).clamp(RETRY_FIRST, RETRY_LONGEST);
+                    continue;
+                }
                 Carried::Failed(error) => error,
             },
             Err(error) => error,
         };
+        delay = Duration::ZERO;
         for batch in unanswered.drain(..) {
             batch.fail(error.clone());
         }
@@ -206,7 +221,10 @@ enum Carried {
     /// Nobody submits any more and everything is answered.
     Finished,
     /// The stream is lost; the unanswered go over the next one.
-    Lost,
+    Lost {
+        /// Whether it carried an answer before.
+        answered: bool,
+    },
     /// It makes no sense to go on with what is unanswered.
     Failed(SdkError<Never>),
 }
@@ -219,10 +237,10 @@ async fn carry(
 ) -> Carried {
     for batch in unanswered.iter() {
         if outbound.send(batch.message.clone()).is_err() {
-            return Carried::Lost;
+            return Carried::Lost { answered: false };
         }
     }
-    let mut open = true;
+    let (mut open, mut answered) = (true, false);
     while open || !unanswered.is_empty() {
         tokio::select! {
             batch = queue.recv(), if open => match batch {
@@ -230,7 +248,7 @@ async fn carry(
                     let sent = outbound.send(batch.message.clone());
                     unanswered.push_back(batch);
                     if sent.is_err() {
-                        return Carried::Lost;
+                        return Carried::Lost { answered };
                     }
                 }
                 None => open = false,
@@ -240,9 +258,10 @@ async fn carry(
                     if let Err(why) = settle(unanswered, answer) {
                         return Carried::Failed(TransportError::BadAnswer(why).into());
                     }
+                    answered = true;
                 }
-                Ok(None) => return Carried::Lost,
-                Err(status) if may_retry(&status) => return Carried::Lost,
+                Ok(None) => return Carried::Lost { answered },
+                Err(status) if may_retry(&status) => return Carried::Lost { answered },
                 Err(status) => return Carried::Failed(of_status(&status)),
             },
         }

@@ -33,7 +33,8 @@ impl DomainWidth {
     }
 }
 
-/// A domain of this owner. It stays until it is destroyed or the session is reclaimed; dropping the value destroys nothing.
+/// A domain of this owner. It stays until it is destroyed or the session is reclaimed; dropping the value
+/// destroys nothing.
 #[derive(Clone, Debug)]
 pub struct Domain {
     driver: Arc<DriverCore>,
@@ -50,8 +51,8 @@ impl Domain {
         self.id
     }
 
-    /// Maps `size_bytes` of memory at `gpa` to `iova`; all three are multiples of 4096. A range that touches an existing mapping is refused
-    /// whole.
+    /// Maps `size_bytes` of memory at `gpa` to `iova`; all three are multiples of 4096. A range that touches
+    /// an existing mapping is refused whole.
     pub async fn map(
         &self,
         iova: Iova,
@@ -71,8 +72,8 @@ impl Domain {
         self.driver.mutate(message, call).await.map(drop)
     }
 
-    /// Unmaps every mapping in the range, which may have holes; one that would be split refuses the whole. Answered after
-    /// invalidation and drain, with the bytes of mappings removed.
+    /// Unmaps every mapping in the range, which may have holes; one that would be split refuses the whole.
+    /// Answered after invalidation and drain, with the bytes of mappings removed.
     pub async fn unmap(&self, iova: Iova, size_bytes: u64) -> Result<u64, SdkError<UnmapError>> {
         let message = |header: RequestHeader| pb::UnmapRequest {
             header: Some(header.into()),

@@ -1,4 +1,5 @@
-//! The driver software of an owner: buffers, the DMA API, domains, interrupts, and the registers of its devices.
+//! The driver software of an owner: buffers, the DMA API, domains, interrupts, and the registers of its
+//! devices.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,10 +20,10 @@ use crate::convert::bad_answer;
 use crate::requests::Requests;
 use crate::{
     Buffer, Coherent, DeviceHandle, DmaMapping, DmaStream, Domain, DomainWidth, Faults, Inspect,
-    InterruptEvent, Memory, Never, SdkError, SessionLimits, Subscription,
+    InterruptEvent, Memory, Never, SdkError, SessionLimits, Subscription, TransportError,
 };
 
-/// A mapping that was dropped without being unmapped.
+/// A mapping that was dropped without being unmapped, or whose unmap was dropped before its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeakReport {
     /// The device it was made for.
@@ -73,7 +74,11 @@ impl DriverCore {
         F: Fn(DriverServiceClient<Channel>, Request<M>) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let request = self.requests.begin().await;
+        let waited = self.core.deadline();
+        let request = tokio::time::timeout(waited, self.requests.begin()).await.map_err(|_| {
+            let last = Some("the server's window is full of requests without an answer".to_owned());
+            TransportError::Deadline { waited, last }
+        })?;
         self.core.call(|channel| call(client(channel), self.core.request(message(request.header())))).await
     }
 
@@ -128,8 +133,8 @@ impl Driver {
         self.inner.leaked.load(Ordering::Relaxed)
     }
 
-    /// Calls `watcher` for every mapping that is dropped without unmap, beside the warning in the log. Only the first one given is kept;
-    /// `false` says that there was one already.
+    /// Calls `watcher` for every mapping that is dropped without unmap, beside the warning in the log. Only
+    /// the first one given is kept; `false` says that there was one already.
     pub fn on_leak(&self, watcher: impl Fn(LeakReport) + Send + Sync + 'static) -> bool {
         self.inner.on_leak.set(Box::new(watcher)).is_ok()
     }
@@ -166,8 +171,9 @@ impl Driver {
         Ok(Buffer::new(Arc::clone(&self.inner), range))
     }
 
-    /// Maps memory for one DMA (Linux `dma_map_single`): any offset and size. The server chooses the address and returns it; it has
-    /// the offset of `memory` in its page. What Linux tells by [`DMA_MAPPING_ERROR`](crate::DMA_MAPPING_ERROR) is `Err` here.
+    /// Maps memory for one DMA (Linux `dma_map_single`): any offset and size. The server chooses the address
+    /// and returns it; it has the offset of `memory` in its page. What Linux tells by
+    /// [`DMA_MAPPING_ERROR`](crate::DMA_MAPPING_ERROR) is `Err` here.
     pub async fn dma_map_single(
         &self,
         device: &DeviceHandle,
@@ -186,7 +192,8 @@ impl Driver {
         Ok(DmaMapping::new(Arc::clone(&self.inner), device.address(), iova, memory, direction))
     }
 
-    /// Maps part of one 4 KiB page (Linux `dma_map_page`): `size_bytes` from `offset` in the page that holds `page`.
+    /// Maps part of one 4 KiB page (Linux `dma_map_page`): `size_bytes` from `offset` in the page that holds
+    /// `page`.
     pub async fn dma_map_page(
         &self,
         device: &DeviceHandle,
@@ -202,7 +209,8 @@ impl Driver {
         self.dma_map_single(device, range, direction).await
     }
 
-    /// Allocates memory that CPU and device share for long (Linux `dma_alloc_coherent`), such as a descriptor ring.
+    /// Allocates memory that CPU and device share for long (Linux `dma_alloc_coherent`), such as a descriptor
+    /// ring.
     pub async fn dma_alloc_coherent(
         &self,
         device: &DeviceHandle,
@@ -242,8 +250,8 @@ impl Driver {
         Ok(Domain::new(Arc::clone(&self.inner), crate::convert::domain_id(answer.domain_id)?))
     }
 
-    /// Interrupts of this owner's devices, from now on. Returns once the subscription stands, so that an interrupt provoked
-    /// afterwards is seen.
+    /// Interrupts of this owner's devices, from now on. Returns once the subscription stands, so that an
+    /// interrupt provoked afterwards is seen.
     pub async fn watch_interrupts(&self) -> Result<Subscription<InterruptEvent, Never>, SdkError<Never>> {
         crate::interrupts::watch(Arc::clone(&self.inner.core)).await
     }

@@ -30,7 +30,8 @@ impl Faults {
         Self { core }
     }
 
-    /// Records that are kept, oldest first; at most `limit` of them, the newest (0: as many as fit one message).
+    /// Records that are kept, oldest first; at most `limit` of them, the newest (0: as many as fit one
+    /// message).
     pub async fn list(&self, filter: FaultFilter, limit: u32) -> Result<FaultList, SdkError<NotYours>> {
         let message: pb::ListFaultsRequest = model::ListFaults { filter: Some(filter), limit }.into();
         let answer = self
@@ -43,9 +44,10 @@ impl Faults {
         Ok(answer.try_into().map_err(bad_answer)?)
     }
 
-    /// Records kept after `resume_token` (of a [`list`](Self::list) or an earlier watch; empty: what comes from now on), then new ones as they come.
-    /// Returns once the subscription stands. After a lost connection it goes on where it was; records that were overwritten meanwhile are
-    /// counted in `missed_count`.
+    /// Records kept after `resume_token` (of a [`list`](Self::list) or an earlier watch; empty: what comes
+    /// from now on), then new ones as they come. Returns once the subscription stands. After a lost
+    /// connection it goes on where it was; records that were overwritten meanwhile are counted in
+    /// `missed_count`.
     pub async fn watch(
         &self,
         filter: FaultFilter,

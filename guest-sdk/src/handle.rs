@@ -31,7 +31,8 @@ impl DeviceHandle {
 
     /// Reads a register of `width` at `offset` (a multiple of the width) in BAR `bar` (0 to 5).
     ///
-    /// A read that got no answer because the connection was lost is made again: a register that changes by being read may be read twice.
+    /// A read that got no answer because the connection was lost is made again: a register that changes by
+    /// being read may be read twice.
     pub async fn read(&self, bar: u8, offset: u64, width: AccessWidth) -> Result<u64, SdkError<MmioError>> {
         let message = pb::MmioReadRequest {
             device: Some(self.address.into()),
@@ -55,8 +56,8 @@ impl DeviceHandle {
 
     /// Writes a register; answered when the device has taken it. Bits of `value` above the width are refused.
     ///
-    /// The wire gives register writes no request ID, so a write that got no answer is **not** made again: it ends as
-    /// [`SdkError::Transport`], and whether the device took it is unknown.
+    /// The wire gives register writes no request ID, so a write that got no answer is **not** made again: it
+    /// ends as [`SdkError::Transport`], and whether the device took it is unknown.
     pub async fn write(
         &self,
         bar: u8,

@@ -72,8 +72,8 @@ impl Inspect {
         Ok(model::Domains::try_from(answer).map_err(bad_answer)?.domains)
     }
 
-    /// Mappings of a domain that end above `from`, in the order of their addresses; at most `limit` (0: as many as fit one message).
-    /// `next_iova` says where to go on.
+    /// Mappings of a domain that end above `from`, in the order of their addresses; at most `limit` (0: as
+    /// many as fit one message). `next_iova` says where to go on.
     pub async fn mappings(
         &self,
         domain_id: DomainId,
@@ -92,7 +92,8 @@ impl Inspect {
         Ok(answer.try_into().map_err(bad_answer)?)
     }
 
-    /// Every present table entry of a device, root first, raw and in words; without its page tables if so asked.
+    /// Every present table entry of a device, root first, raw and in words; without its page tables if so
+    /// asked.
     pub async fn dump_tables(
         &self,
         device: DeviceAddress,

@@ -1,8 +1,10 @@
-//! Async clients of the IOMMU: [`Driver`] (DMA API and domain API), [`Observer`], [`Operator`], [`BareClient`].
+//! Async clients of the IOMMU: [`Driver`] (DMA API and domain API), [`Observer`], [`Operator`],
+//! [`BareClient`].
 //!
-//! Every client begins with a [`Connection`], which says who it is; what it is allowed follows from that. A lost connection is
-//! opened again by itself, with the same session as long as the server's grace lasts. Mutating calls carry request IDs and are
-//! retried with the same ID, so that a retry never does a thing twice.
+//! Every client begins with a [`Connection`], which says who it is; what it is allowed follows from that. A
+//! lost connection is opened again by itself, with the same session as long as the server's grace lasts.
+//! Mutating calls carry request IDs and are retried with the same ID, so that a retry never does a thing
+//! twice.
 //!
 //! A driver in short (`examples/map_a_buffer.rs` is the same with a device that copies):
 //!
@@ -10,7 +12,7 @@
 //! use guest_sdk::{Connection, Direction, Owner};
 //!
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-//! let driver = Connection::to("http://127.0.0.1:7117").driver("net-driver", Owner::Driver(1)).await?;
+//! let driver = Connection::to("http://127.0.0.1:7450").driver("net-driver", Owner::Driver(1)).await?;
 //! let device = driver.device("0000:00:05.0".parse()?);
 //! let buffer = driver.allocate(4096).await?;
 //! buffer.write(0, &b"hello"[..]).await?;
@@ -21,9 +23,9 @@
 //! # }
 //! ```
 //!
-//! Sizes are in bytes, addresses are typed by their space ([`Gpa`] for the owner's memory, [`Iova`] for the device's view).
-//! Every call ends with an [`SdkError`]: the operation's own refusal (an enum of [`iommu_types::errors`]), an error that can befall
-//! any call, or no answer within the deadline.
+//! Sizes are in bytes, addresses are typed by their space ([`Gpa`] for the owner's memory, [`Iova`] for the
+//! device's view). Every call ends with an [`SdkError`]: the operation's own refusal (an enum of
+//! [`iommu_types::errors`]), an error that can befall any call, or no answer within the deadline.
 
 mod admin;
 mod bare;

@@ -11,12 +11,13 @@ use crate::dma_stream::{Client, wire_direction};
 use crate::driver::DriverCore;
 use crate::{LeakReport, Memory, SdkError};
 
-/// The address that stands for no mapping (Linux `DMA_MAPPING_ERROR`). A failed map is an `Err` in this crate; the wire's batches carry
-/// this in their address column.
+/// The address that stands for no mapping (Linux `DMA_MAPPING_ERROR`). A failed map is an `Err` in this
+/// crate; the wire's batches carry this in their address column.
 pub const DMA_MAPPING_ERROR: Iova = Iova::new(u64::MAX);
 
-/// Memory mapped for a device (Linux `dma_addr_t`, with what belongs to it). [`unmap`](Self::unmap) uses it up, so that an address that is no
-/// longer mapped cannot be handed out by mistake; dropping it instead is a leak, which the [`Driver`](crate::Driver) counts and reports.
+/// Memory mapped for a device (Linux `dma_addr_t`, with what belongs to it). [`unmap`](Self::unmap) uses it
+/// up, so that an address that is no longer mapped cannot be handed out by mistake; dropping it instead is a
+/// leak, which the [`Driver`](crate::Driver) counts and reports.
 #[derive(Debug)]
 #[must_use = "a mapping that is dropped without unmap is a leak: the device can still use it"]
 pub struct DmaMapping {
@@ -65,9 +66,9 @@ impl DmaMapping {
     }
 
     /// Unmaps (Linux `dma_unmap_single`). When this is answered, no DMA uses the translation any more: not a cached one, not one
-    /// in flight (I1). The value is used up whatever comes; an error without an answer leaves the outcome unknown.
+    /// in flight (I1). The value is used up whatever comes; an error without an answer leaves the outcome unknown. Dropping the future
+    /// before the answer is a leak.
     pub async fn unmap(mut self) -> Result<(), SdkError<DmaUnmapError>> {
-        self.mapped = false;
         let message = |header: RequestHeader| pb::DmaUnmapRequest {
             header: Some(header.into()),
             device: Some(self.device.into()),
@@ -76,7 +77,9 @@ impl DmaMapping {
             direction: wire_direction(self.direction),
         };
         let call = |mut client: Client, request| async move { client.dma_unmap(request).await };
-        self.driver.mutate(message, call).await.map(drop)
+        let answer = self.driver.mutate(message, call).await;
+        self.mapped = false;
+        answer.map(drop)
     }
 
     /// Leaves the mapping to the session, without a leak report: it goes when the session is reclaimed.
@@ -99,8 +102,8 @@ impl Drop for DmaMapping {
     }
 }
 
-/// Memory that the CPU and a device share for long (Linux `dma_alloc_coherent`). It goes with [`free`](Self::free) or with the session; dropping
-/// the value frees nothing and is no leak.
+/// Memory that the CPU and a device share for long (Linux `dma_alloc_coherent`). It goes with
+/// [`free`](Self::free) or with the session; dropping the value frees nothing and is no leak.
 #[derive(Debug)]
 pub struct Coherent {
     driver: Arc<DriverCore>,

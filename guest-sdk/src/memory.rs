@@ -13,7 +13,8 @@ use crate::connection::{Core, MESSAGE_BYTES_MAX};
 use crate::error::of_status;
 use crate::{SdkError, TransportError};
 
-/// The memory of an owner, by guest-physical address and around the IOMMU. Aligned 8-byte units are read and written atomically.
+/// The memory of an owner, by guest-physical address and around the IOMMU. Aligned 8-byte units are read and
+/// written atomically.
 #[derive(Clone, Debug)]
 pub struct Memory {
     core: Arc<Core>,
@@ -41,7 +42,8 @@ impl Memory {
         whole(answer.data, size_bytes)
     }
 
-    /// Writes `data` at `gpa`; more than one message takes is streamed, which is not retried: after an error, part may be written.
+    /// Writes `data` at `gpa`; more than one message takes is streamed, which is not retried: after an error,
+    /// part may be written.
     pub async fn write(&self, gpa: Gpa, data: impl Into<Bytes>) -> Result<(), SdkError<MemoryError>> {
         let data: Bytes = data.into();
         if data.len() as u64 > u64::from(self.core.limits().batch_bytes_max) {
@@ -61,9 +63,11 @@ impl Memory {
     }
 
     async fn read_bulk(&self, gpa: Gpa, size_bytes: u64) -> Result<Bytes, SdkError<MemoryError>> {
-        let mut client = client(self.core.live().channel.clone());
         let request = self.read_request(gpa, size_bytes);
-        let mut pieces = client.read_bulk(request).await.map_err(|status| of_status(&status))?.into_inner();
+        let mut pieces = self
+            .core
+            .call_once_at_length(|channel| async move { client(channel).read_bulk(request).await })
+            .await?;
         let mut data = BytesMut::new();
         while let Some(piece) = pieces.message().await.map_err(|status| of_status(&status))? {
             data.extend_from_slice(&piece.data);
@@ -82,22 +86,26 @@ impl Memory {
         }
         let owner = self.owner.map(Into::into);
         let piece_bytes = self.core.limits().batch_bytes_max as usize;
-        let mut at = gpa.get();
-        let mut rest = data;
-        let pieces = std::iter::from_fn(move || {
-            if rest.is_empty() {
-                return None;
-            }
-            let piece = rest.split_to(piece_bytes.min(rest.len()));
-            let request = pb::MemoryWriteRequest { owner, gpa: at, data: piece };
-            at = at.wrapping_add(request.data.len() as u64);
-            Some(request)
-        });
-        let answer = client(self.core.live().channel.clone())
-            .write_bulk(tokio_stream::iter(pieces))
-            .await
-            .map_err(|status| of_status(&status))?;
-        written(answer.into_inner().written_bytes, size_bytes)
+        let pieces = || {
+            let (mut at, mut rest) = (gpa.get(), data.clone());
+            std::iter::from_fn(move || {
+                if rest.is_empty() {
+                    return None;
+                }
+                let piece = rest.split_to(piece_bytes.min(rest.len()));
+                let request = pb::MemoryWriteRequest { owner, gpa: at, data: piece };
+                at = at.wrapping_add(request.data.len() as u64);
+                Some(request)
+            })
+        };
+        let answer = self
+            .core
+            .call_once_at_length(|channel| {
+                let pieces = tokio_stream::iter(pieces());
+                async move { client(channel).write_bulk(pieces).await }
+            })
+            .await?;
+        written(answer.written_bytes, size_bytes)
     }
 
     fn read_request(&self, gpa: Gpa, size_bytes: u64) -> pb::MemoryReadRequest {

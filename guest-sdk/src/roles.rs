@@ -9,8 +9,8 @@ use iommu_proto::pb::open_request::Role as WireRole;
 use iommu_types::Owner;
 use iommu_types::errors::SessionError;
 
-use crate::connection::Core;
-use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, SdkError};
+use crate::connection::{Core, serving};
+use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, SdkError, TransportError};
 
 /// How long a call may take, retries included, unless said otherwise.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -29,14 +29,23 @@ impl Connection {
         Self { endpoint: endpoint.into(), deadline: DEADLINE }
     }
 
-    /// How long a call may take, retries included; 10 s unless given. Subscriptions and bulk transfers have none.
+    /// How long a call may take, retries included; 10 s unless given. Subscriptions and bulk transfers have
+    /// none.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// Opens a session as the driver software of `owner`, under the name that the server's configuration has for it. An earlier session of
-    /// the same driver that is still there is fenced, and what it held is reclaimed.
+    /// Whether the server says that it serves (`grpc.health.v1`). Needs no session; tries once.
+    pub async fn is_serving(&self) -> Result<bool, TransportError> {
+        let asked = serving(&self.endpoint);
+        let ended = tokio::time::timeout(self.deadline, asked).await;
+        ended.unwrap_or(Err(TransportError::Deadline { waited: self.deadline, last: None }))
+    }
+
+    /// Opens a session as the driver software of `owner`, under the name that the server's configuration has
+    /// for it. An earlier session of the same driver that is still there is fenced, and what it held is
+    /// reclaimed.
     pub async fn driver(
         self,
         name: impl Into<String>,

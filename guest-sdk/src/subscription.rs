@@ -5,6 +5,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use iommu_proto::errors::WireError;
+use iommu_types::errors::CallError;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::Stream;
@@ -14,7 +15,8 @@ use crate::connection::may_retry;
 use crate::error::of_status;
 use crate::{SdkError, TransportError};
 
-/// Items that may wait for their reader; a slower one holds up the server's stream, which then counts or merges what it drops.
+/// Items that may wait for their reader; a slower one holds up the server's stream, which then counts or
+/// merges what it drops.
 const WAITING_MAX: usize = 256;
 /// Delay between attempts to subscribe again, beyond those of the call itself.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
@@ -121,11 +123,14 @@ async fn next<F: Feed>(
                 *stream = again;
                 return Ok(feed.resumed().into_iter().chain(first).collect());
             }
-            Err(SdkError::Transport(
-                TransportError::Deadline { .. }
-                | TransportError::Unreachable { .. }
-                | TransportError::Status { .. },
-            )) => {}
+            Err(
+                SdkError::Transport(
+                    TransportError::Deadline { .. }
+                    | TransportError::Unreachable { .. }
+                    | TransportError::Status { .. },
+                )
+                | SdkError::Call(CallError::ShuttingDown(_) | CallError::SessionRequired(_)),
+            ) => {}
             Err(error) => return Err(error),
         }
     }

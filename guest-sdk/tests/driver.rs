@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use guest_sdk::{
-    Access, AccessWidth, Connection, Direction, Driver, FaultFilter, Gpa, GpaRange, Iova, Interrupt, InterruptEvent,
-    Owner, SdkError, TransportError, errors,
+    Access, AccessWidth, Connection, Direction, Driver, FaultFilter, Gpa, GpaRange, Interrupt,
+    InterruptEvent, Iova, Owner, SdkError, TransportError, errors,
 };
 use iommu_proto::errors::WireError;
 use iommu_proto::model::operation_error;
 use iommu_proto::pb;
-use iommu_types::{Fault, FaultReason, FaultRecord, TranslationFault};
+use iommu_types::{AddressType, Fault, FaultReason, FaultRecord, TranslationFault};
 use support::{BATCH_BYTES_MAX, Fake, soon};
 use tonic::Status;
 
@@ -36,7 +36,9 @@ fn lost() -> Status {
 async fn a_retry_has_the_same_request_id_and_comes_back_with_the_resume_token() {
     let fake = Fake::default();
     let driver = fake.driver().await;
-    fake.fail("dma_map", lost()).fail("dma_map", lost()).answer("dma_map", pb::DmaMapResponse { iova: 0x9234 });
+    fake.fail("dma_map", lost())
+        .fail("dma_map", lost())
+        .answer("dma_map", pb::DmaMapResponse { iova: 0x9234 });
     let mapping = soon("the mapping", map(&driver)).await.unwrap();
     assert_eq!((mapping.iova(), mapping.size_bytes()), (Iova::new(0x9234), 100));
     assert_eq!(fake.calls("dma_map"), [1, 1, 1]);
@@ -56,7 +58,8 @@ async fn a_session_that_the_server_lost_is_opened_again_by_itself() {
     assert_eq!(fake.state().opens.len(), 2);
     fake.lose_sessions();
     // Two calls see one loss: one of them opens again.
-    fake.answer("mmio_read", pb::MmioReadResponse { value: 1 }).answer("mmio_read", pb::MmioReadResponse { value: 1 });
+    fake.answer("mmio_read", pb::MmioReadResponse { value: 1 })
+        .answer("mmio_read", pb::MmioReadResponse { value: 1 });
     let handle = driver.device(device());
     let (first, second) = soon("both", async { tokio::join!(handle.read32(0), handle.read32(4)) }).await;
     assert_eq!((first.unwrap(), second.unwrap()), (1, 1));
@@ -163,7 +166,8 @@ async fn a_mapping_that_is_dropped_is_a_leak_and_one_that_is_unmapped_is_not() {
     let reports = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&reports);
     assert!(driver.on_leak(move |leak| seen.lock().unwrap().push(leak)));
-    fake.answer("dma_map", pb::DmaMapResponse { iova: 0x1234 }).answer("dma_map", pb::DmaMapResponse { iova: 0x2234 });
+    fake.answer("dma_map", pb::DmaMapResponse { iova: 0x1234 })
+        .answer("dma_map", pb::DmaMapResponse { iova: 0x2234 });
     let (leaked, unmapped) = (map(&driver).await.unwrap(), map(&driver).await.unwrap());
     fake.answer("dma_unmap", pb::DmaUnmapResponse {});
     unmapped.unmap().await.unwrap();
@@ -242,7 +246,8 @@ async fn interrupts_are_watched_from_the_first_message_on_and_a_gap_is_told() {
     fake.state().interrupts =
         [vec![stands(), Ok(raised(0x41)), Err(lost())], vec![stands(), Ok(raised(0x42))]].into();
     let mut interrupts = driver.watch_interrupts().await.unwrap();
-    let event = |vector| InterruptEvent::Raised(Interrupt { device: device(), vector, destination: 0, count: 1 });
+    let event =
+        |vector| InterruptEvent::Raised(Interrupt { device: device(), vector, destination: 0, count: 1 });
     for expected in [event(0x41), InterruptEvent::Gap, event(0x42)] {
         assert_eq!(soon("an event", interrupts.next()).await.unwrap().unwrap(), expected);
     }
@@ -261,6 +266,7 @@ async fn faults_are_watched_on_from_the_last_token() {
             pasid: None,
             iova: Iova::new(0x1000),
             access: Access::Read,
+            address_type: AddressType::Untranslated,
             reason: FaultReason::READ_DENIED,
         }),
         collapsed_count: 0,
@@ -276,7 +282,11 @@ async fn faults_are_watched_on_from_the_last_token() {
     let driver = fake.driver().await;
     fake.state().faults = [
         vec![message(&[], "t0"), message(&[1, 2], "t2"), Err(lost())],
-        vec![message(&[], "t2"), message(&[3], "t3"), Err(errors::BadResumeToken { token: "t3".into() }.into_status())],
+        vec![
+            message(&[], "t2"),
+            message(&[3], "t3"),
+            Err(errors::BadResumeToken { token: "t3".into() }.into_status()),
+        ],
     ]
     .into();
     let mut faults = driver.faults().watch(FaultFilter::default(), "t0").await.unwrap();

@@ -15,7 +15,7 @@ pub const BULK_PIECE_BYTES: usize = 256 << 10;
 
 /// Connections at once. Each costs its HTTP/2 state and windows; 64 agents, 64 drivers and their tools fit many times.
 pub const CONNECTIONS_MAX: usize = 1024;
-/// Of them such that have not said who they are: a flood of strangers must not keep known peers out.
+/// Of them such that have not said who they are; the oldest makes room, so that a flood of strangers does not keep known peers out.
 pub const ANONYMOUS_CONNECTIONS_MAX: usize = 256;
 const _: () = assert!(ANONYMOUS_CONNECTIONS_MAX < CONNECTIONS_MAX);
 /// Streams (calls) at once on one connection.
@@ -36,10 +36,6 @@ pub const HEADER_BYTES_MAX: u32 = 16 << 10;
 pub const PENDING_RESETS_MAX: usize = 32;
 /// Streams that we reset because of a peer's errors; beyond it the connection ends.
 pub const LOCAL_RESETS_MAX: usize = 256;
-/// A silent partition is noticed after interval and timeout together.
-pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-/// How long a peer may take to answer a keepalive ping.
-pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// TCP keepalive: idle seconds before the first probe; HTTP/2 pings come first, this is for half-open handshakes.
 pub const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 /// Pause after accept() failed for want of descriptors.
@@ -55,12 +51,12 @@ pub const DMA_CREDITS: u32 = 64;
 pub const MMIO_WAITING_MAX: usize = 256;
 /// How long a driver waits for its device to answer a register access, time for a credit included.
 pub const MMIO_TIMEOUT: Duration = Duration::from_secs(5);
-/// A peer that does not read its stream for so long, while something is to be sent, loses it.
-pub const STREAM_STALLED: Duration = Duration::from_secs(10);
 /// How long an ended stream has to carry its last status to a peer that reads, before its connection is cut.
 pub const ENDING_GRACE: Duration = Duration::from_millis(500);
 /// How often stalled and ended streams are looked for.
 pub const WATCHDOG_TICK: Duration = Duration::from_millis(100);
+/// How long a reclaim waits for a device to say that it was reset, before it goes on without.
+pub const RESET_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the first message of a device session may take.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Devices on the host: half of a PCI segment's functions would fit; each costs a port's cache lines only while connected.
@@ -82,8 +78,6 @@ pub const MAPPINGS_PER_OWNER_MAX: u64 = 1 << 20;
 pub const INTERRUPTS_PER_OWNER_MAX: u32 = 2048;
 /// Fault records kept for one owner; older ones are overwritten and counted.
 pub const FAULT_RECORDS_PER_OWNER: u32 = 1024;
-/// How long a driver's things outlive its connection, unless configured otherwise.
-pub const GRACE_DEFAULT: Duration = Duration::from_secs(5);
 /// Request IDs remembered per session identity.
 pub const REQUEST_WINDOW: usize = 1024;
 /// Bytes of answers remembered per session identity; the oldest go first.

@@ -35,8 +35,8 @@ pub struct Cli {
 pub enum Command {
     /// Asks a running server whether it serves (grpc.health.v1); exit code 0 if so.
     Healthcheck {
-        /// Its address: HOST:PORT, or unix:PATH.
-        #[arg(long, env = "IOMMU_SERVER", default_value = "127.0.0.1:7450")]
+        /// Where it listens: http://HOST:PORT or unix:///PATH.
+        #[arg(long, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7450", value_name = "URL")]
         server: String,
         /// How long to wait for the answer.
         #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
@@ -96,6 +96,12 @@ pub struct ServeArgs {
     /// How long streams may take to end after SIGTERM [default: 5s].
     #[arg(long, env = "IOMMU_DRAIN_DEADLINE", value_name = "TIME")]
     pub drain_deadline: Option<String>,
+    /// How often a peer is pinged, and how long it may take to answer; a silent partition is noticed after both [default: 5s].
+    #[arg(long, env = "IOMMU_KEEPALIVE", value_name = "TIME")]
+    pub keepalive: Option<String>,
+    /// How long a peer may leave its stream unread while something is to be sent, before it loses it [default: 10s].
+    #[arg(long, env = "IOMMU_STREAM_STALLED", value_name = "TIME")]
+    pub stream_stalled: Option<String>,
     /// How log lines look [default: human].
     #[arg(long, env = "IOMMU_LOG_FORMAT", value_name = "FORMAT", value_enum)]
     pub log_format: Option<LogFormat>,

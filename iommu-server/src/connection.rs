@@ -8,7 +8,7 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, Waker};
 
 use iommu_types::Identity;
@@ -21,21 +21,23 @@ use tonic::transport::server::Connected;
 use crate::bounds;
 use crate::session::driver::ClientSession;
 
-/// How many connections there are, and how many of them have no identity yet.
+/// All connections: how many there are, and how many of them have no identity yet.
 #[derive(Debug, Default)]
-pub struct ConnectionCounts {
+pub struct Connections {
     open: AtomicUsize,
     anonymous: AtomicUsize,
+    /// Oldest first; those that are gone are dropped now and then.
+    all: Mutex<Vec<Weak<Shared>>>,
 }
 
-impl ConnectionCounts {
+impl Connections {
     /// Counts one more; `None` when there are too many.
-    pub fn admit(self: &Arc<Self>, open_max: usize, anonymous_max: usize) -> Option<Admission> {
+    pub fn admit(self: &Arc<Self>, open_max: usize) -> Option<Admission> {
         // Counted first and taken back if too many, so that two at once cannot both take the last place.
         let open = self.open.fetch_add(1, Ordering::Relaxed);
-        let anonymous = self.anonymous.fetch_add(1, Ordering::Relaxed);
-        let admission = Admission { counts: Arc::clone(self), anonymous: AtomicBool::new(true) };
-        (open < open_max && anonymous < anonymous_max).then_some(admission)
+        self.anonymous.fetch_add(1, Ordering::Relaxed);
+        let admission = Admission { connections: Arc::clone(self), anonymous: AtomicBool::new(true) };
+        (open < open_max).then_some(admission)
     }
     /// Connections now.
     pub fn open(&self) -> usize {
@@ -45,19 +47,46 @@ impl ConnectionCounts {
     pub fn anonymous(&self) -> usize {
         self.anonymous.load(Ordering::Relaxed)
     }
+    fn enter(&self, connection: &ConnectionHandle) {
+        let mut all = self.all.lock();
+        if all.len() >= 2 * (self.open() + 1) {
+            all.retain(|connection| connection.strong_count() > 0);
+        }
+        all.push(Arc::downgrade(&connection.shared));
+    }
+    /// Cuts the oldest connections that have not said who they are, so that at most `anonymous_max` are left: strangers make room for whoever
+    /// comes next, who may be no stranger. Gives how many were cut.
+    pub fn cut_strangers(&self, anonymous_max: usize) -> usize {
+        let excess = self.anonymous().saturating_sub(anonymous_max);
+        if excess == 0 {
+            return 0;
+        }
+        let live: Vec<_> = self.all.lock().iter().filter_map(Weak::upgrade).collect();
+        let strangers = live
+            .into_iter()
+            .filter(|shared| shared.identity.get().is_none() && !shared.cut.load(Ordering::Acquire));
+        strangers.take(excess).map(|shared| ConnectionHandle { shared }.cut()).count()
+    }
+    /// Cuts every connection.
+    pub fn cut_all(&self) {
+        let live: Vec<_> = self.all.lock().iter().filter_map(Weak::upgrade).collect();
+        for shared in live {
+            ConnectionHandle { shared }.cut();
+        }
+    }
 }
 
 /// A place among the connections, given back on drop.
 #[derive(Debug)]
 pub struct Admission {
-    counts: Arc<ConnectionCounts>,
+    connections: Arc<Connections>,
     anonymous: AtomicBool,
 }
 
 impl Admission {
     fn identified(&self) {
         if self.anonymous.swap(false, Ordering::Relaxed) {
-            self.counts.anonymous.fetch_sub(1, Ordering::Relaxed);
+            self.connections.anonymous.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -65,7 +94,7 @@ impl Admission {
 impl Drop for Admission {
     fn drop(&mut self) {
         self.identified();
-        self.counts.open.fetch_sub(1, Ordering::Relaxed);
+        self.connections.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -111,7 +140,8 @@ pub struct ConnectionHandle {
 
 impl ConnectionHandle {
     fn new(peer: Peer, admission: Admission) -> Self {
-        Self {
+        let connections = Arc::clone(&admission.connections);
+        let connection = Self {
             shared: Arc::new(Shared {
                 peer,
                 identity: OnceLock::new(),
@@ -122,7 +152,9 @@ impl ConnectionHandle {
                 watchers: AtomicUsize::new(0),
                 admission,
             }),
-        }
+        };
+        connections.enter(&connection);
+        connection
     }
     /// Where it comes from.
     pub fn peer(&self) -> &Peer {

@@ -27,19 +27,20 @@ impl Server {
             self.health.set_service_status(service, ServingStatus::NotServing).await;
         }
         self.host.shut_down();
-        let grace = deadline.min(bounds::ENDING_GRACE);
-        let drained = match tokio::time::timeout(grace, &mut self.transport).await {
-            Ok(_) => Drained::Cleanly,
-            Err(_) => {
-                // Who has not read its status by now does not read: its connection holds up the others.
-                self.host.cut_device_sessions();
-                let rest = deadline.saturating_sub(began.elapsed());
-                match tokio::time::timeout(rest, &mut self.transport).await {
-                    Ok(_) => Drained::Cleanly,
-                    Err(_) => Drained::Late,
-                }
-            }
-        };
+        // Who has not read its status after a moment does not read, and its connection holds up the end; calls may take longer, but not
+        // longer than there is time.
+        let late = deadline.saturating_sub(bounds::ENDING_GRACE);
+        let soon = deadline.min(bounds::ENDING_GRACE);
+        let mut quiet = self.is_quiet_at(began + soon).await;
+        if !quiet {
+            self.host.cut_device_sessions();
+            quiet = self.is_quiet_at(began + late).await;
+        }
+        if !quiet {
+            self.host.connections.cut_all();
+            quiet = self.is_quiet_at(began + deadline).await;
+        }
+        let drained = if quiet { Drained::Cleanly } else { Drained::Late };
         self.transport.abort();
         for task in &self.background {
             task.abort();
@@ -51,5 +52,10 @@ impl Server {
             "drained"
         );
         drained
+    }
+
+    /// Whether the last connection ends by then.
+    async fn is_quiet_at(&mut self, then: Instant) -> bool {
+        tokio::time::timeout_at(then.into(), &mut self.transport).await.is_ok()
     }
 }

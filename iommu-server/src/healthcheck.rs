@@ -7,14 +7,12 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-/// Whether the server at `server` (HOST:PORT or unix:PATH) serves; the error says why that could not be found out.
+/// Whether the server at `server` (`http://HOST:PORT` or `unix:///PATH`, as every client takes it) serves; the error says why that could
+/// not be found out.
 pub async fn healthcheck(server: &str, timeout: Duration) -> Result<bool, String> {
-    let address = match server.strip_prefix("unix:") {
-        Some(path) => format!("unix://{path}"),
-        None => format!("http://{server}"),
-    };
     let ask = async {
-        let endpoint = Endpoint::from_shared(address).map_err(|e| e.to_string())?;
+        let endpoint = Endpoint::from_shared(server.to_owned())
+            .map_err(|e| format!("--server {server:?}: {e}; write http://HOST:PORT or unix:///PATH"))?;
         let channel = endpoint.connect().await.map_err(|e| format!("{server}: {e}"))?;
         let request = HealthCheckRequest { service: String::new() };
         let answer = HealthClient::new(channel).check(request).await;

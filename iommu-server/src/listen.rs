@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::bounds;
 use crate::config::Config;
-use crate::connection::{Admission, Connection, ConnectionCounts};
+use crate::connection::{Admission, Connection, Connections};
 use crate::ending::EndSignal;
 use crate::telemetry::warn_limited;
 
@@ -102,29 +102,32 @@ impl Listeners {
     /// Accepts until `shutdown`.
     pub fn accept(
         self,
-        counts: &Arc<ConnectionCounts>,
+        connections: &Arc<Connections>,
         shutdown: &EndSignal,
     ) -> ReceiverStream<io::Result<Connection>> {
-        let (accepted, connections) = mpsc::channel(bounds::ACCEPTED_QUEUE_MAX);
+        let (accepted, incoming) = mpsc::channel(bounds::ACCEPTED_QUEUE_MAX);
+        let door = || Door {
+            connections: Arc::clone(connections),
+            accepted: accepted.clone(),
+            shutdown: shutdown.clone(),
+        };
         for (listener, _) in self.tcp {
-            let door =
-                Door { counts: Arc::clone(counts), accepted: accepted.clone(), shutdown: shutdown.clone() };
+            let door = door();
             tokio::spawn(async move { door.serve_tcp(listener).await });
         }
         for (listener, file) in self.unix {
-            let door =
-                Door { counts: Arc::clone(counts), accepted: accepted.clone(), shutdown: shutdown.clone() };
+            let door = door();
             tokio::spawn(async move {
                 door.serve_unix(listener).await;
                 drop(file);
             });
         }
-        ReceiverStream::new(connections)
+        ReceiverStream::new(incoming)
     }
 }
 
 struct Door {
-    counts: Arc<ConnectionCounts>,
+    connections: Arc<Connections>,
     accepted: mpsc::Sender<io::Result<Connection>>,
     shutdown: EndSignal,
 }
@@ -172,12 +175,15 @@ impl Door {
         }
     }
     fn admit(&self) -> Option<Admission> {
-        let admission = self.counts.admit(bounds::CONNECTIONS_MAX, bounds::ANONYMOUS_CONNECTIONS_MAX);
-        if admission.is_none() {
+        let admission = self.connections.admit(bounds::CONNECTIONS_MAX);
+        let cut = self.connections.cut_strangers(bounds::ANONYMOUS_CONNECTIONS_MAX);
+        if admission.is_none() || cut > 0 {
             warn_limited!(
-                open = self.counts.open(),
-                anonymous = self.counts.anonymous(),
-                "connection refused: too many"
+                open = self.connections.open(),
+                anonymous = self.connections.anonymous(),
+                refused = admission.is_none(),
+                cut,
+                "too many connections"
             );
         }
         admission

@@ -1,7 +1,7 @@
 //! What is counted, and how Prometheus reads it.
 //!
 //! The service counts its calls here; everything that the floors below count already is read from them at the moment of a scrape
-//! ([`HostCollector`]), so that the hot path pays nothing for being observed.
+//! (`HostCollector`), so that the hot path pays nothing for being observed.
 
 use std::fmt::Write as _;
 use std::sync::{Arc, Weak};

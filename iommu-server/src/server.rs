@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use iommu_proto::framing::framing_layer;
 use iommu_proto::pb::admin_service_server::AdminServiceServer;
@@ -131,15 +132,15 @@ fn routes(host: &Arc<Host>) -> Result<(Routes, HealthReporter), ServerError> {
 }
 
 /// HTTP/2 as this server speaks it: windows, frames, keepalive and what a peer may do. The echo of the measurements speaks it too.
-pub fn transport() -> tonic::transport::Server {
+pub fn transport(keepalive: Duration) -> tonic::transport::Server {
     tonic::transport::Server::builder()
         .initial_stream_window_size(bounds::STREAM_WINDOW_BYTES)
         .initial_connection_window_size(bounds::CONNECTION_WINDOW_BYTES)
         .max_frame_size(bounds::FRAME_BYTES_MAX)
         .max_concurrent_streams(bounds::STREAMS_PER_CONNECTION_MAX)
         .http2_max_header_list_size(bounds::HEADER_BYTES_MAX)
-        .http2_keepalive_interval(Some(bounds::KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(bounds::KEEPALIVE_TIMEOUT))
+        .http2_keepalive_interval(Some(keepalive))
+        .http2_keepalive_timeout(Some(keepalive))
         .http2_max_pending_accept_reset_streams(Some(bounds::PENDING_RESETS_MAX))
         .http2_max_local_error_reset_streams(Some(bounds::LOCAL_RESETS_MAX))
 }
@@ -152,7 +153,7 @@ async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let shutdown = host.shutdown.wait_owned();
     let observe = ObserveLayer { metrics: Arc::clone(&host.metrics) };
-    transport()
+    transport(host.config.keepalive)
         .layer(observe)
         .layer(LimitLayer::default())
         .layer(framing_layer())

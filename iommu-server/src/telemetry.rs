@@ -3,6 +3,7 @@
 //! Rules: a line is written where an error ends; fields have fixed names (`peer`, `device`, `owner`, `domain_id`, `generation`,
 //! `method`, `reason`); ERROR means that a person must look.
 
+use std::io::IsTerminal;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -21,7 +22,8 @@ pub fn start(filter: &str, format: LogFormat) -> Result<(), ConfigError> {
         remedy: "write a tracing filter, such as info or iommu_server=debug".to_owned(),
     })?;
     let registry = tracing_subscriber::registry().with(filter);
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    // Colours are for people at a terminal, not for files.
+    let colours = std::io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
     match format {
         LogFormat::Human => registry.with(lines).init(),

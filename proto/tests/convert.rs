@@ -6,10 +6,10 @@ use iommu_proto::model::*;
 use iommu_proto::pb;
 use iommu_types::errors::{DmaMapError, DmaUnmapError, InvalidField, NotAttached, NotMapped};
 use iommu_types::{
-    Access, AccessWidth, CacheState, Capabilities, DeviceAddress, Direction, DomainId, Explanation, Fault,
-    FaultReason, FaultRecord, Generation, Gpa, GpaRange, Hpa, InterruptFault, InvalidRange, Iova, IovaRange,
-    Outcome, Owner, PageSize, Pasid, Permissions, Protection, RequestId, SourceId, Step, Structure,
-    Translation, TranslationFault,
+    Access, AccessWidth, AddressType, CacheState, Capabilities, DeviceAddress, Direction, DomainId,
+    Explanation, Fault, FaultReason, FaultRecord, Generation, Gpa, GpaRange, Hpa, InterruptFault,
+    InvalidRange, Iova, IovaRange, Outcome, Owner, PageSize, Pasid, Permissions, Protection, RequestId,
+    SourceId, Step, Structure, Translation, TranslationFault,
 };
 use prost::Message;
 
@@ -27,6 +27,7 @@ fn fault() -> TranslationFault {
         pasid,
         iova: Iova::new(u64::MAX),
         access: Access::Atomic,
+        address_type: AddressType::Translated,
         reason,
     }
 }

@@ -31,6 +31,7 @@ fn batch(iova: &[u64], size_bytes: &[u32], kind: &[u8], payload: &[u8]) -> pb::D
         kind: Bytes::copy_from_slice(kind),
         payload: Bytes::copy_from_slice(payload),
         pasid: None,
+        address_type: 0,
     }
 }
 
@@ -143,6 +144,10 @@ fn columns_that_do_not_add_up_are_the_peers_fault() {
     check_parse(
         pb::DmaBatch { pasid: Some(1 << 20), ..batch(&[0], &[4], &[], &[]) },
         expect!["columns: dma.pasid: 1048576 needs more than 20 bits"],
+    );
+    check_parse(
+        pb::DmaBatch { address_type: 3, ..batch(&[0], &[4], &[], &[]) },
+        expect!["columns: dma.address_type: 3 is not 0, 1 or 2"],
     );
     check_parse(
         pb::DmaBatch { first_tag: u64::MAX, ..batch(&[0], &[4], &[], &[]) },

@@ -8,7 +8,7 @@ use dma_engine::registers::*;
 use dma_engine::ring::Descriptor;
 use guest_sdk::{
     Access, AccessQuestion, Connection, DeviceAddress, Direction, Driver, FaultFilter, FaultRecord, Iova,
-    Owner, Permissions, Protection,
+    Observer, Owner, Permissions, Protection,
 };
 use iommu_types::{Explanation, Fault, FaultReason, Outcome, Structure};
 use sha2::{Digest, Sha256};
@@ -44,9 +44,12 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let driver =
         Connection::to(&options.server).driver(NAME, OWNER).await.context("open a session as driver")?;
+    // Physical addresses and raw entries are for observers; a driver sees neither.
+    let observer =
+        Connection::to(&options.server).observer("demo").await.context("open a session as observer")?;
     let device = driver.device(options.device);
     let engine = Engine::start(&driver, device).await?;
-    let mut play = Play { driver, engine };
+    let mut play = Play { driver, observer, engine };
     play.copy_a_file(&options.file).await?;
     play.receive_through_the_ring().await?;
     play.never_mapped().await?;
@@ -58,6 +61,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
 
 struct Play {
     driver: Driver,
+    observer: Observer,
     engine: Engine,
 }
 
@@ -361,7 +365,7 @@ impl Play {
             access,
             size_bytes: 64,
         };
-        let explanation = self.driver.inspect().explain(question).await?;
+        let explanation = self.observer.inspect().explain(question).await?;
         let recorded = match record.fault {
             Fault::Dma(fault) => {
                 fault.reason == reason && fault.access == access && fault.iova.page_base() == iova.page_base()
@@ -401,20 +405,23 @@ fn record_line(record: &FaultRecord) -> String {
     format!("#{} {} ({domain}): {}", record.sequence, record.device, record.fault)
 }
 
-/// The explained walk, as a driver may see it: without physical addresses.
+/// The explained walk, entry by entry.
 fn walk_lines(explanation: &Explanation) -> Vec<String> {
-    let mut lines: Vec<String> = explanation
-        .steps
-        .iter()
-        .map(|step| {
-            let structure = match step.structure {
-                Structure::Root => "root".to_owned(),
-                Structure::Context => "context".to_owned(),
-                Structure::SecondStage { level } => format!("level {level}"),
-            };
-            format!("walk     {structure:<8} entry {:>3}: {}", step.index, step.reading)
-        })
-        .collect();
+    let mut lines: Vec<String> = explanation.steps.iter().map(walk_line).collect();
     lines.push(format!("because  {}", explanation.conclusion));
     lines
+}
+
+fn walk_line(step: &iommu_types::Step) -> String {
+    let structure = match step.structure {
+        Structure::Root => "root".to_owned(),
+        Structure::Context => "context".to_owned(),
+        Structure::SecondStage { level } => format!("level {level}"),
+    };
+    let raw = match (step.low, step.high) {
+        (Some(low), Some(high)) => format!("{high:016x}:{low:016x}"),
+        (Some(low), None) => format!("{low:016x}"),
+        (None, _) => "unreadable".to_owned(),
+    };
+    format!("walk     {structure:<8} entry {:>3}  {raw:<33}  {}", step.index, step.reading)
 }

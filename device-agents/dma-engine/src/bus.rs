@@ -8,6 +8,8 @@ use iommu_types::{DmaFault, Iova};
 
 /// DMA as the engine uses it. Every method is as many operations on the bus as it names.
 pub trait Bus: Send + Sync {
+    /// Most bytes that one operation may move; at least 8.
+    fn operation_bytes_max(&self) -> u32;
     /// One read.
     fn read(&self, iova: Iova, size_bytes: u32) -> impl Future<Output = Result<Bytes, DmaError>> + Send;
     /// One write.
@@ -33,6 +35,11 @@ pub trait Bus: Send + Sync {
 }
 
 impl Bus for Dma {
+    fn operation_bytes_max(&self) -> u32 {
+        // Without a session every operation fails as lost, whatever its size.
+        self.limits().map_or(u32::MAX, |limits| limits.batch_bytes_max.max(8))
+    }
+
     async fn read(&self, iova: Iova, size_bytes: u32) -> Result<Bytes, DmaError> {
         Dma::read(self, iova, size_bytes).await
     }
@@ -79,10 +86,12 @@ impl Bus for Dma {
     }
 }
 
-/// Cuts pieces into parts that fit one batch of the session each. A piece that is too large alone is a part of its own and is refused as such.
+/// Cuts pieces into parts that fit one batch of the session each. A piece that is too large alone is a part
+/// of its own and is refused as such.
 fn parts<'a, T>(dma: &Dma, pieces: &'a [T], size: impl Fn(&T) -> u64) -> Result<Vec<&'a [T]>, DmaError> {
     let limits = dma.limits().ok_or(DmaError::SessionLost)?;
-    let (operations_max, bytes_max) = (limits.batch_operations_max as usize, u64::from(limits.batch_bytes_max));
+    let (operations_max, bytes_max) =
+        (limits.batch_operations_max as usize, u64::from(limits.batch_bytes_max));
     let mut parts = Vec::with_capacity(1);
     let (mut begin, mut bytes) = (0, 0);
     for (index, piece) in pieces.iter().enumerate() {

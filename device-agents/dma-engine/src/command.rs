@@ -9,8 +9,13 @@ use crate::pattern;
 use crate::registers::*;
 use crate::state::{Command, Failure, Msi};
 
-/// Bytes that are copied or filled at once; two of these are in memory at a time.
+/// Bytes that are copied or filled at once, where the bus takes so many; two of these are in memory at a time.
 const CHUNK_BYTES: u32 = 256 << 10;
+
+/// The chunk for a bus: a multiple of the fill pattern.
+fn chunk_bytes(bus: &impl Bus) -> u32 {
+    CHUNK_BYTES.min(bus.operation_bytes_max()) & !7
+}
 
 /// How far a command has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,7 +26,8 @@ pub(crate) struct Progress {
     pub(crate) data: Option<u64>,
 }
 
-/// Carries a command out. The progress is true whether it succeeds or not. `alive` says whether to go on; it is asked before every chunk.
+/// Carries a command out. The progress is true whether it succeeds or not. `alive` says whether to go on; it
+/// is asked before every chunk.
 pub(crate) async fn carry_out(
     bus: &impl Bus,
     command: Command,
@@ -69,8 +75,9 @@ async fn copy(
     progress: &mut Progress,
 ) -> Result<(), Failure> {
     let Command { source, destination, length, .. } = command;
+    let largest = chunk_bytes(bus);
     let read_chunk = |offset: u32| async move {
-        let size = CHUNK_BYTES.min(length.saturating_sub(offset));
+        let size = largest.min(length.saturating_sub(offset));
         if size == 0 {
             return Ok(Bytes::new());
         }
@@ -82,7 +89,7 @@ async fn copy(
         go_on(alive, destination)?;
         let offset = progress.bytes_done;
         let to = at(destination, offset)?;
-        // A chunk is at most CHUNK_BYTES long, and its end lies within `length`.
+        // The end of a chunk lies within `length`.
         let behind = offset + chunk.len() as u32;
         let (written, next) = tokio::join!(bus.write(to, chunk), read_chunk(behind));
         match written {
@@ -104,12 +111,13 @@ async fn fill(
     progress: &mut Progress,
 ) -> Result<(), Failure> {
     // Chunks are a multiple of the pattern, so one serves for all.
-    let content = pattern::fill(command.data, CHUNK_BYTES.min(command.length) as usize);
+    let largest = chunk_bytes(bus);
+    let content = pattern::fill(command.data, largest.min(command.length) as usize);
     while progress.bytes_done < command.length {
         let offset = progress.bytes_done;
         let to = at(command.destination, offset)?;
         go_on(alive, to.get())?;
-        let size = CHUNK_BYTES.min(command.length - offset);
+        let size = largest.min(command.length - offset);
         if let Err(error) = bus.write(to, content.slice(..size as usize)).await {
             progress.bytes_done = partly(offset, error);
             return Err(Failure::of(error, to.get()));

@@ -1,5 +1,6 @@
 //! The agent binary: command line, logging, signals, exit codes.
 
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -20,9 +21,9 @@ carries out its DMA; every address that it touches is translated, and refused un
 Name and address must be those that the server's configuration (or `iommuctl device declare`) gives the device.
 
 EXAMPLES
-  dma-engine --server http://127.0.0.1:7117 --name copy0 --address 0000:00:05.0
+  dma-engine --server http://127.0.0.1:7450 --name copy0 --address 0000:00:05.0
   dma-engine --server unix:///run/iommu.sock --name copy0 --address 00:05.0 --log debug
-  dma-engine completions bash > /etc/bash_completion.d/dma-engine
+  dma-engine completion bash > /etc/bash_completion.d/dma-engine
 
 EXIT CODES
    0  asked to stop (SIGTERM, SIGINT)
@@ -36,7 +37,7 @@ EXIT CODES
 #[command(version, about = ABOUT, after_long_help = TEACH, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Cli {
     /// Where the server listens: http://ADDRESS:PORT or unix:///PATH
-    #[arg(long, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7117")]
+    #[arg(long, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7450")]
     server: String,
     /// Name of the device in the server's configuration
     #[arg(long, env = "IOMMU_DEVICE_NAME", required = true)]
@@ -63,7 +64,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Print a completion script for a shell
-    Completions {
+    Completion {
         /// Which shell
         shell: Shell,
     },
@@ -81,8 +82,11 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { USAGE } else { 0 });
         }
     };
-    if let Some(Command::Completions { shell }) = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "dma-engine", &mut std::io::stdout());
+    if let Some(Command::Completion { shell }) = cli.command {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "dma-engine", &mut script);
+        // A reader that has seen enough (such as head) is no error.
+        let _ = std::io::stdout().write_all(&script);
         return ExitCode::SUCCESS;
     }
     if let Err(error) = start_log(&cli) {
@@ -108,8 +112,15 @@ fn main() -> ExitCode {
 
 fn start_log(cli: &Cli) -> Result<(), String> {
     let filter = EnvFilter::try_new(&cli.log).map_err(|error| format!("--log {:?}: {error}", cli.log))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if cli.log_json { log.json().init() } else { log.init() }
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    if cli.log_json {
+        log.json().init()
+    } else {
+        log.init()
+    }
     Ok(())
 }
 
@@ -121,8 +132,7 @@ async fn run(
     policy: Reconnect,
 ) -> anyhow::Result<EndReason> {
     let stop = CancellationToken::new();
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::spawn({
         let stop = stop.clone();
         async move {

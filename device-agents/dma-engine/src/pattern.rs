@@ -7,8 +7,8 @@ pub fn fill(data: u64, size_bytes: usize) -> Bytes {
     repeat(size_bytes, |_| data)
 }
 
-/// The packet with this sequence number: the same number gives the same bytes, other numbers give others. A shorter packet is the
-/// beginning of a longer one.
+/// The packet with this sequence number: the same number gives the same bytes, other numbers give others. A
+/// shorter packet is the beginning of a longer one.
 pub fn packet(sequence: u64, size_bytes: usize) -> Bytes {
     repeat(size_bytes, |word| mix(sequence.wrapping_mul(0x1_0000_0001).wrapping_add(word)))
 }

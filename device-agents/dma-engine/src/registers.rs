@@ -24,8 +24,8 @@
 //! | `0x98` | 4 | [`RING_PACKETS`] | RO | packets written since the ring was enabled: the sequence number of the next one |
 //! | `0x9c` | 4 | [`PACKET_BYTES`] | RW | bytes of a packet, 1 to [`PACKET_BYTES_MAX`]; one larger than its buffer is cut to it |
 //!
-//! Registers are accessed with their own width; those of 8 bytes also in two halves of 4. Anything else is refused in words. Starting a command clears DONE,
-//! ERROR, MSI_FAILED and the fault registers.
+//! Registers are accessed with their own width; those of 8 bytes also in two halves of 4. Anything else is
+//! refused in words. Starting a command clears DONE, ERROR, MSI_FAILED and the fault registers.
 //!
 //! What the commands do:
 //!

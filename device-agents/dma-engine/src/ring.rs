@@ -8,7 +8,8 @@
 //!               the driver writes             the device writes back
 //! ```
 //!
-//! Descriptors from RING_HEAD up to, not including, RING_TAIL belong to the device. A ring of n descriptors takes n - 1, since head = tail means empty.
+//! Descriptors from RING_HEAD up to, not including, RING_TAIL belong to the device. A ring of n descriptors
+//! takes n - 1, since head = tail means empty.
 
 use bytes::Bytes;
 use iommu_types::{DmaFault, Iova};
@@ -106,7 +107,8 @@ struct Packet {
     outcome: Result<(), Failure>,
 }
 
-/// Receives packets into the next descriptors, as many as are there and fit a burst: one read each, one write each, and one completion each.
+/// Receives packets into the next descriptors, as many as are there and fit a burst: one read each, one write
+/// each, and one completion each.
 pub(crate) async fn receive(bus: &impl Bus, ring: Ring) -> Burst {
     let waiting = (ring.tail + ring.size - ring.head) % ring.size;
     let count = waiting.min(ring.burst());

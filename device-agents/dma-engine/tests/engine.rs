@@ -15,6 +15,7 @@ struct FakeBus {
     memory: Mutex<Vec<u8>>,
     log: Mutex<Vec<String>>,
     refused_page: u64,
+    operation_bytes_max: u32,
 }
 
 const MEMORY_BYTES: usize = 2 << 20;
@@ -23,7 +24,7 @@ const NOWHERE: u64 = 0xf000;
 impl FakeBus {
     fn new() -> Self {
         let memory = Mutex::new(vec![0; MEMORY_BYTES]);
-        Self { memory, log: Mutex::default(), refused_page: NOWHERE }
+        Self { memory, log: Mutex::default(), refused_page: NOWHERE, operation_bytes_max: u32::MAX }
     }
 
     fn put(&self, at: u64, bytes: &[u8]) {
@@ -64,6 +65,9 @@ impl FakeBus {
 }
 
 impl Bus for FakeBus {
+    fn operation_bytes_max(&self) -> u32 {
+        self.operation_bytes_max
+    }
     async fn read(&self, iova: Iova, size_bytes: u32) -> Result<Bytes, DmaError> {
         self.read_now(iova, size_bytes).map_err(DmaError::Fault)
     }
@@ -76,8 +80,12 @@ impl Bus for FakeBus {
         let old = self.get(iova.get(), size);
         let old = AtomicValue::from_le_bytes(&old).unwrap();
         match (old, operand) {
-            (AtomicValue::U32(a), AtomicValue::U32(b)) => self.put(iova.get(), &(a.wrapping_add(b)).to_le_bytes()),
-            (AtomicValue::U64(a), AtomicValue::U64(b)) => self.put(iova.get(), &(a.wrapping_add(b)).to_le_bytes()),
+            (AtomicValue::U32(a), AtomicValue::U32(b)) => {
+                self.put(iova.get(), &(a.wrapping_add(b)).to_le_bytes())
+            }
+            (AtomicValue::U64(a), AtomicValue::U64(b)) => {
+                self.put(iova.get(), &(a.wrapping_add(b)).to_le_bytes())
+            }
             other => panic!("{other:?}"),
         }
         Ok(old)
@@ -144,7 +152,12 @@ async fn each_command_does_what_its_table_says_and_shows_how_it_ended() {
         ("copy of nothing", &[(COMMAND, COMMAND_COPY as u64)], (DONE, 0, 0, 0), &[]),
         (
             "copy of two chunks",
-            &[(SOURCE, 0x10_0000), (DESTINATION, 0x4_0000), (LENGTH, 0x4_0001), (COMMAND, COMMAND_COPY as u64)],
+            &[
+                (SOURCE, 0x10_0000),
+                (DESTINATION, 0x4_0000),
+                (LENGTH, 0x4_0001),
+                (COMMAND, COMMAND_COPY as u64),
+            ],
             (DONE, 0, 0, 0x4_0001),
             &["read 0x100000+262144", "write 0x40000+262144", "read 0x140000+1", "write 0x80000+1"],
         ),
@@ -203,7 +216,12 @@ async fn each_command_does_what_its_table_says_and_shows_how_it_ended() {
         ),
         (
             "interrupt",
-            &[(MSI_ADDRESS, 0xfee0_0010), (MSI_DATA, 3), (MSI_ENABLE, 1), (COMMAND, COMMAND_INTERRUPT as u64)],
+            &[
+                (MSI_ADDRESS, 0xfee0_0010),
+                (MSI_DATA, 3),
+                (MSI_ENABLE, 1),
+                (COMMAND, COMMAND_INTERRUPT as u64),
+            ],
             (DONE, 0, 0, 0),
             &["msi 0xfee00010=0x3"],
         ),
@@ -222,6 +240,9 @@ async fn each_command_does_what_its_table_says_and_shows_how_it_ended() {
 struct WrapAware(FakeBus);
 
 impl Bus for WrapAware {
+    fn operation_bytes_max(&self) -> u32 {
+        u32::MAX
+    }
     async fn read(&self, iova: Iova, size_bytes: u32) -> Result<Bytes, DmaError> {
         Bus::read(&self.0, iova, size_bytes).await
     }
@@ -260,6 +281,17 @@ async fn a_copy_moves_the_bytes_and_interrupts_when_it_is_done() {
 }
 
 #[tokio::test]
+async fn chunks_are_as_small_as_the_bus_needs_them() {
+    let (engine, bus) = (Engine::new(), FakeBus { operation_bytes_max: 100, ..FakeBus::new() });
+    write_all(&engine, &[(SOURCE, 0x1000), (DESTINATION, 0x3000), (LENGTH, 200)]).await;
+    write(&engine, COMMAND, COMMAND_COPY.into()).await;
+    work(&engine, &bus).await;
+    let expected = ["read 0x1000+96", "write 0x3000+96", "read 0x1060+96", "write 0x3060+96"];
+    assert_eq!(bus.log()[..4], expected);
+    assert_eq!(end(&engine), (DONE, 0, 0, 200));
+}
+
+#[tokio::test]
 async fn a_refused_interrupt_is_shown() {
     let (engine, bus) = (Engine::new(), FakeBus::new());
     write_all(&engine, &[(MSI_ADDRESS, NOWHERE), (MSI_ENABLE, 1), (COMMAND, COMMAND_COPY.into())]).await;
@@ -277,7 +309,8 @@ async fn what_was_read_and_the_old_value_of_an_atomic_are_in_data() {
     write_all(&engine, &[(SOURCE, 0x1000), (LENGTH, 9), (COMMAND, COMMAND_READ.into())]).await;
     work(&engine, &bus).await;
     assert_eq!(read(&engine, DATA), 0x0807_0605_0403_0201);
-    write_all(&engine, &[(DESTINATION, 0x1000), (LENGTH, 4), (DATA, 1), (COMMAND, COMMAND_FETCH_ADD.into())]).await;
+    write_all(&engine, &[(DESTINATION, 0x1000), (LENGTH, 4), (DATA, 1), (COMMAND, COMMAND_FETCH_ADD.into())])
+        .await;
     work(&engine, &bus).await;
     assert_eq!(read(&engine, DATA), 0x0403_0201);
     assert_eq!(bus.get(0x1000, 4), [2, 2, 3, 4]);

@@ -1,4 +1,5 @@
-//! A device with one register: writing an address to it makes the device read 8 bytes there, and write them back inverted.
+//! A device with one register: writing an address to it makes the device read 8 bytes there, and write them
+//! back inverted.
 
 use device_runtime::{Agent, DeviceModel, Dma, MmioRefusal, Register};
 use iommu_types::Iova;
@@ -24,7 +25,7 @@ impl DeviceModel for Echo {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let address = "0000:00:06.0".parse()?;
-    Agent::builder("http://127.0.0.1:7117", "echo0", address).run(Echo).await?;
+    let address = "00:02.0".parse()?;
+    Agent::builder("http://127.0.0.1:7450", "engine1", address).run(Echo).await?;
     Ok(())
 }

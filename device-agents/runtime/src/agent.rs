@@ -1,9 +1,11 @@
 //! An agent: one device model, its sessions one after another.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
 use iommu_types::DeviceAddress;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::link::Link;
@@ -26,7 +28,8 @@ impl AgentBuilder {
         self
     }
 
-    /// Ends the agent gracefully when the token is cancelled: no new DMA, what is in flight is awaited for 2 s.
+    /// Ends the agent gracefully when the token is cancelled: no new DMA, what is in flight is awaited for 2
+    /// s.
     pub fn stop_on(mut self, token: CancellationToken) -> Self {
         self.stop = token;
         self
@@ -53,7 +56,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that connects to `endpoint` (`http://127.0.0.1:7117` or `unix:///run/iommu.sock`) as the device that the server's
+    /// An agent that connects to `endpoint` (`http://127.0.0.1:7450` or `unix:///run/iommu.sock`) as the device that the server's
     /// configuration knows as `name` at `address`.
     pub fn builder(
         endpoint: impl Into<String>,
@@ -72,8 +75,8 @@ impl Agent {
         Dma::new(Arc::clone(&self.link))
     }
 
-    /// Runs the model until the agent is stopped (`Ok`) or its session ends for a reason that a new session would not
-    /// mend (`Err`), such as a newer agent for the same address.
+    /// Runs the model until the agent is stopped (`Ok`) or its session ends for a reason that a new session
+    /// would not mend (`Err`), such as a newer agent for the same address.
     pub async fn run<M: DeviceModel>(self, model: M) -> Result<(), EndReason> {
         let model = Arc::new(model);
         let dma = self.dma();
@@ -81,10 +84,15 @@ impl Agent {
             let model = Arc::clone(&model);
             tokio::spawn(async move { model.run(dma).await })
         };
-        // Dropping this future must not leave the model running.
-        let _own_work = AbortOnDrop(own_work);
-        let reason = self.sessions(&model).await;
-        self.link.down(LinkState::Ended { reason: reason.clone() });
+        // Dropping this future must leave neither the model running nor a DMA waiting.
+        let mut own_work = AbortOnDrop(own_work);
+        let mut end = EndOnDrop { link: &self.link, reason: EndReason::Cancelled };
+        let reason = tokio::select! {
+            reason = self.sessions(&model) => reason,
+            () = panicked(&mut own_work) => unreachable!("it goes on or unwinds"),
+        };
+        end.reason = reason.clone();
+        drop(end);
         match reason {
             EndReason::Cancelled => Ok(()),
             reason => Err(reason),
@@ -122,7 +130,45 @@ impl Agent {
     }
 }
 
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
+/// Waits for a panic of the model's own work, to pass it on: an agent without its device must not look alive. A model
+/// whose work has ended goes on answering register accesses.
+async fn panicked(own_work: &mut JoinHandle<()>) {
+    if let Err(ended) = own_work.await
+        && ended.is_panic()
+    {
+        std::panic::resume_unwind(ended.into_panic());
+    }
+    std::future::pending().await
+}
+
+/// Ends the link with the agent, also when the agent's future is dropped, so that every operation ends.
+struct EndOnDrop<'a> {
+    link: &'a Link,
+    reason: EndReason,
+}
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.link.down(LinkState::Ended { reason: self.reason.clone() });
+    }
+}
+
+/// A task that ends with this value.
+#[derive(Debug)]
+pub(crate) struct AbortOnDrop(pub(crate) JoinHandle<()>);
+
+impl Deref for AbortOnDrop {
+    type Target = JoinHandle<()>;
+    fn deref(&self) -> &JoinHandle<()> {
+        &self.0
+    }
+}
+
+impl DerefMut for AbortOnDrop {
+    fn deref_mut(&mut self) -> &mut JoinHandle<()> {
+        &mut self.0
+    }
+}
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

@@ -9,14 +9,16 @@ pub struct Reconnect {
     pub first: Duration,
     /// Longest delay.
     pub longest: Duration,
-    /// Attempts in a row without a session before giving up; `None` goes on for ever.
+    /// New attempts in a row without a session before giving up; `None` goes on for ever.
     pub attempts_max: Option<u32>,
-    /// Connect again even when a newer session of the same device has fenced this one. Two agents with this set fence
-    /// each other for ever.
+    /// Connect again even when a newer session of the same device has fenced this one. Two agents with this
+    /// set fence each other for ever.
     pub after_fenced: bool,
-    /// Connect again even when the server refused the identity; for agents that start before their device is declared.
+    /// Connect again even when the server refused the identity; for agents that start before their device is
+    /// declared.
     pub after_refused: bool,
-    /// Seed of the jitter; `None` takes one from the process and the time, so that agents do not come back in step.
+    /// Seed of the jitter; `None` takes one from the process and the time, so that agents do not come back in
+    /// step.
     pub seed: Option<u64>,
 }
 
@@ -35,7 +37,8 @@ impl Reconnect {
     pub const NEVER: Self = Self { attempts_max: Some(0), ..Self::STANDARD };
 }
 
-/// The delays of a [`Reconnect`]: the n-th is between half of and the whole of `first * 2^n`, and never above `longest`.
+/// The delays of a [`Reconnect`]: the n-th is between half of and the whole of `first * 2^n`, and never above
+/// `longest`.
 #[derive(Clone, Debug)]
 pub struct Backoff {
     first: Duration,

@@ -1,7 +1,7 @@
 //! Batches of DMA operations, as the wire takes them: in columns.
 //!
-//! A column stays one element as long as all its elements are equal, so a batch of 128 equal reads allocates for its
-//! addresses and for nothing else.
+//! A column stays one element as long as all its elements are equal, so a batch of 128 equal reads allocates
+//! for its addresses and for nothing else.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use iommu_proto::dma::kind;
@@ -103,8 +103,9 @@ impl AtomicValue {
     }
 }
 
-/// Operations that travel as one message and are carried out in order; each ends for itself, and those after a refused one
-/// still run. Submit it with [`Dma::submit`](crate::Dma::submit); operation `i` is the `i`-th that was added.
+/// Operations that travel as one message and are carried out in order; each ends for itself, and those after
+/// a refused one still run. Submit it with [`Dma::submit`](crate::Dma::submit); operation `i` is the `i`-th
+/// that was added.
 #[derive(Clone, Debug)]
 pub struct Batch {
     iova: Vec<u64>,
@@ -188,18 +189,21 @@ impl Batch {
         self
     }
 
-    /// Reads `size_bytes` bytes at `iova`. Zero is a zero-length read: it reads nothing and asks for read permission.
+    /// Reads `size_bytes` bytes at `iova`. Zero is a zero-length read: it reads nothing and asks for read
+    /// permission.
     pub fn read(&mut self, iova: Iova, size_bytes: u32) -> &mut Self {
         self.add(Kind::Read, iova, size_bytes, u64::from(size_bytes));
         self
     }
 
-    /// Writes `data` at `iova`. Data of 4 GiB and more is refused as over a limit when the batch is submitted.
+    /// Writes `data` at `iova`. Data of 4 GiB and more is refused as over a limit when the batch is
+    /// submitted.
     pub fn write(&mut self, iova: Iova, data: impl Into<Bytes>) -> &mut Self {
         self.add_write(Kind::Write, iova, data.into())
     }
 
-    /// Writes `data` at `iova`, posted: the bus gives no order to what comes after. It is answered like any write.
+    /// Writes `data` at `iova`, posted: the bus gives no order to what comes after. It is answered like any
+    /// write.
     pub fn posted_write(&mut self, iova: Iova, data: impl Into<Bytes>) -> &mut Self {
         self.add_write(Kind::PostedWrite, iova, data.into())
     }
@@ -221,10 +225,12 @@ impl Batch {
         self.add_atomic(Kind::Swap, iova, operand.size_bytes(), &[operand])
     }
 
-    /// Puts `new` at `iova` if `expected` is there; the value before is answered. Operands of two widths are refused as
-    /// malformed by the server.
+    /// Puts `new` at `iova` if `expected` is there; the value before is answered. Operands of two widths are
+    /// refused as malformed by the server.
     pub fn compare_and_swap(&mut self, iova: Iova, expected: AtomicValue, new: AtomicValue) -> &mut Self {
-        self.add_atomic(Kind::Cas, iova, expected.size_bytes(), &[expected, new])
+        // The columns must add up, or the session ends. Of two widths the mean (6, 10 or 12) is one that no CAS has.
+        let size_bytes = expected.size_bytes().midpoint(new.size_bytes());
+        self.add_atomic(Kind::Cas, iova, size_bytes, &[expected, new])
     }
 
     /// An interrupt: a posted 4-byte write of `data` to `address`, which lies in FEEx_xxxx.
@@ -299,12 +305,14 @@ impl Batch {
             kind,
             payload: self.payload.into_bytes(),
             pasid: self.pasid.map(Pasid::get),
+            address_type: 0,
         };
         (message, shape)
     }
 }
 
-/// A size for the column. One that does not fit is over every limit, which `bytes` (kept whole) shows on submission.
+/// A size for the column. One that does not fit is over every limit, which `bytes` (kept whole) shows on
+/// submission.
 fn clamp(size: usize) -> u32 {
     u32::try_from(size).unwrap_or(u32::MAX)
 }

@@ -39,7 +39,8 @@ impl Shape {
 /// How one operation of a batch ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OperationResult<'a> {
-    /// What was read, or the old value of an atomic; of a refused read the bytes done before, of a write nothing.
+    /// What was read, or the old value of an atomic; of a refused read the bytes done before, of a write
+    /// nothing.
     pub bytes: &'a [u8],
     /// Why and where it ended early; `None` for success.
     pub fault: Option<DmaFault>,
@@ -58,8 +59,8 @@ impl Completed {
     pub(crate) fn check(shape: Shape, answer: pb::DmaCompletions) -> Result<Self, String> {
         let count = answer.fault_index.len();
         let columns = [answer.fault_reason.len(), answer.fault_iova.len(), answer.fault_done_bytes.len()];
-        if columns.iter().any(|&length| length != count) {
-            return Err(format!("fault columns of {count} and {columns:?} elements"));
+        if count > shape.count || columns.iter().any(|&length| length != count) {
+            return Err(format!("fault columns of {count} and {columns:?} elements for {}", shape.count));
         }
         let mut expected = shape.returned_bytes;
         let mut faults = Vec::with_capacity(count);

@@ -18,7 +18,8 @@ pub enum DmaError {
     /// Translation, or the root complex, refused it. The device may go on.
     #[error("refused at {} after {} bytes: {}", .0.iova, .0.done_bytes, reason(.0))]
     Fault(DmaFault),
-    /// There is no session, or it ended before the answer came: it is not known whether the operation happened.
+    /// There is no session, or it ended before the answer came: it is not known whether the operation
+    /// happened.
     #[error("the session with the server was lost")]
     SessionLost,
     /// The device is being reset.
@@ -43,8 +44,8 @@ fn reason(fault: &DmaFault) -> String {
     }
 }
 
-/// A handle for DMA: cheap to clone, and good for the life of the agent, over every reconnect. Without a session, operations
-/// fail at once with [`DmaError::SessionLost`]; [`Dma::connected`] waits for one.
+/// A handle for DMA: cheap to clone, and good for the life of the agent, over every reconnect. Without a
+/// session, operations fail at once with [`DmaError::SessionLost`]; [`Dma::connected`] waits for one.
 #[derive(Clone, Debug)]
 pub struct Dma {
     link: Arc<Link>,
@@ -92,8 +93,8 @@ impl Dma {
         self.link.session().map(|session| session.limits)
     }
 
-    /// Sends a batch as soon as there is a credit for it, and returns while it is in flight; several may be. They are
-    /// carried out and answered in the order of their submission.
+    /// Sends a batch as soon as there is a credit for it, and returns while it is in flight; several may be.
+    /// They are carried out and answered in the order of their submission.
     pub async fn submit(&self, batch: Batch) -> Result<Ticket, DmaError> {
         let session = self.link.session().ok_or(DmaError::SessionLost)?;
         Ok(Ticket { answer: session.submit(batch).await? })
@@ -130,14 +131,16 @@ impl Dma {
         self.execute_whole(batch).await.map(drop)
     }
 
-    /// Writes `data`, posted. Returns when it is on its way; the ticket tells, to those who ask, how it ended.
+    /// Writes `data`, posted. Returns when it is on its way; the ticket tells, to those who ask, how it
+    /// ended.
     pub async fn posted_write(&self, iova: Iova, data: impl Into<Bytes>) -> Result<Ticket, DmaError> {
         let mut batch = Batch::with_capacity(1);
         batch.posted_write(iova, data);
         self.submit(batch).await
     }
 
-    /// Reads scattered pieces in one batch and returns them end to end. The first piece that is refused is the error.
+    /// Reads scattered pieces in one batch and returns them end to end. The first piece that is refused is
+    /// the error.
     pub async fn read_sg(&self, pieces: &[(Iova, u32)]) -> Result<Bytes, DmaError> {
         let mut batch = Batch::with_capacity(pieces.len());
         for &(iova, size_bytes) in pieces {
@@ -146,7 +149,8 @@ impl Dma {
         Ok(self.execute_whole(batch).await?.into_payload())
     }
 
-    /// Writes scattered pieces in one batch. The first piece that is refused is the error; the ones after it are written.
+    /// Writes scattered pieces in one batch. The first piece that is refused is the error; the ones after it
+    /// are written.
     pub async fn write_sg(&self, pieces: &[(Iova, &[u8])]) -> Result<(), DmaError> {
         let mut batch = Batch::with_capacity(pieces.len());
         for &(iova, data) in pieces {
@@ -155,7 +159,8 @@ impl Dma {
         self.execute_whole(batch).await.map(drop)
     }
 
-    /// PCIe FetchAdd: adds, and returns the value before. Needs an aligned address, and read and write permission.
+    /// PCIe FetchAdd: adds, and returns the value before. Needs an aligned address, and read and write
+    /// permission.
     pub async fn fetch_add(&self, iova: Iova, operand: AtomicValue) -> Result<AtomicValue, DmaError> {
         let mut batch = Batch::with_capacity(1);
         batch.fetch_add(iova, operand);
@@ -181,7 +186,8 @@ impl Dma {
         self.atomic(batch).await
     }
 
-    /// Raises an interrupt: a 4-byte write of `data` to `address` in FEEx_xxxx, answered when it was delivered or refused.
+    /// Raises an interrupt: a 4-byte write of `data` to `address` in FEEx_xxxx, answered when it was
+    /// delivered or refused.
     pub async fn msi(&self, address: Iova, data: u32) -> Result<(), DmaError> {
         let mut batch = Batch::with_capacity(1);
         batch.msi(address, data);

@@ -66,7 +66,8 @@ impl EndReason {
     }
 }
 
-/// Whether the same agent may fare better next time. A session that was ended for how its agent behaves would end again.
+/// Whether the same agent may fare better next time. A session that was ended for how its agent behaves would
+/// end again.
 fn ended_is_passing(error: &CallError) -> bool {
     match error {
         CallError::ShuttingDown(_)

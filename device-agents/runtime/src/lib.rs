@@ -1,8 +1,8 @@
 //! The device side of the wire: session, DMA stream, MMIO, interrupts, reconnect.
 //!
-//! A device agent is a process that plays one PCI function. It implements [`DeviceModel`] (what its registers do) and runs
-//! it with an [`Agent`]; everything it reads and writes goes through a [`Dma`] handle, over the wire and through the
-//! server's translation.
+//! A device agent is a process that plays one PCI function. It implements [`DeviceModel`] (what its registers
+//! do) and runs it with an [`Agent`]; everything it reads and writes goes through a [`Dma`] handle, over the
+//! wire and through the server's translation.
 //!
 //! ```no_run
 //! use device_runtime::{Agent, DeviceModel, Dma, MmioRefusal, Register};
@@ -20,7 +20,7 @@
 //!
 //! # async fn start() -> Result<(), Box<dyn std::error::Error>> {
 //! let address = "0000:00:05.0".parse()?;
-//! Agent::builder("http://127.0.0.1:7117", "nothing0", address).run(Nothing).await?;
+//! Agent::builder("http://127.0.0.1:7450", "nothing0", address).run(Nothing).await?;
 //! # Ok(())
 //! # }
 //! ```

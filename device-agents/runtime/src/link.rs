@@ -6,8 +6,9 @@
 //!                             └── +1 ────────┴── oldest answered ◄── reader ◄── wire
 //! ```
 //!
-//! The lock is held to push one entry and to put one message into a channel that has room by construction: everything in
-//! it holds a credit. So neither side ever waits for the other.
+//! The lock is held to push one entry and to put one message into a channel that has room for all credits, so neither side
+//! ever waits for the other. Only a server that answers what it has not read, or asks for more than its credits, can fill it;
+//! that ends the session.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +19,7 @@ use iommu_proto::pb;
 use iommu_proto::pb::device_to_server::Message as Up;
 use iommu_types::Generation;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::completed::Shape;
 use crate::{Batch, Completed, DmaError, EndReason};
@@ -118,8 +120,12 @@ struct Traffic {
     next_tag: u64,
     /// Resets told by the server and not done yet; while there is one, DMA is refused.
     resets: u32,
+    /// Counts the resets told: what waited for credit since before the latest one fails with it.
+    resets_told: u64,
     /// Gone once the session closed, which ends the stream upward.
     outbound: Option<mpsc::Sender<pb::DeviceToServer>>,
+    /// Cancelled when the outbound channel was found full.
+    overrun: CancellationToken,
 }
 
 /// One session.
@@ -127,6 +133,8 @@ struct Traffic {
 pub(crate) struct Session {
     pub(crate) generation: Generation,
     pub(crate) limits: SessionLimits,
+    /// Cancelled when the server broke its credits so far that our answers have no room.
+    pub(crate) overrun: CancellationToken,
     credits: Semaphore,
     traffic: Mutex<Traffic>,
 }
@@ -137,17 +145,26 @@ impl Session {
         limits: SessionLimits,
         outbound: mpsc::Sender<pb::DeviceToServer>,
     ) -> Self {
-        let traffic =
-            Traffic { in_flight: VecDeque::new(), next_tag: 0, resets: 0, outbound: Some(outbound) };
+        let overrun = CancellationToken::new();
+        let traffic = Traffic {
+            in_flight: VecDeque::new(),
+            next_tag: 0,
+            resets: 0,
+            resets_told: 0,
+            outbound: Some(outbound),
+            overrun: overrun.clone(),
+        };
         Self {
             generation,
             limits,
+            overrun,
             credits: Semaphore::new(limits.dma_credits as usize),
             traffic: Mutex::new(traffic),
         }
     }
 
-    /// Waits for a credit and sends the batch. Dropping the future sends nothing; dropping what it returns forgets the answer.
+    /// Waits for a credit and sends the batch. Dropping the future sends nothing; dropping what it returns
+    /// forgets the answer.
     pub(crate) async fn submit(
         &self,
         batch: Batch,
@@ -159,12 +176,16 @@ impl Session {
             let _ = waiter.send(Ok(Completed::nothing(shape)));
             return Ok(answer);
         }
-        let credit = match self.credits.try_acquire() {
-            Ok(credit) => credit,
-            Err(_) => self.credits.acquire().await.map_err(|_| DmaError::SessionLost)?,
+        let (credit, resets_told) = match self.credits.try_acquire() {
+            Ok(credit) => (credit, None),
+            Err(_) => {
+                let resets_told = lock(&self.traffic).resets_told;
+                let credit = self.credits.acquire().await.map_err(|_| DmaError::SessionLost)?;
+                (credit, Some(resets_told))
+            }
         };
         let mut traffic = lock(&self.traffic);
-        if traffic.resets > 0 {
+        if traffic.resets > 0 || resets_told.is_some_and(|told| told != traffic.resets_told) {
             return Err(DmaError::Reset);
         }
         let first_tag = traffic.next_tag;
@@ -209,6 +230,7 @@ impl Session {
     pub(crate) fn reset_begun(&self) -> Result<(), String> {
         let mut traffic = lock(&self.traffic);
         traffic.resets += 1;
+        traffic.resets_told += 1;
         if traffic.resets > RESETS_MAX {
             return Err(format!("more than {RESETS_MAX} resets unanswered"));
         }
@@ -265,7 +287,8 @@ impl Traffic {
             Ok(()) => Ok(()),
             Err(mpsc::error::TrySendError::Closed(_)) => Err(()),
             Err(mpsc::error::TrySendError::Full(_)) => {
-                unreachable!("what is on its way up holds a credit, and the channel has room for all credits")
+                self.overrun.cancel();
+                Err(())
             }
         }
     }
@@ -274,4 +297,59 @@ impl Traffic {
 /// A panic while the lock was held left data that is still whole: every critical section is a few pushes.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iommu_types::Iova;
+
+    fn session(dma_credits: u32) -> (Arc<Session>, mpsc::Receiver<pb::DeviceToServer>) {
+        let limits = SessionLimits { dma_credits, batch_operations_max: 16, batch_bytes_max: 4096 };
+        let (outbound, messages) = mpsc::channel(OUTBOUND_MAX);
+        (Arc::new(Session::new(Generation(1), limits, outbound)), messages)
+    }
+
+    fn read(iova: u64) -> Batch {
+        let mut batch = Batch::new();
+        batch.read(Iova::new(iova), 0);
+        batch
+    }
+
+    #[test]
+    fn a_server_that_asks_without_reading_ends_the_session_and_does_not_panic_the_agent() {
+        let (session, _unread) = session(1);
+        for tag in 0..=OUTBOUND_MAX as u64 {
+            assert!(!session.overrun.is_cancelled(), "{tag} answers have room");
+            session.answer_mmio(MmioCompletion { tag, outcome: Ok(0) });
+        }
+        assert!(session.overrun.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_server_that_answers_batches_without_reading_them_ends_the_session() {
+        let (session, _unread) = session(1);
+        for first_tag in 0..OUTBOUND_MAX as u64 {
+            let _ticket = session.submit(read(0)).await.expect("a credit");
+            session.completed(pb::DmaCompletions { first_tag, ..Default::default() }).expect("it fits");
+        }
+        assert!(matches!(session.submit(read(0)).await, Err(DmaError::SessionLost)));
+        assert!(session.overrun.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_waited_for_its_credit_through_a_reset_is_not_sent_after_it() {
+        let (session, _messages) = session(1);
+        let before = session.submit(read(1)).await.expect("a credit");
+        let waiting = tokio::spawn({
+            let session = Arc::clone(&session);
+            async move { session.submit(read(2)).await.map(drop) }
+        });
+        tokio::task::yield_now().await;
+        session.reset_begun().expect("the first reset");
+        session.reset_done(0);
+        session.completed(pb::DmaCompletions::default()).expect("the answer of the first batch");
+        assert_eq!(waiting.await.expect("no panic"), Err(DmaError::Reset));
+        assert!(matches!(before.await, Ok(Err(DmaError::Reset))));
+    }
 }

@@ -44,9 +44,9 @@ impl MmioRefusal {
 
 /// A device model: one PCI function.
 ///
-/// Register accesses come one at a time, in the order in which the driver made them; each is answered when its future
-/// ends, so a long job belongs into [`run`](Self::run) and is only started by a register. All methods take `&self`,
-/// because `run` goes on beside the register accesses.
+/// Register accesses come one at a time, in the order in which the driver made them; each is answered when
+/// its future ends, so a long job belongs into [`run`](Self::run) and is only started by a register. All
+/// methods take `&self`, because `run` goes on beside the register accesses.
 pub trait DeviceModel: Send + Sync + 'static {
     /// Reads a register. The value must fit the width; bits above it are cut off.
     fn mmio_read(
@@ -67,8 +67,9 @@ pub trait DeviceModel: Send + Sync + 'static {
     /// [`DmaError::Reset`](crate::DmaError::Reset) when this is called, and new DMA fails so until it ends.
     fn reset(&self) -> impl Future<Output = ()> + Send;
 
-    /// The work that the device does by itself. Started once, before the first session, and dropped when the agent ends;
-    /// it lives through reconnects, during which DMA fails with [`DmaError::SessionLost`](crate::DmaError::SessionLost).
+    /// The work that the device does by itself. Started once, before the first session, and dropped when the
+    /// agent ends; it lives through reconnects, during which DMA fails with
+    /// [`DmaError::SessionLost`](crate::DmaError::SessionLost).
     fn run(&self, dma: Dma) -> impl Future<Output = ()> + Send {
         let _ = dma;
         std::future::pending()

@@ -13,10 +13,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
+use crate::agent::AbortOnDrop;
 use crate::connect::{MESSAGE_BYTES_MAX, connect};
 use crate::device_task::{self, Work};
 use crate::link::{DMA_CREDITS_MAX, Link, MMIO_CREDITS, OUTBOUND_MAX, Session};
-use crate::{DeviceModel, Dma, EndReason, SessionLimits};
+use crate::{DeviceModel, Dma, EndReason, LinkState, SessionLimits};
 
 /// How long the server may take from Hello to Welcome.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,21 +53,31 @@ pub(crate) async fn serve<M: DeviceModel>(
         Ok(Err(reason)) => return reason,
         Err(_) => return EndReason::Lost(format!("no Welcome within {HANDSHAKE_TIMEOUT:?}")),
     };
+    tracing::info!(device = %peer.address, generation = session.generation.0, "session stands");
     link.up(Arc::clone(&session));
     established();
     let (work, queue) = device_task::work_queue();
     let dma = Dma::new(Arc::clone(link));
-    let mut device = tokio::spawn(device_task::run(Arc::clone(model), dma, Arc::clone(&session), queue));
+    let mut device =
+        AbortOnDrop(tokio::spawn(device_task::run(Arc::clone(model), dma, Arc::clone(&session), queue)));
     let reason = tokio::select! {
         reason = read(&session, &mut inbound, &work) => reason,
         reason = stop_gracefully(&session, stop) => reason,
+        () = session.overrun.cancelled() => {
+            EndReason::Protocol("the server asks and answers beyond its credits and does not read".into())
+        }
+        ended = &mut *device => {
+            // The queue is open, so only a panic ends it. A device whose registers are broken must not look alive.
+            let panic = ended.expect_err("the device task runs for as long as its queue is open");
+            std::panic::resume_unwind(panic.into_panic())
+        }
     };
-    session.close();
+    // At once, so that whoever waits for a session does not find this one while the last access runs out.
+    link.down(LinkState::Down { reason: Some(reason.clone()), retry_in: Duration::ZERO });
     drop(work);
     // The next session's accesses must not run beside one of this session: order on the bus.
-    if tokio::time::timeout(DEVICE_TASK_GRACE, &mut device).await.is_err() {
+    if tokio::time::timeout(DEVICE_TASK_GRACE, &mut *device).await.is_err() {
         tracing::warn!("a register access did not end with its session and is dropped");
-        device.abort();
     }
     reason
 }

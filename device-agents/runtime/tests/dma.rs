@@ -24,7 +24,8 @@ impl DeviceModel for Summing {
         Ok(self.sum.load(Ordering::SeqCst))
     }
     async fn mmio_write(&self, _: Register, value: u64, dma: &Dma) -> Result<(), MmioRefusal> {
-        let read = dma.read(Iova::new(value), 4).await.map_err(|error| MmioRefusal::new(error.to_string()))?;
+        let read =
+            dma.read(Iova::new(value), 4).await.map_err(|error| MmioRefusal::new(error.to_string()))?;
         let sum = read.iter().map(|&byte| u64::from(byte)).sum();
         self.sum.fetch_add(sum, Ordering::SeqCst);
         Ok(())
@@ -41,8 +42,7 @@ struct Running {
 
 async fn running(dma_credits: u32) -> Running {
     let server = FakeServer::start().await;
-    let agent =
-        Agent::builder(server.endpoint(), "copy0", address()).reconnect(Reconnect::NEVER).build();
+    let agent = Agent::builder(server.endpoint(), "copy0", address()).reconnect(Reconnect::NEVER).build();
     let dma = agent.dma();
     let ended = tokio::spawn(agent.run(Summing::default()));
     let attached = server.welcomed(1, dma_credits).await;
@@ -84,15 +84,21 @@ async fn faults_in_the_middle_of_a_batch_leave_the_operations_around_them_whole(
     }));
     let completed = soon("completions", ticket).await.unwrap();
     let results = completed.results().map(|result| (result.bytes.to_vec(), result.fault)).collect::<Vec<_>>();
-    assert_eq!(results, [
-        (vec![1, 2, 3, 4], None),
-        (vec![5, 6], Some(fault(2, 0x2000, Ok(FaultReason::READ_DENIED)))),
-        (vec![], Some(fault(0, 0x3000, Ok(FaultReason::WRITE_DENIED)))),
-        (vec![], Some(fault(0, 0x4000, Err(Refusal::Malformed)))),
-        (vec![7, 0, 0, 0], None),
-        (vec![8, 9, 10], None),
-    ]);
+    assert_eq!(
+        results,
+        [
+            (vec![1, 2, 3, 4], None),
+            (vec![5, 6], Some(fault(2, 0x2000, Ok(FaultReason::READ_DENIED)))),
+            (vec![], Some(fault(0, 0x3000, Ok(FaultReason::WRITE_DENIED)))),
+            (vec![], Some(fault(0, 0x4000, Err(Refusal::Malformed)))),
+            (vec![7, 0, 0, 0], None),
+            (vec![8, 9, 10], None),
+        ]
+    );
 }
+
+/// Kinds, sizes and payload of a batch as it comes, and the payload that answers it.
+type Exchange = (&'static [u8], &'static [u32], Vec<u8>, Vec<u8>);
 
 #[tokio::test]
 async fn every_call_travels_as_the_schema_says() {
@@ -100,8 +106,7 @@ async fn every_call_travels_as_the_schema_says() {
     let (dma, mut attached) = (running.dma, running.attached);
     let eight = |value: u64| value.to_le_bytes().to_vec();
     let serve = tokio::spawn(async move {
-        // Kind, sizes, payload up; payload down.
-        let script: Vec<(&[u8], &[u32], Vec<u8>, Vec<u8>)> = vec![
+        let script: Vec<Exchange> = vec![
             (&[], &[3], vec![], vec![1, 2, 3]),
             (&[], &[0], vec![], vec![]),
             (&[1], &[2], vec![4, 5], vec![]),

@@ -1,4 +1,5 @@
-//! Sessions: handshake, reconnect, fencing, reset, stopping, and what happens when the server breaks the rules.
+//! Sessions: handshake, reconnect, fencing, reset, stopping, and what happens when the server breaks the
+//! rules.
 
 mod support;
 
@@ -7,7 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use device_runtime::{
-    Agent, AgentBuilder, Backoff, DeviceModel, Dma, DmaError, EndReason, LinkState, MmioRefusal, Reconnect, Register,
+    Agent, AgentBuilder, Backoff, DeviceModel, Dma, DmaError, EndReason, LinkState, MmioRefusal, Reconnect,
+    Register,
 };
 use iommu_proto::model::{FromDevice, ToDevice};
 use iommu_proto::pb;
@@ -36,8 +38,12 @@ impl DeviceModel for Counting {
 }
 
 /// Comes back at once, so that tests do not wait.
-const AT_ONCE: Reconnect =
-    Reconnect { first: Duration::from_millis(1), longest: Duration::from_millis(2), seed: Some(1), ..Reconnect::STANDARD };
+const AT_ONCE: Reconnect = Reconnect {
+    first: Duration::from_millis(1),
+    longest: Duration::from_millis(2),
+    seed: Some(1),
+    ..Reconnect::STANDARD
+};
 
 fn agent(server: &FakeServer) -> AgentBuilder {
     Agent::builder(server.endpoint(), "copy0", address()).reconnect(AT_ONCE)
@@ -95,7 +101,8 @@ async fn attempts_are_as_far_apart_as_the_seed_says_and_end_after_the_last_one()
     let policy = Reconnect { attempts_max: Some(6), seed: Some(42), ..Reconnect::STANDARD };
     let mut expected = Backoff::new(&policy);
     let expected = (0..6).map(|_| expected.next_delay()).collect::<Vec<_>>();
-    let agent = Agent::builder("unix:///nonexistent/iommu.sock", "copy0", address()).reconnect(policy).build();
+    let agent =
+        Agent::builder("unix:///nonexistent/iommu.sock", "copy0", address()).reconnect(policy).build();
     let mut state = agent.dma().watch();
     let begin = tokio::time::Instant::now();
     let running = tokio::spawn(agent.run(Counting::default()));
@@ -192,7 +199,10 @@ async fn more_register_accesses_than_credits_end_the_session() {
         attached.mmio_read(tag, 0x1000);
     }
     let ended = soon("the end", running).await.unwrap();
-    assert!(matches!(&ended, Err(EndReason::Protocol(told)) if told.contains("register accesses")), "{ended:?}");
+    assert!(
+        matches!(&ended, Err(EndReason::Protocol(told)) if told.contains("register accesses")),
+        "{ended:?}"
+    );
 }
 
 #[tokio::test]
@@ -236,6 +246,32 @@ async fn a_reset_fails_what_is_in_flight_and_queued_before_the_model_is_reset() 
 }
 
 #[tokio::test]
+async fn a_batch_that_waited_for_credit_through_a_reset_is_never_sent() {
+    let server = FakeServer::start().await;
+    let agent = agent(&server).build();
+    let dma = agent.dma();
+    let running = tokio::spawn(agent.run(Counting::default()));
+    let mut attached = server.welcomed(1, 1).await;
+    soon("a session", dma.connected()).await;
+    let read = |iova| {
+        let dma = dma.clone();
+        tokio::spawn(async move { dma.read(Iova::new(iova), 1).await })
+    };
+    let in_flight = read(0x1000);
+    let batch = attached.batch().await;
+    let waiting = read(0x2000);
+    tokio::task::yield_now().await;
+    attached.send(ToDevice::Reset { tag: 1 });
+    assert_eq!(attached.next().await, Some(FromDevice::ResetDone { tag: 1 }));
+    attached.complete(&batch, vec![0]);
+    for read in [in_flight, waiting] {
+        assert_eq!(soon("the end of a read", read).await.unwrap(), Err(DmaError::Reset));
+    }
+    assert!(attached.is_silent().await);
+    running.abort();
+}
+
+#[tokio::test]
 async fn a_stopped_agent_awaits_what_is_in_flight_and_admits_nothing_new() {
     let server = FakeServer::start().await;
     let stop = CancellationToken::new();
@@ -263,6 +299,6 @@ async fn a_stopped_agent_awaits_what_is_in_flight_and_admits_nothing_new() {
 
 #[tokio::test]
 async fn an_endpoint_without_a_scheme_is_refused_in_words() {
-    let ended = Agent::builder("127.0.0.1:7117", "copy0", address()).run(Counting::default()).await;
+    let ended = Agent::builder("127.0.0.1:7450", "copy0", address()).run(Counting::default()).await;
     assert!(matches!(ended, Err(EndReason::BadEndpoint { .. })), "{ended:?}");
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use iommu_types::{Access, DeviceAddress, Owner};
+use iommu_types::{Access, AccessWidth, DeviceAddress, Owner, Pasid};
 
 /// See and steer an IOMMU server.
 ///
@@ -177,9 +177,9 @@ pub(crate) struct AccessArgs {
     /// Size in bytes; 0 is a zero-length read.
     #[arg(long, default_value_t = 1, value_name = "BYTES")]
     pub(crate) size: u32,
-    /// PASID of the request.
-    #[arg(long)]
-    pub(crate) pasid: Option<u32>,
+    /// PASID of the request, 20 bits.
+    #[arg(long, value_parser = pasid)]
+    pub(crate) pasid: Option<Pasid>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -292,15 +292,29 @@ pub(crate) struct RegisterArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) bar: u8,
     /// Width in bytes: 1, 2, 4 or 8.
-    #[arg(long, default_value_t = 4)]
-    pub(crate) width: u32,
+    #[arg(long, default_value = "4", value_parser = width)]
+    pub(crate) width: AccessWidth,
 }
 
 /// Reads 0x-prefixed hexadecimal or decimal.
 pub(crate) fn number(text: &str) -> Result<u64, String> {
-    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(digits) => u64::from_str_radix(digits, 16),
-        None => text.parse(),
+    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => (digits, 16),
+        None => (text, 10),
     };
-    parsed.map_err(|error| format!("{error}; write 0x1000 or 4096"))
+    // `from_str_radix` would take a sign as well.
+    if digits.starts_with('+') {
+        return Err("a number has no sign; write 0x1000 or 4096".to_owned());
+    }
+    u64::from_str_radix(digits, radix).map_err(|error| format!("{error}; write 0x1000 or 4096"))
+}
+
+fn pasid(text: &str) -> Result<Pasid, String> {
+    let number = u32::try_from(number(text)?).ok();
+    number.and_then(Pasid::new).ok_or_else(|| "a PASID has 20 bits, so it is at most 0xfffff".to_owned())
+}
+
+fn width(text: &str) -> Result<AccessWidth, String> {
+    let bytes = u32::try_from(number(text)?).ok();
+    bytes.and_then(AccessWidth::from_bytes).ok_or_else(|| "a register is 1, 2, 4 or 8 bytes wide".to_owned())
 }

@@ -1,11 +1,10 @@
 //! The commands that look and change nothing.
 
-use anyhow::bail;
 use guest_sdk::{
     AccessQuestion, CacheCounters, DeviceAddress, DeviceState, DomainId, FaultFilter, Iova, Operator, Owner,
     WalkStep,
 };
-use iommu_types::{Outcome, Pasid};
+use iommu_types::Outcome;
 use serde_json::{Value, json};
 
 use crate::Ended;
@@ -229,14 +228,9 @@ pub(crate) async fn mappings(
 }
 
 async fn explained(operator: &Operator, access: &AccessArgs) -> anyhow::Result<iommu_types::Explanation> {
-    let pasid = match access.pasid.map(Pasid::new) {
-        None => None,
-        Some(Some(pasid)) => Some(pasid),
-        Some(None) => bail!("--pasid: a PASID has 20 bits, so it is at most 0xfffff"),
-    };
     let question = AccessQuestion {
         device: access.device,
-        pasid,
+        pasid: access.pasid,
         iova: Iova::new(access.iova),
         access: access.access.into(),
         size_bytes: access.size,
@@ -403,6 +397,7 @@ pub(crate) async fn faults(operator: &Operator, out: Output, command: &FaultComm
         }
         FaultCommand::Follow { filter: which, from, count } => {
             let mut new = operator.faults().watch(filter(which), from.clone()).await?;
+            let mut token = from.clone();
             let mut left = count.unwrap_or(u64::MAX);
             while left > 0 {
                 let event = tokio::select! {
@@ -417,9 +412,17 @@ pub(crate) async fn faults(operator: &Operator, out: Output, command: &FaultComm
                         format!("{} records were overwritten before they could be shown", event.missed_count)
                     });
                 }
-                for record in event.records.iter().take(usize::try_from(left).unwrap_or(usize::MAX)) {
+                let count = event.records.len();
+                for (index, record) in event.records.iter().enumerate() {
+                    if left == 0 {
+                        break;
+                    }
+                    // The token is that of the whole message: before its last record only the one before misses nothing.
+                    if index + 1 == count {
+                        token.clone_from(&event.resume_token);
+                    }
                     let mut value = json::fault(record);
-                    value["resume_token"] = json!(event.resume_token);
+                    value["resume_token"] = json!((!token.is_empty()).then_some(&token));
                     out.line(&value, || words::fault_line(record));
                     left -= 1;
                 }

@@ -14,12 +14,14 @@ mod words;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use guest_sdk::{Connection, Operator};
+use guest_sdk::{Connection, Operator, SdkError, TransportError};
 
 use args::{Cli, Command};
 
 /// The server refused or failed.
 const FAILED: u8 = 1;
+/// The command line is wrong; clap uses the same.
+const WRONG_USAGE: u8 = 2;
 /// The access that was asked about would be refused.
 const WOULD_BE_REFUSED: u8 = 3;
 /// The server cannot be reached (`EX_UNAVAILABLE`).
@@ -36,15 +38,20 @@ enum Ended {
 async fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::Completion { shell } = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "iommuctl", &mut std::io::stdout());
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "iommuctl", &mut script);
+        print::write(&script);
         return ExitCode::SUCCESS;
     }
     let operator = match Connection::to(&cli.server).operator(&cli.name).await {
         Ok(operator) => operator,
         Err(error) => {
             print::error(&error);
-            let refused = error.refusal().is_some();
-            return ExitCode::from(if refused { FAILED } else { UNREACHABLE });
+            return ExitCode::from(match error {
+                SdkError::Refused(_) | SdkError::Call(_) => FAILED,
+                SdkError::Transport(TransportError::BadEndpoint { .. }) => WRONG_USAGE,
+                SdkError::Transport(_) => UNREACHABLE,
+            });
         }
     };
     match run(&operator, &cli).await {

@@ -1,6 +1,6 @@
 //! Reading and writing the memory of an owner.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -52,7 +52,8 @@ pub(crate) async fn run(operator: &Operator, out: Output, command: &MemoryComman
 
 fn save(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     if path == Path::new("-") {
-        return std::io::stdout().write_all(bytes).context("write to standard output");
+        crate::print::write(bytes);
+        return Ok(());
     }
     std::fs::write(path, bytes).with_context(|| format!("write {}", path.display()))
 }

@@ -1,7 +1,8 @@
 //! The two ways to print: tables and pages for people, JSON for programs.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "printing is what this module is for")]
+#![expect(clippy::print_stderr, reason = "printing is what this module is for")]
 
 use std::fmt::Display;
+use std::io::Write;
 
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::Value;
@@ -16,15 +17,31 @@ pub(crate) struct Output {
 impl Output {
     /// Prints `value` as JSON, or what `page` makes of it in words.
     pub(crate) fn page(self, value: &Value, page: impl FnOnce() -> String) {
-        if self.json { println!("{value:#}") } else { print!("{}", page()) }
+        if self.json { write(format!("{value:#}\n").as_bytes()) } else { write(page().as_bytes()) }
     }
     /// Prints one record in one line.
     pub(crate) fn line(self, value: &Value, line: impl FnOnce() -> String) {
-        if self.json { println!("{value}") } else { println!("{}", line()) }
+        if self.json {
+            write(format!("{value}\n").as_bytes())
+        } else {
+            write(format!("{}\n", line()).as_bytes())
+        }
     }
     /// Prints rows under a head.
     pub(crate) fn table(self, value: &Value, head: &[&str], rows: Vec<Vec<String>>) {
         self.page(value, || table(head, rows));
+    }
+}
+
+/// Writes to standard output. A reader that has seen enough (`| head`) ends the program, without an error.
+pub(crate) fn write(bytes: &[u8]) {
+    let mut out = std::io::stdout().lock();
+    if let Err(failed) = out.write_all(bytes).and_then(|()| out.flush()) {
+        if failed.kind() == std::io::ErrorKind::BrokenPipe {
+            std::process::exit(0);
+        }
+        error(&format_args!("write to standard output: {failed}"));
+        std::process::exit(1);
     }
 }
 

@@ -1,7 +1,6 @@
 //! The commands that change something: devices, owners, registers.
 
-use anyhow::Context;
-use guest_sdk::{AccessWidth, DomainId, Operator, Peer};
+use guest_sdk::{DomainId, Operator, Peer};
 use serde_json::json;
 
 use crate::args::{DeviceCommand, MmioCommand, OwnerCommand, RegisterArgs};
@@ -72,22 +71,15 @@ async fn quarantine(operator: &Operator, out: Output, peer: Peer, name: String) 
 
 /// `mmio …`.
 pub(crate) async fn mmio(operator: &Operator, out: Output, command: &MmioCommand) -> anyhow::Result<()> {
-    let width = |register: &RegisterArgs| {
-        AccessWidth::from_bytes(register.width).context("--width: must be 1, 2, 4 or 8")
-    };
     match command {
         MmioCommand::Read(register) => {
-            let width = width(register)?;
-            let value =
-                operator.admin().mmio_read(register.device, register.bar, register.offset, width).await?;
+            let RegisterArgs { device, offset, bar, width } = *register;
+            let value = operator.admin().mmio_read(device, bar, offset, width).await?;
             out.line(&json!({ "offset": hex(register.offset), "value": hex(value) }), || hex(value));
         }
         MmioCommand::Write { register, value } => {
-            let width = width(register)?;
-            operator
-                .admin()
-                .mmio_write(register.device, register.bar, register.offset, width, *value)
-                .await?;
+            let RegisterArgs { device, offset, bar, width } = *register;
+            operator.admin().mmio_write(device, bar, offset, width, *value).await?;
             out.line(&json!({ "offset": hex(register.offset), "written": hex(*value) }), || {
                 format!("wrote {value:#x} to register {:#x} of {}", register.offset, register.device)
             });

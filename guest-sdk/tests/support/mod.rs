@@ -29,13 +29,16 @@ pub(crate) struct Fake {
     state: Arc<Mutex<State>>,
 }
 
+/// An answer of the type of its method, or a refusal.
+type Answer = Result<Box<dyn Any + Send>, Status>;
+
 #[derive(Default)]
 pub(crate) struct State {
     /// Method and request ID (0 for those without) of every call that got past the session check.
     pub(crate) calls: Vec<(&'static str, u64)>,
     /// The watermark of each call with a header.
     pub(crate) acknowledged: Vec<u64>,
-    answers: HashMap<&'static str, VecDeque<Result<Box<dyn Any + Send>, Status>>>,
+    answers: HashMap<&'static str, VecDeque<Answer>>,
     /// Connections with a session.
     sessions: HashSet<SocketAddr>,
     /// Every Open.
@@ -161,10 +164,10 @@ impl pb::session_service_server::SessionService for Fake {
     }
 }
 
-type Stream_<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// What is scripted, and then silence.
-fn script<T: Send + 'static>(items: Vec<Result<T, Status>>) -> Stream_<T> {
+fn script<T: Send + 'static>(items: Vec<Result<T, Status>>) -> Replies<T> {
     Box::pin(tokio_stream::iter(items).chain(tokio_stream::pending()))
 }
 
@@ -181,7 +184,7 @@ macro_rules! driver_service {
                 self.scripted(stringify!($plain))
             })*
 
-            type DmaStreamStream = Stream_<pb::DmaStreamResponse>;
+            type DmaStreamStream = Replies<pb::DmaStreamResponse>;
             async fn dma_stream(
                 &self,
                 request: Request<Streaming<pb::DmaStreamRequest>>,
@@ -192,7 +195,7 @@ macro_rules! driver_service {
                 Ok(Response::new(Box::pin(answers)))
             }
 
-            type WatchInterruptsStream = Stream_<pb::WatchInterruptsResponse>;
+            type WatchInterruptsStream = Replies<pb::WatchInterruptsResponse>;
             async fn watch_interrupts(
                 &self,
                 request: Request<pb::WatchInterruptsRequest>,
@@ -264,7 +267,7 @@ impl pb::memory_service_server::MemoryService for Fake {
         let written_bytes = self.put(request.into_inner());
         Ok(Response::new(pb::MemoryWriteResponse { written_bytes }))
     }
-    type ReadBulkStream = Stream_<pb::MemoryReadResponse>;
+    type ReadBulkStream = Replies<pb::MemoryReadResponse>;
     async fn read_bulk(
         &self,
         request: Request<pb::MemoryReadRequest>,
@@ -306,7 +309,7 @@ impl pb::fault_service_server::FaultService for Fake {
         self.enter("list", &request, None)?;
         self.scripted("list")
     }
-    type WatchStream = Stream_<pb::WatchFaultsResponse>;
+    type WatchStream = Replies<pb::WatchFaultsResponse>;
     async fn watch(
         &self,
         request: Request<pb::WatchFaultsRequest>,

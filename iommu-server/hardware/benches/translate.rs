@@ -12,7 +12,7 @@ use iommu_hardware::vtd::spec::pte::{SecondStageEntry, entry_address};
 use iommu_hardware::vtd::spec::root_context::{self, ContextEntry, RootEntry};
 use iommu_hardware::vtd::walk::{RootMode, RootTable};
 use iommu_hardware::vtd::{EventMessage, EventSink, Port, Request, Unit, UnitConfig};
-use iommu_types::{Access, Capabilities, DomainId, Hpa, Iova, PageSize, Permissions, SourceId};
+use iommu_types::{Access, AddressType, Capabilities, DomainId, Hpa, Iova, PageSize, Permissions, SourceId};
 
 /// Operations of one measured round: the most that one epoch covers.
 const OPERATIONS: u64 = 128;
@@ -24,7 +24,7 @@ const ROOT: Hpa = Hpa::new(0x1000);
 const CONTEXTS: Hpa = Hpa::new(0x2000);
 const TOP: Hpa = Hpa::new(0x3000);
 const TABLES: u64 = 0x10_0000;
-const DATA: u64 = 0x400_0000;
+const BUFFERS: u64 = 0x400_0000;
 
 struct NoEvents;
 impl EventSink for NoEvents {
@@ -33,7 +33,7 @@ impl EventSink for NoEvents {
 
 /// A unit whose IOTLB has that many sets, with PAGES pages mapped from IOVA 0 and one device.
 fn port(sets: u32, paging_sets: u32) -> Port {
-    let size_bytes = DATA + PAGES * 4096;
+    let size_bytes = BUFFERS + PAGES * 4096;
     let memory = PhysicalMemory::new(&MemoryConfig { size_bytes, backing: Backing::Memfd }).expect("memory");
     write_tables(&memory);
     let geometry = |sets| CacheGeometry { sets, ways: 4 };
@@ -70,8 +70,11 @@ fn write_tables(memory: &PhysicalMemory) {
             }
             table = entry.address();
         }
-        let leaf =
-            SecondStageEntry::leaf(Hpa::new(DATA + page * 4096), PageSize::Size4K, Permissions::READ_WRITE);
+        let leaf = SecondStageEntry::leaf(
+            Hpa::new(BUFFERS + page * 4096),
+            PageSize::Size4K,
+            Permissions::READ_WRITE,
+        );
         let at = entry_address(table, iova, 1).expect("inside memory");
         memory.store_u64(at, leaf.into_bits()).expect("inside memory");
     }
@@ -101,7 +104,13 @@ impl Shuffled {
 }
 
 fn read(page: u64) -> Request {
-    Request { iova: Iova::new(page * 4096), size_bytes: 64, access: Access::Read, pasid: None }
+    Request {
+        iova: Iova::new(page * 4096),
+        size_bytes: 64,
+        access: Access::Read,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    }
 }
 
 fn round(port: &mut Port, pages: &mut Shuffled) {

@@ -1,6 +1,6 @@
 //! DMA operations over a port: page by page, stopping at the first fault, in bounded bursts.
 
-use iommu_types::{Access, DmaFault, FaultReason, Hpa, Iova, PAGE_SIZE_BYTES, Pasid, Refusal};
+use iommu_types::{Access, AddressType, DmaFault, FaultReason, Hpa, Iova, PAGE_SIZE_BYTES, Pasid, Refusal};
 
 use crate::memory::{AtomicOperation, NoMemoryAt, PhysicalMemory};
 use crate::vtd::interrupt::DeliveredInterrupt;
@@ -38,6 +38,7 @@ pub enum Done {
 /// for one: drop it at the end of the batch, and never wait for anything while holding it.
 pub struct Run<'p> {
     burst: Burst<'p>,
+    address_type: AddressType,
     burst_operations: u32,
     burst_bytes: u32,
 }
@@ -48,7 +49,13 @@ type Reason = Result<FaultReason, Refusal>;
 impl<'p> Run<'p> {
     /// A run over a port. It enters an epoch with its first operation.
     pub fn new(port: &'p mut Port) -> Self {
-        Self { burst: port.burst_outside(), burst_operations: 0, burst_bytes: 0 }
+        let address_type = AddressType::Untranslated;
+        Self { burst: port.burst_outside(), address_type, burst_operations: 0, burst_bytes: 0 }
+    }
+    /// The same run with requests that bear another AT field.
+    pub fn with_address_type(mut self, address_type: AddressType) -> Self {
+        self.address_type = address_type;
+        self
     }
 
     /// Executes one operation. It stops at its first fault, which says how many bytes are done and where it ended.
@@ -71,15 +78,18 @@ impl<'p> Run<'p> {
     fn read(&mut self, iova: Iova, pasid: Option<Pasid>, into: &mut [u8]) -> Result<Done, DmaFault> {
         let pieces = Pieces::of(iova, into.len())?;
         if into.is_empty() {
-            let nothing = Request { iova, size_bytes: 0, access: Access::Read, pasid };
+            let nothing =
+                Request { iova, size_bytes: 0, access: Access::Read, pasid, address_type: self.address_type };
             return self.reach(nothing, |_, _| Ok(())).map(|()| Done::Moved).map_err(at_start(iova));
         }
         let mut rest = into;
         for piece in pieces {
             let (part, after) = rest.split_at_mut(piece.size_bytes as usize);
             rest = after;
-            self.reach(piece.request(Access::Read, pasid), |memory, hpa| memory.read(hpa, part))
-                .map_err(|reason| piece.fault(reason))?;
+            self.reach(piece.request(Access::Read, pasid, self.address_type), |memory, hpa| {
+                memory.read(hpa, part)
+            })
+            .map_err(|reason| piece.fault(reason))?;
         }
         Ok(Done::Moved)
     }
@@ -90,8 +100,17 @@ impl<'p> Run<'p> {
             return Err(at_start(iova)(Err(Refusal::Malformed)));
         }
         if let Ok(word) = <[u8; 4]>::try_from(from)
-            && (Request { iova, size_bytes: 4, access: Access::Write, pasid }).is_interrupt()
+            && (Request {
+                iova,
+                size_bytes: 4,
+                access: Access::Write,
+                pasid,
+                address_type: self.address_type,
+            })
+            .is_interrupt()
         {
+            // An interrupt counts like any other operation: a run of them must not hold an epoch for ever.
+            self.make_room(4);
             let delivered = self.burst.interrupt(iova.get(), u32::from_le_bytes(word));
             return delivered.map(Done::Interrupt).map_err(|fault| at_start(iova)(Ok(fault.reason)));
         }
@@ -99,8 +118,10 @@ impl<'p> Run<'p> {
         for piece in pieces {
             let (part, after) = rest.split_at(piece.size_bytes as usize);
             rest = after;
-            self.reach(piece.request(Access::Write, pasid), |memory, hpa| memory.write(hpa, part))
-                .map_err(|reason| piece.fault(reason))?;
+            self.reach(piece.request(Access::Write, pasid, self.address_type), |memory, hpa| {
+                memory.write(hpa, part)
+            })
+            .map_err(|reason| piece.fault(reason))?;
         }
         Ok(Done::Moved)
     }
@@ -115,7 +136,8 @@ impl<'p> Run<'p> {
         if !iova.is_aligned(u64::from(size_bytes)) {
             return Err(at_start(iova)(Err(Refusal::Malformed)));
         }
-        let request = Request { iova, size_bytes, access: Access::Atomic, pasid };
+        let request =
+            Request { iova, size_bytes, access: Access::Atomic, pasid, address_type: self.address_type };
         self.reach(request, |memory, hpa| memory.atomic(hpa, operation))
             .map(Done::Old)
             .map_err(at_start(iova))
@@ -163,8 +185,8 @@ struct Piece {
 }
 
 impl Piece {
-    fn request(self, access: Access, pasid: Option<Pasid>) -> Request {
-        Request { iova: self.iova, size_bytes: self.size_bytes, access, pasid }
+    fn request(self, access: Access, pasid: Option<Pasid>, address_type: AddressType) -> Request {
+        Request { iova: self.iova, size_bytes: self.size_bytes, access, pasid, address_type }
     }
     fn fault(self, reason: Reason) -> DmaFault {
         DmaFault { done_bytes: self.done_bytes, iova: self.iova, reason }

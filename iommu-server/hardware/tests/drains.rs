@@ -6,12 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+use iommu_hardware::dma::{Run, Transfer};
 use iommu_hardware::drain::PendingDrain;
 use iommu_hardware::vtd::spec::invalidation::Descriptor;
 use iommu_hardware::vtd::spec::registers::{Ccmd, Gcmd, Gsts, Iotlb, offset};
 use iommu_hardware::vtd::{Port, QueueProgress, Request, WriteEffect};
 use iommu_types::{
-    Access, Capabilities, DomainId, FunctionMask, Invalidation, Iova, IovaRange, Permissions, SourceId,
+    Access, AddressType, Capabilities, DomainId, FunctionMask, Invalidation, Iova, IovaRange, Permissions,
+    SourceId,
 };
 use machine::{DEVICE, DOMAIN, Machine, RW, STATUS};
 
@@ -30,7 +32,13 @@ impl HeldDma {
         let (release, released): (Sender<()>, Receiver<()>) = channel();
         let (entered, inside) = channel();
         let thread = std::thread::spawn(move || {
-            let request = Request { iova: Iova::new(iova), size_bytes: 8, access: Access::Read, pasid: None };
+            let request = Request {
+                iova: Iova::new(iova),
+                size_bytes: 8,
+                access: Access::Read,
+                pasid: None,
+                address_type: AddressType::Untranslated,
+            };
             let held = port.burst().translate(request, |_lent| {
                 entered.send(()).expect("the test waits for it");
                 released.recv().expect("the test releases it");
@@ -233,7 +241,13 @@ fn i1_a_device_that_changed_its_domain_is_drained_with_the_new_one() {
     let table = machine.table(4);
     machine.map_new(table, PAGE, RW);
     let mut port = machine.port(DEVICE);
-    let touch = Request { iova: Iova::new(PAGE), size_bytes: 1, access: Access::Read, pasid: None };
+    let touch = Request {
+        iova: Iova::new(PAGE),
+        size_bytes: 1,
+        access: Access::Read,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    };
     assert!(port.burst().translate(touch, |_| ()).is_ok());
     machine.attach(DEVICE, OTHER_DOMAIN, table);
     machine.invalidate(Invalidation::ContextGlobal);
@@ -264,7 +278,13 @@ fn i4_a_fill_that_an_invalidation_overtook_is_not_served() {
     machine.store(entry, leaf(0));
     let over = AtomicBool::new(false);
     let read = |port: &mut Port| {
-        let request = Request { iova: Iova::new(PAGE), size_bytes: 8, access: Access::Read, pasid: None };
+        let request = Request {
+            iova: Iova::new(PAGE),
+            size_bytes: 8,
+            access: Access::Read,
+            pasid: None,
+            address_type: AddressType::Untranslated,
+        };
         port.burst().translate(request, |lent| machine.load(lent.hpa)).expect("always mapped")
     };
     std::thread::scope(|scope| {
@@ -290,4 +310,21 @@ fn i4_a_fill_that_an_invalidation_overtook_is_not_served() {
         }
         over.store(true, Ordering::Relaxed);
     });
+}
+
+#[test]
+fn i7_interrupts_leave_the_epoch_like_any_other_operation() {
+    let machine = two_domains();
+    let mut port = machine.port(DEVICE);
+    let mut run = Run::new(&mut port);
+    let mut byte = [0];
+    run.execute(Iova::new(PAGE), None, Transfer::Read(&mut byte)).expect("the page is mapped");
+    let (pending, drain) = is_pending(machine.bare.unit().invalidate(Invalidation::IotlbDomain(DOMAIN)));
+    assert!(pending, "the run is in its epoch");
+    for _ in 0..iommu_hardware::vtd::BURST_OPERATIONS_MAX {
+        // Remapping is off, so the interrupt is delivered in compatibility format or refused; both count.
+        let _ = run.execute(Iova::new(0xfee0_0000), None, Transfer::Write(&[0; 4]));
+    }
+    let (pending, _) = is_pending(drain);
+    assert!(!pending, "a run of interrupts does not hold its epoch");
 }

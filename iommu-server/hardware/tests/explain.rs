@@ -5,8 +5,8 @@ mod machine;
 use expect_test::expect;
 use iommu_hardware::vtd::{Port, Request};
 use iommu_types::{
-    Access, CacheState, Capabilities, Explanation, Hpa, Invalidation, Iova, Outcome, Pasid, Permissions,
-    Structure, TranslationFault,
+    Access, AddressType, CacheState, Capabilities, Explanation, Hpa, Invalidation, Iova, Outcome, Pasid,
+    Permissions, Structure, TranslationFault,
 };
 use machine::{DEVICE, Machine, ROOT, RW};
 use proptest::prelude::*;
@@ -83,7 +83,13 @@ fn request() -> impl Strategy<Value = Request> {
     let size = prop_oneof![1 => Just(0u32), 6 => Just(8u32)];
     (address, access, size, pasid).prop_map(|(address, access, size_bytes, pasid)| {
         let size_bytes = if access == Access::Read { size_bytes } else { 8 };
-        Request { iova: Iova::new(address), size_bytes, access, pasid }
+        Request {
+            iova: Iova::new(address),
+            size_bytes,
+            access,
+            pasid,
+            address_type: AddressType::Untranslated,
+        }
     })
 }
 
@@ -158,7 +164,13 @@ proptest! {
 }
 
 fn read(iova: u64) -> Request {
-    Request { iova: Iova::new(iova), size_bytes: 8, access: Access::Read, pasid: None }
+    Request {
+        iova: Iova::new(iova),
+        size_bytes: 8,
+        access: Access::Read,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    }
 }
 
 #[test]
@@ -180,7 +192,7 @@ fn a_refused_access_is_explained_step_by_step() {
         SecondStage { level: 2 }[0] present, rw, table hpa:0x104000
         SecondStage { level: 1 }[7] present, r-, 4 KiB page hpa:0x400000"#]]
     .assert_eq(&steps.join("\n"));
-    expect!["The write at iova:0x7008 by 03:02.0 is refused: 0x05 the tables give no write permission."]
+    expect!["The write at iova:0x7008 by 03:02.0 is refused: 0x05 the tables give no write permission (entry 7 of the level-1 table decides)."]
         .assert_eq(&explanation.conclusion);
     assert_eq!(
         explanation.steps.last().map(|step| step.structure),
@@ -199,7 +211,7 @@ fn a_stale_translation_is_told_with_both_its_ends() {
     assert_eq!(explanation.stale.map(|stale| stale.hpa), Some(Hpa::new(0x40_0010)));
     assert!(matches!(explanation.context_cache, CacheState::Hit { .. }));
     assert!(matches!(explanation.iotlb, CacheState::Hit { .. }));
-    expect![[r#"The read at iova:0x7010 by 03:02.0 is refused: 0x06 the tables give no read permission by the tables, but a stale cached entry still leads it to hpa:0x400010."#]]
+    expect!["The read at iova:0x7010 by 03:02.0 is refused: 0x06 the tables give no read permission (nothing is mapped there: entry 7 of the level-1 table is not present) by the tables, but a stale cached entry still leads it to hpa:0x400010."]
         .assert_eq(&explanation.conclusion);
 }
 
@@ -208,7 +220,13 @@ fn accesses_that_no_table_decides_are_explained_too() {
     let machine = Machine::new(Capabilities::FULL);
     let off = ask(&machine, read(0x5000));
     assert_eq!((off.outcome, &off.iotlb), (Outcome::Untranslated(Hpa::new(0x5000)), &CacheState::NotAsked));
-    let message = Request { iova: Iova::new(0xfee0_0000), size_bytes: 4, access: Access::Write, pasid: None };
+    let message = Request {
+        iova: Iova::new(0xfee0_0000),
+        size_bytes: 4,
+        access: Access::Write,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    };
     assert_eq!(ask(&machine, message).outcome, Outcome::Interrupt);
     let (machine, _) = Machine::with_domain(Capabilities::FULL);
     let refused = |request| match ask(&machine, request).outcome {

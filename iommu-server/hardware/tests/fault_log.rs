@@ -294,3 +294,14 @@ proptest! {
         prop_assert!(counters.faults_recorded > 0 || refused == suppressed);
     }
 }
+
+#[test]
+fn a_latch_that_switches_nothing_off_leaves_the_write_index() {
+    let machine = Machine::new(Capabilities { fault_records: 4, ..Capabilities::FULL });
+    // Reads of FEEx_xxxx are refused and recorded even while translation is off.
+    assert!(machine.read_byte_of(SourceId::new(1), 0xfee0_0000).is_err());
+    machine.command(Gcmd::new().with_compatibility_interrupts(true));
+    assert!(machine.read_byte_of(SourceId::new(2), 0xfee0_0000).is_err());
+    assert!(machine.fault_record(1).fault(), "the second register, beside the pending first one");
+    assert_eq!(machine.read(offset::FSTS) & OVERFLOW, 0);
+}

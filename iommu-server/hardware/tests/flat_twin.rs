@@ -8,7 +8,8 @@ use iommu_hardware::dma::{Done, Run, Transfer};
 use iommu_hardware::memory::AtomicOperation;
 use iommu_hardware::vtd::Request;
 use iommu_types::{
-    Access, Capabilities, DmaFault, FaultReason, Hpa, Invalidation, Iova, IovaRange, Permissions, Refusal,
+    Access, AddressType, Capabilities, DmaFault, FaultReason, Hpa, Invalidation, Iova, IovaRange,
+    Permissions, Refusal,
 };
 use machine::{DEVICE, DOMAIN, Machine, Table};
 use proptest::prelude::*;
@@ -118,7 +119,7 @@ proptest! {
                 }
                 Step::Access(page, access) => {
                     let iova = Iova::new(page_at(page) + 16);
-                    let request = Request { iova, size_bytes: 8, access, pasid: None };
+                    let request = Request { iova, size_bytes: 8, access, pasid: None, address_type: AddressType::Untranslated };
                     let held = twin.of(page);
                     match port.burst().translate(request, |lent| lent.hpa) {
                         Ok(hpa) => {

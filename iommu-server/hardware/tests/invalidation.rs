@@ -3,7 +3,9 @@
 mod machine;
 
 use iommu_hardware::vtd::spec::registers::{Ccmd, Iotlb, Iva, offset};
-use iommu_types::{Capabilities, DomainId, FunctionMask, Invalidation, Iova, IovaRange, SourceId};
+use iommu_types::{
+    Capabilities, DomainId, FaultReason, FunctionMask, Invalidation, Iova, IovaRange, SourceId,
+};
 use machine::{DEVICE, DOMAIN, Machine, RW, Table};
 
 const SIBLING: SourceId = SourceId::new(0x0314); // bit 2 of DEVICE's function differs
@@ -321,4 +323,14 @@ fn hits_and_misses_are_counted_and_outlive_the_port() {
     assert_eq!((counters.context_cache.misses, counters.context_cache.hits), (1, 7));
     assert_eq!(machine.bare.unit().iotlb_capacity(), 1024);
     assert_eq!(machine.bare.unit().iotlb_entries().len(), 1);
+}
+
+#[test]
+fn a_table_mode_that_is_not_built_refuses_sources_whose_context_is_cached() {
+    let (machine, table) = Machine::with_domain(Capabilities::FULL);
+    machine.map_new(table, 0x5000, RW);
+    assert!(machine.read_byte(0x5000).is_ok(), "this caches the context");
+    machine.set_root(machine::ROOT.get() | 3 << 10);
+    let refused = machine.read_byte(0x5000).expect_err("abort-DMA mode is not built");
+    assert_eq!(refused.reason, Ok(FaultReason::TABLE_MODE_INVALID));
 }

@@ -11,8 +11,8 @@ use iommu_hardware::vtd::spec::registers::{
 };
 use iommu_hardware::vtd::spec::root_context::{ContextEntry, RootEntry};
 use iommu_types::{
-    Access, Capabilities, DomainId, Fault, FaultReason, FunctionMask, Hpa, InterruptFault, Invalidation,
-    Iova, IovaRange, PageSize, Pasid, Permissions, SourceId, TranslationFault,
+    Access, AddressType, Capabilities, DomainId, Fault, FaultReason, FunctionMask, Hpa, InterruptFault,
+    Invalidation, Iova, IovaRange, PageSize, Pasid, Permissions, SourceId, TranslationFault,
 };
 use table_world::Random;
 
@@ -252,6 +252,7 @@ fn fault_records_have_their_golden_bytes_and_come_back() {
             pasid,
             iova: Iova::new(0x00ff_1234_5678_9000),
             access,
+            address_type: AddressType::Untranslated,
             reason: FaultReason::WRITE_DENIED,
         })
     };

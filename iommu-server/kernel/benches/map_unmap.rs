@@ -1,4 +1,4 @@
-//! Strict map and unmap in process: one pair, batches, and growth with live mappings and domains (DESIGN.md §8).
+//! Strict map and unmap in process: one pair, batches, and growth with live mappings and domains.
 
 use std::hint::black_box;
 use std::sync::Arc;

@@ -10,7 +10,7 @@ use fixture::*;
 use iommu_hardware::vtd::Request;
 use iommu_kernel::{DmaUnmap, OwnerLimits};
 use iommu_types::errors::{AllocateError, CreateDomainError, FreeError, LimitReached, StillMapped};
-use iommu_types::{Access, Direction, FaultReason, Iova, Owner, Protection};
+use iommu_types::{Access, AddressType, Direction, FaultReason, Iova, Owner, Protection};
 
 /// A DMA stands in the middle of its copy: the unmap is not quiet, its frame stays pinned and its address is not used again.
 /// Another domain's unmap does not wait for it.
@@ -31,7 +31,13 @@ fn i1_an_unmap_stays_unanswered_while_a_dma_is_in_its_copy() {
     let device = std::thread::spawn({
         let kernel = Arc::clone(&kernel);
         move || {
-            let request = Request { iova, size_bytes: 4, access: Access::Write, pasid: None };
+            let request = Request {
+                iova,
+                size_bytes: 4,
+                access: Access::Write,
+                pasid: None,
+                address_type: AddressType::Untranslated,
+            };
             let copied = port.burst().translate(request, |lent| {
                 entered.send(()).expect("the test waits");
                 is_released.recv().expect("the test releases");
@@ -68,7 +74,13 @@ fn i1_an_unmap_stays_unanswered_while_a_dma_is_in_its_copy() {
     assert_eq!(memory.free(&kernel, buffer.base()), Ok(buffer));
 
     let mut port = device.join().expect("the device ends");
-    let request = Request { iova, size_bytes: 4, access: Access::Write, pasid: None };
+    let request = Request {
+        iova,
+        size_bytes: 4,
+        access: Access::Write,
+        pasid: None,
+        address_type: AddressType::Untranslated,
+    };
     let fault = port.burst().translate(request, |_| ()).expect_err("I1: gone");
     assert_eq!(fault.reason, FaultReason::WRITE_DENIED);
     assert_eq!(source, fault.source_id);

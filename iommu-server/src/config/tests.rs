@@ -1,3 +1,5 @@
+//! Configuration, as files and flags give it.
+
 use super::*;
 
 fn args() -> ServeArgs {
@@ -23,7 +25,8 @@ fn the_built_in_configuration_makes_sense() {
 #[test]
 fn every_refusal_names_its_flag() {
     let text = |t: &str| Some(t.to_owned());
-    let cases: Vec<(&str, Box<dyn FnOnce(&mut ServeArgs)>)> = vec![
+    type Change = Box<dyn FnOnce(&mut ServeArgs)>;
+    let cases: Vec<(&str, Change)> = vec![
         ("--insecure-plaintext", Box::new(|a| a.insecure_plaintext = false)),
         ("--listen", Box::new(|a| a.listen = vec!["0.0.0.0:1".parse().unwrap()])),
         ("--admin", Box::new(move |a| a.admin = text("0.0.0.0:1"))),
@@ -33,6 +36,7 @@ fn every_refusal_names_its_flag() {
         ("--memory", Box::new(move |a| a.memory = text("99999999999TiB"))),
         ("--grace", Box::new(move |a| a.grace = text("soon"))),
         ("--drain-deadline", Box::new(move |a| a.drain_deadline = text("-1"))),
+        ("--stream-stalled", Box::new(move |a| a.stream_stalled = text("1ms"))),
         ("--config", Box::new(|a| a.config = Some("/nonexistent/file".into()))),
         ("--device", Box::new(|a| a.device = vec!["00:01.0".into()])),
         ("--device", Box::new(|a| a.device = vec!["00:01.9=x".into()])),

@@ -29,7 +29,7 @@ use self::faults::FaultHub;
 use self::owners::{OwnerState, Owners};
 use crate::bounds;
 use crate::config::Config;
-use crate::connection::ConnectionCounts;
+use crate::connection::Connections;
 use crate::ending::{EndSignal, Ending};
 use crate::machine::Machines;
 use crate::metrics::Metrics;
@@ -59,7 +59,7 @@ pub struct Host {
     /// What is counted about the service itself.
     pub metrics: Arc<Metrics>,
     /// Connections.
-    pub connections: Arc<ConnectionCounts>,
+    pub connections: Arc<Connections>,
     /// Ends when the server goes down.
     pub shutdown: EndSignal,
     /// When it started.
@@ -118,6 +118,7 @@ impl Host {
         let memory = PhysicalMemory::new(&MemoryConfig { size_bytes: config.memory_bytes, backing })?;
         let kernel = Kernel::boot(Arc::new(memory), kernel_config(&config))?;
         let (devices, drivers) = (config.devices.clone(), config.drivers.clone());
+        let watchdog = Arc::new(Watchdog::new(config.stream_stalled));
         let host = Arc::new(Self {
             config,
             kernel,
@@ -127,7 +128,7 @@ impl Host {
             domains: Domains::default(),
             machines: Machines::default(),
             faults: FaultHub::default(),
-            watchdog: Arc::new(Watchdog::new(bounds::STREAM_STALLED)),
+            watchdog,
             metrics: Arc::default(),
             connections: Arc::default(),
             shutdown: EndSignal::new(),

@@ -163,9 +163,12 @@ impl Host {
         }
     }
 
-    /// What a former owner had for a device goes: interrupts and the default domain with its mappings.
+    /// What a former owner had for a device goes: what the device holds of it, interrupts, the default domain with its mappings.
     async fn leave_owner(&self, device: &DeviceState, former: Owner) {
         device.set_owner(None);
+        if let Some(session) = device.session() {
+            session.reset().await;
+        }
         let drain = self.kernel.free_interrupts(device.address.source_id);
         let _drained = drain.await;
         if let Some(slot) = self.domains.default_of(former, device.address) {

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use iommu_types::DeviceAddress;
+
 use super::Host;
 use super::owners::OwnerState;
 
@@ -22,12 +24,7 @@ impl Host {
     pub async fn reclaim_owner(self: &Arc<Self>, owner: &Arc<OwnerState>, why: &str) {
         let mut reclaimed = Reclaimed { mappings: owner.account.mappings(), ..Reclaimed::default() };
         let devices = self.topology.read().devices_of(owner.owner);
-        for address in &devices {
-            // The next driver finds its device as after a power cycle; what the device still sends meets empty tables.
-            if let Some(session) = self.devices.get(*address).ok().and_then(|device| device.session()) {
-                session.reset();
-            }
-        }
+        self.reset_all(&devices).await;
         for slot in self.domains.list(|slot| slot.owner == owner.owner) {
             let unmapped = slot.unmap_with(&self.kernel, |domain| ((), Some(domain.unmap_all(&self.kernel))));
             if let Ok(((), Some(unsettled))) = unmapped {
@@ -53,5 +50,16 @@ impl Host {
             owner = %owner.owner, reason = why, mappings = reclaimed.mappings, domains = reclaimed.domains,
             memory_bytes = reclaimed.memory_bytes, "owner reclaimed"
         );
+    }
+
+    /// Resets devices, all at once. The next driver finds them as after a power cycle.
+    async fn reset_all(&self, devices: &[DeviceAddress]) {
+        let mut resets = tokio::task::JoinSet::new();
+        for address in devices {
+            if let Some(session) = self.devices.get(*address).ok().and_then(|device| device.session()) {
+                resets.spawn(async move { session.reset().await });
+            }
+        }
+        resets.join_all().await;
     }
 }

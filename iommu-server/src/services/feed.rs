@@ -28,6 +28,7 @@ pub struct FeedSender<T> {
     messages: mpsc::Sender<Result<T, Status>>,
     stalled: EndSignal,
     caller: Caller,
+    patience: std::time::Duration,
 }
 
 /// The reader is gone, or does not read: stop making messages.
@@ -37,10 +38,10 @@ pub struct ReaderGone;
 impl<T> FeedSender<T> {
     /// Sends one message.
     pub async fn send(&self, message: Result<T, Status>) -> Result<(), ReaderGone> {
-        match tokio::time::timeout(bounds::STREAM_STALLED, self.messages.send(message)).await {
+        match tokio::time::timeout(self.patience, self.messages.send(message)).await {
             Ok(sent) => sent.map_err(|_| ReaderGone),
             Err(_) => {
-                let stalled_ms = bounds::STREAM_STALLED.as_millis() as u64;
+                let stalled_ms = self.patience.as_millis() as u64;
                 self.stalled.end(Ending::Stalled { stalled_ms });
                 tokio::time::sleep(bounds::ENDING_GRACE).await;
                 if !self.messages.is_closed() {
@@ -82,7 +83,8 @@ where
         }
     };
     let closing = sender.clone();
-    let produced = produce(FeedSender { messages: sender, stalled, caller: caller.clone() });
+    let patience = host.config.stream_stalled;
+    let produced = produce(FeedSender { messages: sender, stalled, caller: caller.clone(), patience });
     tokio::spawn(async move {
         tokio::select! {
             // A reader that is gone needs no telling.

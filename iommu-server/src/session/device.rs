@@ -10,9 +10,11 @@ use iommu_proto::model::MmioAccess;
 use iommu_proto::pb;
 use iommu_types::DeviceAddress;
 use iommu_types::errors::MmioError;
+use tokio::sync::watch;
 
 use super::mailbox::Mailbox;
 use super::mmio::MmioPort;
+use crate::bounds;
 use crate::connection::ConnectionHandle;
 use crate::ending::Ending;
 use crate::telemetry::warn_limited;
@@ -62,6 +64,9 @@ pub struct DeviceSession {
     pub(crate) progress: CachePadded<Progress>,
     pub(crate) mailbox: Mailbox,
     pub(crate) mmio: MmioPort,
+    resets_asked: AtomicU64,
+    /// The latest that was answered; all of them once the session is over.
+    resets_done: watch::Sender<u64>,
     ending: OnceLock<Ending>,
     gone: AtomicBool,
     connection: ConnectionHandle,
@@ -80,6 +85,8 @@ impl DeviceSession {
             progress: CachePadded::default(),
             mailbox: Mailbox::default(),
             mmio: MmioPort::new(address, mmio_credits),
+            resets_asked: AtomicU64::new(0),
+            resets_done: watch::Sender::new(0),
             ending: OnceLock::new(),
             gone: AtomicBool::new(false),
             connection,
@@ -89,10 +96,26 @@ impl DeviceSession {
     pub async fn mmio(&self, access: MmioAccess) -> Result<u64, MmioError> {
         self.mmio.call(&self.mailbox, access).await
     }
-    /// Asks the device to forget everything. Posted: nobody waits for the answer.
-    pub fn reset(&self) {
+    /// Asks the device to forget everything, and waits until it says that it did, at most [`bounds::RESET_TIMEOUT`]. A device that
+    /// does not say so is not trusted to have done it; what it still sends meets empty tables.
+    pub async fn reset(&self) {
+        let tag = self.resets_asked.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut done = self.resets_done.subscribe();
         self.mailbox.withdraw_resets();
-        self.mailbox.push(pb::server_to_device::Message::Reset(pb::Reset { tag: self.generation }));
+        self.mailbox.push(pb::server_to_device::Message::Reset(pb::Reset { tag }));
+        let answered = done.wait_for(|done| *done >= tag);
+        if tokio::time::timeout(bounds::RESET_TIMEOUT, answered).await.is_err() {
+            warn_limited!(device = %self.address, generation = self.generation, "device not reset in time");
+        }
+    }
+    /// The device says that it was reset; `false` when nobody asked.
+    pub(crate) fn reset_done(&self, tag: u64) -> bool {
+        let asked = self.resets_asked.load(Ordering::Relaxed);
+        if tag == 0 || tag > asked {
+            return false;
+        }
+        self.resets_done.send_modify(|done| *done = tag.max(*done));
+        true
     }
     /// Ends it; `true` when this call did. DMA of the session is refused from now on.
     pub fn end(&self, why: Ending) -> bool {
@@ -100,10 +123,15 @@ impl DeviceSession {
         if self.ending.set(why).is_err() {
             return false;
         }
-        self.mmio.close();
+        self.close();
         self.mailbox.wake();
         warn_limited!(device = %self.address, generation = self.generation, reason = label, "device session ended");
         true
+    }
+    /// Nobody waits for the device any more.
+    fn close(&self) {
+        self.mmio.close();
+        self.resets_done.send_modify(|done| *done = u64::MAX);
     }
     /// Why it ended, when it did.
     pub fn ended(&self) -> Option<&Ending> {
@@ -111,7 +139,7 @@ impl DeviceSession {
     }
     /// The stream is gone.
     pub(crate) fn leave(&self) {
-        self.mmio.close();
+        self.close();
         self.gone.store(true, Ordering::Release);
     }
     pub(crate) fn is_gone(&self) -> bool {

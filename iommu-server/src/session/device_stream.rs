@@ -41,13 +41,18 @@ struct Live {
     port: Port,
     session: Arc<DeviceSession>,
     device: Arc<DeviceState>,
+    /// How the stream ended; as long as it did not, the only way out is a lost connection (closed, broken, or silent for too long).
+    left: Option<String>,
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
         self.session.leave();
         self.device.unseat(&self.session);
-        tracing::info!(device = %self.session.address, generation = self.session.generation, "device session left");
+        let reason = self.left.as_deref().unwrap_or("the connection is lost");
+        tracing::info!(
+            device = %self.session.address, generation = self.session.generation, reason, "device session left"
+        );
     }
 }
 
@@ -153,7 +158,7 @@ impl DeviceStream {
             "device session begins"
         );
         let generation = session.generation;
-        self.stage = Stage::Live(Box::new(Live { port, session, device }));
+        self.stage = Stage::Live(Box::new(Live { port, session, device, left: None }));
         if self.host.shutdown.ended().is_some() {
             // The drain may have looked before this session was there to be seen.
             self.host.end_device_sessions();
@@ -171,10 +176,12 @@ impl DeviceStream {
         let Stage::Live(live) = &mut self.stage else { return Poll::Ready(None) };
         live.session.progress.polled();
         loop {
+            // First the waker is put in place, then the end is looked for: an end in between is not missed.
+            let queued = live.session.mailbox.poll_take(context);
             if let Some(ending) = live.session.ended() {
                 return Poll::Ready(Some(Err(ending.clone().into_status())));
             }
-            if let Poll::Ready(message) = live.session.mailbox.poll_take(context) {
+            if let Poll::Ready(message) = queued {
                 return Poll::Ready(Some(Ok(message)));
             }
             let budget = ready!(coop::poll_proceed(context));
@@ -221,7 +228,10 @@ impl Live {
         match message {
             Some(device_to_server::Message::Dma(batch)) => self.dma(host, &batch).map(Some),
             Some(device_to_server::Message::Mmio(completion)) => self.mmio(completion).map(|()| None),
-            Some(device_to_server::Message::ResetDone(_)) => Ok(None),
+            Some(device_to_server::Message::ResetDone(done)) if self.session.reset_done(done.tag) => Ok(None),
+            Some(device_to_server::Message::ResetDone(done)) => {
+                Err(format!("reset_done.tag: no reset with tag {} was asked for", done.tag))
+            }
             Some(device_to_server::Message::Hello(_)) => Err("a second Hello".to_owned()),
             None => Err("message: absent, or of a kind that this version does not know".to_owned()),
         }
@@ -266,6 +276,15 @@ impl Live {
     }
 }
 
+impl DeviceStream {
+    fn over(&mut self, why: &str) {
+        if let Stage::Live(live) = &mut self.stage {
+            live.left = Some(why.to_owned());
+        }
+        self.stage = Stage::Over;
+    }
+}
+
 impl Stream for DeviceStream {
     type Item = Result<pb::ServerToDevice, Status>;
 
@@ -287,7 +306,8 @@ impl Stream for DeviceStream {
                 }
             }
             // A status ends the stream, and so does the device by closing its side.
-            Poll::Ready(Some(Err(_)) | None) => self.stage = Stage::Over,
+            Poll::Ready(Some(Err(status))) => self.over(status.message()),
+            Poll::Ready(None) => self.over("the device closed its stream"),
         }
         polled.map(|next| next.map(|next| next.map(|message| pb::ServerToDevice { message: Some(message) })))
     }

@@ -51,7 +51,7 @@ pub(crate) fn execute(
     };
     let mut completions = CompletionsBuilder::new(&view);
     let mut count = BatchCount::default();
-    let mut run = Run::new(port);
+    let mut run = Run::new(port).with_address_type(view.address_type());
     for operation in view.operations() {
         match one(&mut run, &view, &operation, &mut completions) {
             Ok(done) => {

@@ -7,9 +7,7 @@ use std::sync::Arc;
 use iommu_proto::errors::WireError;
 use iommu_proto::limits;
 use iommu_proto::model::{Open, ResumeToken, SessionRole};
-use iommu_types::errors::{
-    IdentityRefused, LimitReached, SessionError, SessionExists, ShuttingDown, VersionMismatch,
-};
+use iommu_types::errors::{IdentityRefused, LimitReached, SessionError, SessionExists, ShuttingDown};
 use iommu_types::{Identity, Owner};
 use tonic::Status;
 
@@ -45,9 +43,6 @@ pub async fn open(host: &Arc<Host>, connection: &ConnectionHandle, open: Open) -
     let refuse = |error: SessionError| Err(error.into_status());
     if host.shutdown.ended().is_some() {
         return refuse(ShuttingDown {}.into());
-    }
-    if open.schema_version != limits::SCHEMA_VERSION {
-        return refuse(VersionMismatch { server: limits::SCHEMA_VERSION, peer: open.schema_version }.into());
     }
     if connection.identity().is_some() {
         return refuse(SessionExists {}.into());

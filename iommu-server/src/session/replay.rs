@@ -68,7 +68,7 @@ pub enum Verdict {
     First,
     /// It was answered before.
     Again(Answer),
-    /// It is being carried out; ask again after [`Replay::wait`].
+    /// It is being carried out; ask again after [`Replay::settled`].
     InFlight,
 }
 

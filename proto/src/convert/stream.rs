@@ -10,7 +10,7 @@ use iommu_types::{Address, AddressRange, DeviceAddress, Direction, Gpa, InvalidR
 
 use super::driver::RequestHeader;
 use super::{absent, parse, within, wrong_at};
-use crate::errors::WireError;
+use crate::errors::{WireError, bounded};
 use crate::pb;
 
 /// What the address of a mapping that failed is on the wire (Linux `DMA_MAPPING_ERROR`).
@@ -152,7 +152,7 @@ pub fn operation_error(index: u32, error: &impl WireError) -> pb::OperationError
         index,
         reason: error.reason().to_owned(),
         metadata: error.metadata(),
-        message: error.to_string(),
+        message: bounded(&error.to_string()),
     }
 }
 

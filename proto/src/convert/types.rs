@@ -2,11 +2,11 @@
 
 use iommu_types::errors::InvalidField;
 use iommu_types::{
-    Access, DeviceAddress, Direction, Fault, FaultRecord, InterruptFault, Owner, Permissions, Protection,
-    TranslationFault,
+    Access, AddressType, DeviceAddress, Direction, Fault, FaultRecord, InterruptFault, Owner, Permissions,
+    Protection, TranslationFault,
 };
 
-use super::{Field, absent, convert, known, message_field, messages, parse, within};
+use super::{Field, absent, convert, known, message_field, messages, parse, within, wrong};
 use crate::pb;
 
 convert!(DeviceAddress as DeviceAddress { segment, source_id });
@@ -103,6 +103,16 @@ impl From<Permissions> for pb::Permissions {
 }
 message_field!(Permissions, pb::Permissions);
 
+impl Field<u32> for AddressType {
+    fn parse(wire: u32) -> Result<Self, InvalidField> {
+        let known = u8::try_from(wire).ok().and_then(Self::from_bits);
+        known.ok_or_else(|| wrong(format!("{wire} is no address type; 0, 1 and 2 are")))
+    }
+    fn write(self) -> u32 {
+        self.bits().into()
+    }
+}
+
 impl TryFrom<pb::TranslationFault> for TranslationFault {
     type Error = InvalidField;
     fn try_from(wire: pb::TranslationFault) -> Result<Self, InvalidField> {
@@ -111,6 +121,7 @@ impl TryFrom<pb::TranslationFault> for TranslationFault {
             pasid: parse("pasid", wire.pasid)?,
             iova: parse("iova", wire.iova)?,
             access: parse("access", wire.access)?,
+            address_type: parse("address_type", wire.address_type)?,
             reason: parse("reason", wire.reason)?,
         })
     }
@@ -122,6 +133,7 @@ impl From<TranslationFault> for pb::TranslationFault {
             pasid: fault.pasid.write(),
             iova: fault.iova.write(),
             access: fault.access.write(),
+            address_type: fault.address_type.write(),
             reason: fault.reason.write(),
             meaning: fault.reason.meaning().to_owned(),
         }

@@ -1,7 +1,7 @@
 //! A received batch: checked once, then read in place.
 
 use iommu_types::errors::{InvalidField, LimitReached};
-use iommu_types::{Iova, Pasid};
+use iommu_types::{AddressType, Iova, Pasid};
 
 use super::{BatchLimits, kind};
 use crate::pb;
@@ -148,6 +148,7 @@ pub struct BatchView<'a> {
     kinds: Column<'a, u8>,
     payload: &'a [u8],
     pasid: Option<Pasid>,
+    address_type: AddressType,
     result_bytes: u32,
 }
 
@@ -173,6 +174,9 @@ impl<'a> BatchView<'a> {
                 Pasid::new(raw).ok_or_else(|| columns("pasid", format!("{raw} needs more than 20 bits")))?,
             ),
         };
+        let address_type = u8::try_from(batch.address_type).ok().and_then(AddressType::from_bits);
+        let address_type = address_type
+            .ok_or_else(|| columns("address_type", format!("{} is not 0, 1 or 2", batch.address_type)))?;
         let sizes =
             Column::new(&batch.size_bytes, operations, "dma.size_bytes").map_err(BatchError::Columns)?;
         let kinds = if batch.kind.is_empty() { &[kind::READ] } else { &*batch.kind };
@@ -198,7 +202,7 @@ impl<'a> BatchView<'a> {
         }
         let result_bytes = u32::try_from(result_bytes_sum).map_err(|_| over())?;
         let (first_tag, payload) = (batch.first_tag, &*batch.payload);
-        Ok(Self { first_tag, iovas: &batch.iova, sizes, kinds, payload, pasid, result_bytes })
+        Ok(Self { first_tag, iovas: &batch.iova, sizes, kinds, payload, pasid, address_type, result_bytes })
     }
     /// Tag of operation 0.
     pub const fn first_tag(&self) -> u64 {
@@ -207,6 +211,10 @@ impl<'a> BatchView<'a> {
     /// PASID of every operation.
     pub const fn pasid(&self) -> Option<Pasid> {
         self.pasid
+    }
+    /// AT field of every operation.
+    pub const fn address_type(&self) -> AddressType {
+        self.address_type
     }
     /// How many operations there are; may be none.
     pub const fn len(&self) -> usize {

@@ -123,6 +123,7 @@ impl BatchBuilder {
             kind: kinds,
             payload: self.payload.freeze(),
             pasid: self.pasid.map(Pasid::get),
+            address_type: 0,
         };
         (batch, shape)
     }

@@ -16,6 +16,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 pub use table::{REASONS, Row};
+pub(crate) use text::bounded;
 
 /// The domain of our `ErrorInfo`.
 pub const DOMAIN: &str = "iommu.v1";

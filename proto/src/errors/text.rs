@@ -11,7 +11,7 @@ pub(super) trait FactText: Sized {
 }
 
 /// `text`, cut at [`FACT_BYTES_MAX`] bytes.
-pub(super) fn bounded(text: &str) -> String {
+pub(crate) fn bounded(text: &str) -> String {
     let mut end = text.len().min(FACT_BYTES_MAX);
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -59,7 +59,9 @@ macro_rules! addresses {
                 format!("{:#x}", self.get())
             }
             fn from_text(text: &str) -> Option<Self> {
-                u64::from_str_radix(text.strip_prefix("0x")?, 16).ok().map(Self::new)
+                // `from_str_radix` would take a sign as well.
+                let digits = text.strip_prefix("0x").filter(|digits| !digits.starts_with('+'))?;
+                u64::from_str_radix(digits, 16).ok().map(Self::new)
             }
         }
     )* };

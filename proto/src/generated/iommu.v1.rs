@@ -58,6 +58,9 @@ pub struct TranslationFault {
     /// The reason in words, for people. Ignored when received.
     #[prost(string, tag = "6")]
     pub meaning: ::prost::alloc::string::String,
+    /// AT field of the request: 0 untranslated, 1 translation request, 2 translated. VT-d 5.10 FRCD.AT.
+    #[prost(uint32, tag = "7")]
+    pub address_type: u32,
 }
 /// An interrupt request that remapping refused.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -4520,6 +4523,10 @@ pub struct DmaBatch {
     /// PASID of every operation, when the device uses one (20 bits).
     #[prost(uint32, optional, tag = "6")]
     pub pasid: ::core::option::Option<u32>,
+    /// AT field of every operation: 0 untranslated (the ordinary case), 1 translation request, 2 translated: the device claims to have
+    /// translated the addresses itself (ATS). This version has no device that may; such requests are refused (fault reason 0xd).
+    #[prost(uint32, tag = "7")]
+    pub address_type: u32,
 }
 /// The answer to a batch. What is not in the fault columns succeeded.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -7259,7 +7266,8 @@ pub struct OpenResponse {
     /// Counts the sessions of this identity; a later one is larger and fences the earlier.
     #[prost(uint64, tag = "2")]
     pub generation: u64,
-    /// Give this to Open to come back after a lost connection. 16 bytes; secret.
+    /// Give this to Open to come back after a lost connection. 16 bytes; secret. All zeros for observers and operators, who hold nothing and
+    /// always start afresh. A token that is not known any more is refused with IDENTITY_REFUSED.
     #[prost(bytes = "bytes", tag = "3")]
     pub resume_token: ::prost::bytes::Bytes,
     /// Whether the session continues an earlier one, with all that it held.

@@ -86,3 +86,45 @@ impl fmt::Display for Direction {
         })
     }
 }
+
+/// Whether a device says that its address is translated already (the AT field of a PCIe request).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum AddressType {
+    /// An ordinary request: the address is to be translated.
+    #[default]
+    Untranslated,
+    /// A translation request (ATS): the device asks where an address leads.
+    TranslationRequest,
+    /// The device claims that it has translated the address itself (ATS).
+    Translated,
+}
+
+impl AddressType {
+    /// The two bits of the field.
+    pub const fn bits(self) -> u8 {
+        match self {
+            Self::Untranslated => 0,
+            Self::TranslationRequest => 1,
+            Self::Translated => 2,
+        }
+    }
+    /// The type with these bits; 3 is reserved.
+    pub const fn from_bits(bits: u8) -> Option<Self> {
+        match bits {
+            0 => Some(Self::Untranslated),
+            1 => Some(Self::TranslationRequest),
+            2 => Some(Self::Translated),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for AddressType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Untranslated => "untranslated",
+            Self::TranslationRequest => "translation request",
+            Self::Translated => "translated",
+        })
+    }
+}

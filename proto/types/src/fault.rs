@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::{Access, DeviceAddress, DomainId, Iova, Owner, Pasid, SourceId};
+use crate::{Access, AddressType, DeviceAddress, DomainId, Iova, Owner, Pasid, SourceId};
 
 /// A VT-d fault reason (VT-d 5.10 §7.1, table of fault reason encodings).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -89,13 +89,15 @@ pub struct TranslationFault {
     pub iova: Iova,
     /// What was asked.
     pub access: Access,
+    /// Whether the device claimed that the address was translated.
+    pub address_type: AddressType,
     /// Why it was refused.
     pub reason: FaultReason,
 }
 
 /// An interrupt request that remapping refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-#[error("interrupt {index:?} by {source_id} refused: {reason}")]
+#[error("interrupt{} by {source_id} refused: {reason}", index.map_or_else(String::new, |index| format!(" index {index}")))]
 pub struct InterruptFault {
     /// The requester.
     pub source_id: SourceId,

@@ -36,7 +36,8 @@ impl FromStr for Owner {
     fn from_str(text: &str) -> Result<Self, ParseOwnerError> {
         let parse = || {
             let (kind, number) = text.split_once(':')?;
-            let number = number.parse().ok()?;
+            // `parse` would take a sign as well.
+            let number = number.bytes().all(|b| b.is_ascii_digit()).then(|| number.parse().ok())??;
             match kind {
                 "driver" => Some(Self::Driver(number)),
                 "vm" => Some(Self::Vm(number)),

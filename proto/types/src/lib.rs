@@ -17,7 +17,7 @@ mod protection;
 mod range;
 mod register;
 
-pub use access::{Access, Direction, Permissions};
+pub use access::{Access, AddressType, Direction, Permissions};
 pub use address::{Address, Gpa, Hpa, Iova, PAGE_SIZE_BYTES, PageSize};
 pub use bare::{AddressWidths, Capabilities, InvalidCapabilities};
 pub use device::{DeviceAddress, DomainId, ParseAddressError, Pasid, SourceId};

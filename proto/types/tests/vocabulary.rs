@@ -55,7 +55,9 @@ fn owners_read_back_and_nothing_else_is_one() {
         reads_back(Owner::Driver(number));
         reads_back(Owner::Vm(number));
     }
-    for text in ["", "driver", "driver:", "vm:-1", "vm:4294967296", "host:1", "driver:1:2"] {
+    for text in
+        ["", "driver", "driver:", "vm:-1", "vm:4294967296", "host:1", "driver:1:2", "driver:+1", "vm:+0"]
+    {
         assert!(text.parse::<Owner>().is_err(), "{text:?}");
     }
 }

@@ -96,5 +96,9 @@ pub(crate) async fn serve(listen: SocketAddr, listen_unix: &Path) -> anyhow::Res
     let service = DeviceServiceServer::new(Echo)
         .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
-    transport().add_service(service).serve_with_incoming(connections).await.context("serve the echo")
+    transport(config.keepalive)
+        .add_service(service)
+        .serve_with_incoming(connections)
+        .await
+        .context("serve the echo")
 }

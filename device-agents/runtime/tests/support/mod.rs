@@ -60,7 +60,8 @@ impl DeviceService for Service {
         };
         let (down, messages) = mpsc::unbounded_channel();
         let attached = Attached { hello, up, down };
-        self.attached.lock().expect("not poisoned").send(attached).ok().expect("the test still listens");
+        let told = self.attached.lock().expect("not poisoned").send(attached);
+        assert!(told.is_ok(), "the test still listens");
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(messages))))
     }
 }
@@ -74,9 +75,7 @@ impl FakeServer {
         let (sender, attached) = mpsc::unbounded_channel();
         let service = DeviceServiceServer::new(Service { attached: Mutex::new(sender) })
             .max_decoding_message_size(8 << 20);
-        tokio::spawn(
-            tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming),
-        );
+        tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
         Self { address, attached: tokio::sync::Mutex::new(attached) }
     }
 

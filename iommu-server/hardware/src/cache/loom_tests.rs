@@ -51,25 +51,12 @@ impl Machine {
         Arc::new(machine)
     }
 
-    fn fill(&self) {
-        let entry = IotlbEntry {
-            domain_id: DOMAIN,
-            iova: PAGE,
-            size: PageSize::Size4K,
-            hpa: FRAME,
-            permissions: Permissions::READ,
-        };
-        self.walk_and_fill(entry);
-    }
-
     /// A walk of the leaf alone, and its fill.
-    fn walk_and_fill(&self, entry: IotlbEntry) -> bool {
+    fn fill(&self) {
         let walked_under = self.drains.generation(DOMAIN, self.drains.context_generation());
-        let present = self.leaf.load(Acquire) == 1;
-        if present {
-            let _filled = self.iotlb.fill(&self.drains, walked_under, entry);
+        if self.leaf.load(Acquire) == 1 {
+            let _filled = self.iotlb.fill(&self.drains, walked_under, translation());
         }
-        present
     }
 
     /// Hit or walk, and use what was found: one burst.
@@ -90,6 +77,17 @@ impl Machine {
         let invalidating = self.drains.move_generation(Scope::Domain(DOMAIN));
         self.iotlb.invalidate_range(DOMAIN, page());
         let _drained = wait(invalidating.drain());
+    }
+}
+
+/// The page of the machine, as its tables have it.
+fn translation() -> IotlbEntry {
+    IotlbEntry {
+        domain_id: DOMAIN,
+        iova: PAGE,
+        size: PageSize::Size4K,
+        hpa: FRAME,
+        permissions: Permissions::READ,
     }
 }
 
@@ -144,14 +142,7 @@ fn i4_a_walk_through_a_table_that_is_being_invalidated_fills_nothing_that_stays(
             let known = walker.paging.lookup(DOMAIN, PAGE).is_some();
             if known || walker.directory.load(Acquire) == 1 {
                 // The leaf stands in the removed table still.
-                let entry = IotlbEntry {
-                    domain_id: DOMAIN,
-                    iova: PAGE,
-                    size: PageSize::Size4K,
-                    hpa: FRAME,
-                    permissions: Permissions::READ,
-                };
-                let _filled = walker.iotlb.fill(&walker.drains, walked_under, entry);
+                let _filled = walker.iotlb.fill(&walker.drains, walked_under, translation());
             }
         });
         machine.directory.store(0, Release);
@@ -178,14 +169,7 @@ fn i4_a_walk_through_a_forgotten_context_fills_nothing_that_stays() {
                 return;
             }
             let walked_under = walker.drains.generation(DOMAIN, context);
-            let entry = IotlbEntry {
-                domain_id: DOMAIN,
-                iova: PAGE,
-                size: PageSize::Size4K,
-                hpa: FRAME,
-                permissions: Permissions::READ,
-            };
-            let _filled = walker.iotlb.fill(&walker.drains, walked_under, entry);
+            let _filled = walker.iotlb.fill(&walker.drains, walked_under, translation());
         });
         machine.directory.store(0, Release);
         let of_the_context = machine.drains.move_context_generation(Scope::Everything).drain();
@@ -257,6 +241,19 @@ fn a_reader_never_sees_one_half_of_an_entry() {
         let writer = thread::spawn(move || writer.insert(0, 2, 20, || true));
         assert!(matches!(sets.find(0, 1), None | Some(10)));
         assert!(matches!(sets.find(0, 2), None | Some(20)));
+        let _filled = writer.join().expect("the writer ends");
+    });
+}
+
+#[test]
+fn a_snapshot_never_holds_one_half_of_an_entry() {
+    explore(3, || {
+        let sets = Arc::new(Sets::<Loom>::new(SMALLEST));
+        let _filled = sets.insert(0, 1, 10, || true);
+        let writer = Arc::clone(&sets);
+        let writer = thread::spawn(move || writer.insert(0, 2, 20, || true));
+        let entries = sets.entries();
+        assert!(entries == [(1, 10)] || entries == [(2, 20)], "{entries:?}");
         let _filled = writer.join().expect("the writer ends");
     });
 }

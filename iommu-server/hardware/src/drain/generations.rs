@@ -69,11 +69,12 @@ impl<A: Atomics> Generations<A> {
     ///
     /// The context is asked about *after* the domain. An invalidation of the domain that follows one of the
     /// context is therefore never seen without it, and tables that only a forgotten context leads to fill
-    /// nothing.
+    /// nothing. A context that was looked up under [`NEVER`] may be one that was about to be forgotten, and
+    /// that it is [`NEVER`] again now does not make it the same.
     pub(super) fn of_walk(&self, domain: DomainId, context: Generation) -> Generation {
         let all = self.translations.load(Ordering::Acquire);
         let own = self.word(Covered::TranslationsOf(domain)).load(Ordering::Acquire);
-        if (all | own) & UNDER_WAY != 0 || self.of_contexts() != context {
+        if (all | own) & UNDER_WAY != 0 || context == NEVER || self.of_contexts() != context {
             return NEVER;
         }
         sum(all, own)

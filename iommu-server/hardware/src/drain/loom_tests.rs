@@ -52,6 +52,18 @@ impl Machine {
         self.drains.leave(slot);
     }
 
+    /// What a port does: the context is looked up again after the slot has been registered for the domain that
+    /// it names.
+    fn join_domain(&self) -> DomainId {
+        loop {
+            let domain = DomainId::new(self.context.load(Relaxed) as u16);
+            if self.drains.registered(SlotIndex(0)) == Some(domain) {
+                return domain;
+            }
+            self.drains.register(SlotIndex(0), domain);
+        }
+    }
+
     fn unmap(&self, scope: Scope) {
         self.mapped.store(0, Relaxed);
         let _drained = wait(self.drains.drain(scope));
@@ -110,13 +122,7 @@ fn i1_a_device_that_joins_a_domain_is_on_its_list_or_sees_the_removal() {
         let device = Arc::clone(&machine);
         let device = thread::spawn(move || {
             device.drains.enter(SlotIndex(0));
-            // What a port does: the context is looked up again after the slot has been registered for the
-            // domain that it names.
-            let mut domain = DomainId::new(device.context.load(Relaxed) as u16);
-            while device.drains.registered(SlotIndex(0)) != Some(domain) {
-                device.drains.register(SlotIndex(0), domain);
-                domain = DomainId::new(device.context.load(Relaxed) as u16);
-            }
+            let domain = device.join_domain();
             if domain == DOMAIN && device.mapped.load(Relaxed) == 1 {
                 device.frame.with(|_in_flight| ());
             }
@@ -134,11 +140,7 @@ fn i1_a_device_that_is_moved_out_of_a_domain_is_on_its_list_or_sees_the_move() {
         let device = Arc::clone(&machine);
         let device = thread::spawn(move || {
             device.drains.enter(SlotIndex(0));
-            let mut domain = DomainId::new(device.context.load(Relaxed) as u16);
-            while device.drains.registered(SlotIndex(0)) != Some(domain) {
-                device.drains.register(SlotIndex(0), domain);
-                domain = DomainId::new(device.context.load(Relaxed) as u16);
-            }
+            let domain = device.join_domain();
             // The frame is mapped in the domain that the device leaves.
             if domain == DOMAIN {
                 device.frame.with(|_in_flight| ());

@@ -142,12 +142,13 @@ impl<A: Atomics> Drains<A> {
         self.shared.slots.get(slot).leave();
     }
 
-    /// Puts the slot, which is in an epoch, on the domain's list and takes it off the one where it was.
-    /// Afterwards the device looks its context up *again*, in the cache and then in the tables, and uses no
-    /// translation before the context names the registered domain.
+    /// Puts the slot on the domain's list and takes it off the one where it was. Its device holds no
+    /// translation meanwhile, whether it is in an epoch or between two. Afterwards, in an epoch, it looks its
+    /// context up *again*, in the cache and then in the tables, and uses no translation before the context
+    /// names the registered domain.
     ///
     /// The list's lock orders this against a drain: one that reads the list later finds the slot, and sees it
-    /// busy; after one that read it earlier the device sees what was cleared.
+    /// busy or is seen by it; after one that read it earlier the device sees what was cleared.
     pub fn register(&self, index: SlotIndex, domain: DomainId) {
         let slot = self.shared.slots.get(index);
         let previous = slot.registered();

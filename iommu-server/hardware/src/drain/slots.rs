@@ -36,6 +36,7 @@ pub(super) struct Slot<A: Atomics> {
     awaited: A::Word,
     /// The domain whose list holds this slot, or `NO_DOMAIN`. Written by the slot's device only.
     registered: A::Word,
+    /// A waker is woken and dropped outside the lock: it is somebody else's code, which may come back here.
     waiters: A::Lock<Waiters>,
 }
 
@@ -93,17 +94,22 @@ impl<A: Atomics> Slot<A> {
     /// Has `waker` woken at the next leave. The caller asks [`Self::is_quiet`] *again* after this, and only
     /// then waits.
     pub(super) fn watch(&self, earlier: Option<WaiterId>, waker: &Waker) -> WaiterId {
-        let id = self.waiters.with(|waiters| {
+        let (id, replaced) = self.waiters.with(|waiters| {
             self.awaited.store(1, Ordering::Relaxed);
             waiters.put(earlier, waker)
         });
         A::fence(Ordering::SeqCst);
+        drop(replaced);
         id
     }
 
     /// Forgets a waiter. The flag may stay up, which costs one leave a look at an empty list.
     pub(super) fn forget(&self, id: WaiterId) {
-        self.waiters.with(|waiters| waiters.wakers.retain(|(waiter, _)| *waiter != id));
+        let forgotten = self.waiters.with(|waiters| {
+            let index = waiters.wakers.iter().position(|(waiter, _)| *waiter == id)?;
+            Some(waiters.wakers.swap_remove(index))
+        });
+        drop(forgotten);
     }
 
     pub(super) fn registered(&self) -> Option<DomainId> {
@@ -117,15 +123,15 @@ impl<A: Atomics> Slot<A> {
 }
 
 impl Waiters {
-    fn put(&mut self, earlier: Option<WaiterId>, waker: &Waker) -> WaiterId {
+    /// The name of the waiter, and the waker that it had before.
+    fn put(&mut self, earlier: Option<WaiterId>, waker: &Waker) -> (WaiterId, Option<Waker>) {
         if let Some((id, known)) = self.wakers.iter_mut().find(|(id, _)| Some(*id) == earlier) {
-            known.clone_from(waker);
-            return *id;
+            return (*id, Some(std::mem::replace(known, waker.clone())));
         }
         let id = WaiterId(self.next_id);
         self.next_id += 1;
         self.wakers.push((id, waker.clone()));
-        id
+        (id, None)
     }
 }
 

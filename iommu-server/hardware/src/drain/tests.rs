@@ -138,6 +138,37 @@ fn a_dropped_drain_is_forgotten() {
     assert_eq!(wakes.0.load(Ordering::Relaxed), 0);
 }
 
+/// A waker may be the last owner of a task, and of the drains that the task waits for.
+#[test]
+fn a_waker_is_dropped_outside_the_lock_of_its_slot() {
+    struct Task {
+        drains: Arc<Drains>,
+        slot: SlotIndex,
+        owned: Wakes,
+    }
+    impl Wake for Task {
+        fn wake(self: Arc<Self>) {
+            self.owned.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    impl Drop for Task {
+        fn drop(&mut self) {
+            let mut pending = self.drains.drain(Scope::Slot(self.slot));
+            assert!(!poll(&mut pending, &Arc::new(Wakes::default())), "this takes the lock of the slot");
+        }
+    }
+    let (drains, red, _) = two_devices();
+    let drains = Arc::new(drains);
+    let task =
+        || Waker::from(Arc::new(Task { drains: Arc::clone(&drains), slot: red, owned: Wakes::default() }));
+    let mut pending = drains.drain(Scope::Slot(red));
+    for waker in [task(), task()] {
+        // The second takes the place of the first.
+        assert!(Pin::new(&mut pending).poll(&mut Context::from_waker(&waker)).is_pending());
+    }
+    drop(pending);
+}
+
 #[test]
 fn a_blocked_thread_goes_on_when_the_device_leaves() {
     let (drains, red, _) = two_devices();
@@ -204,6 +235,21 @@ fn i4_a_walk_through_a_context_that_was_invalidated_since_fills_nothing() {
     assert_eq!(drains.generation(RED, context), NEVER);
     assert_ne!(drains.generation(RED, drains.context_generation()), NEVER);
     assert!(!drains.is_current_context(context));
+}
+
+/// The burst looks its context up while that is being forgotten, so it may hold what is about to be cleared.
+#[test]
+fn i4_a_walk_through_a_context_that_was_looked_up_during_an_invalidation_fills_nothing() {
+    let drains = Drains::new(1);
+    let of_its_context = drains.move_context_generation(Scope::Everything);
+    let context = drains.context_generation();
+    assert_eq!(drains.generation(RED, context), NEVER, "during the same invalidation");
+    drop(of_its_context);
+    assert_eq!(drains.generation(RED, context), NEVER, "after it");
+    drop(drains.move_generation(Scope::Domain(RED)));
+    let of_another_context = drains.move_context_generation(Scope::Everything);
+    assert_eq!(drains.generation(RED, context), NEVER, "during the next, of some other source");
+    drop(of_another_context);
 }
 
 #[test]

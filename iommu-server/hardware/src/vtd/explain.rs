@@ -5,11 +5,13 @@
 //! filled, counted or recorded.
 
 use iommu_types::{
-    Access, CacheState, Explanation, FaultReason, Hpa, Iova, Outcome, Pasid, SourceId, Translation,
+    Access, AddressType, CacheState, Explanation, FaultReason, Hpa, Iova, Outcome, Pasid, Permissions,
+    SourceId, Step, Structure, Translation,
 };
 
 use super::miss::{known_absent, walk_tables, within_page};
 use super::port::{Request, refusal};
+use super::spec::pte::SecondStageEntry;
 use super::unit::Unit;
 use super::walk::{Leaf, NoTrace, StepCollector, WalkFault, check_table_mode, walk_context};
 use crate::cache::{CachedContext, ContextTranslation, IotlbEntry, PagingEntry};
@@ -34,7 +36,7 @@ impl Unit {
         access: Access,
         size_bytes: u32,
     ) -> Explanation {
-        let request = Request { iova, size_bytes, access, pasid };
+        let request = Request { iova, size_bytes, access, pasid, address_type: AddressType::Untranslated };
         let mut steps = StepCollector::new(self.capabilities());
         let (end, context) = self.end_by_tables(source, &request, &mut steps);
         let asks_caches = self.is_translating() && !request.is_in_interrupt_range() && pasid.is_none();
@@ -47,7 +49,8 @@ impl Unit {
             (End::Refused(_) | End::Untranslated(_), Some(End::Translated(cached))) => Some(*cached),
             _ => None,
         };
-        let conclusion = conclude(source, &request, &end, &caches, stale);
+        let steps = steps.into_steps();
+        let conclusion = conclude(source, &request, &end, &caches, stale, decided_by(&end, &steps));
         let (outcome, fault_suppressed) = match end {
             End::Translated(translation) => (Outcome::Translated(translation), false),
             End::Untranslated(hpa) => (Outcome::Untranslated(hpa), false),
@@ -65,7 +68,7 @@ impl Unit {
             context_cache: caches.context,
             iotlb: caches.iotlb,
             paging_structure_cache: caches.paging,
-            steps: steps.into_steps(),
+            steps,
             outcome,
             fault_suppressed,
             stale,
@@ -226,6 +229,34 @@ fn table_in_words(entry: &PagingEntry) -> String {
     format!("domain {domain_id}, level {level} table of {iova} at {table} {permissions}")
 }
 
+/// Where in the tables a refusal was decided, in words: most people ask because they do not know that nothing is mapped there.
+fn decided_by(end: &End, steps: &[Step]) -> String {
+    let (End::Refused(fault), Some(last)) = (end, steps.last()) else { return String::new() };
+    let Structure::SecondStage { level } = last.structure else { return String::new() };
+    let denied = matches!(fault.reason, FaultReason::WRITE_DENIED | FaultReason::READ_DENIED);
+    let absent = denied && last.low.is_some_and(|low| !SecondStageEntry::from_bits(low).is_present());
+    if absent {
+        return format!(
+            " (nothing is mapped there: entry {} of the level-{level} table is not present)",
+            last.index
+        );
+    }
+    let missing = |permission: Permissions| {
+        steps.iter().find(|step| step.permissions.is_some_and(|left| !left.contains(permission)))
+    };
+    let first = match fault.reason {
+        FaultReason::WRITE_DENIED => missing(Permissions::WRITE),
+        FaultReason::READ_DENIED => missing(Permissions::READ),
+        _ => Some(last),
+    };
+    match first.map(|step| (step.structure, step.index)) {
+        Some((Structure::SecondStage { level }, index)) => {
+            format!(" (entry {index} of the level-{level} table decides)")
+        }
+        _ => String::new(),
+    }
+}
+
 /// The end in one sentence.
 fn conclude(
     source: SourceId,
@@ -233,6 +264,7 @@ fn conclude(
     end: &End,
     caches: &Caches,
     stale: Option<Translation>,
+    decided_by: String,
 ) -> String {
     let Request { iova, access, .. } = request;
     let by_tables = match end {
@@ -250,7 +282,7 @@ fn conclude(
         ),
         End::Refused(fault) => {
             let record = if fault.suppressed { ", without a record (FPD)" } else { "" };
-            format!("The {access} at {iova} by {source} is refused: {}{record}", fault.reason)
+            format!("The {access} at {iova} by {source} is refused: {}{decided_by}{record}", fault.reason)
         }
     };
     match (stale, end, &caches.end) {

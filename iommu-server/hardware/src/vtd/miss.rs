@@ -59,11 +59,15 @@ pub(super) fn walk_and_fill(
     found.add(1);
     let mut reads = CountReads(0);
     let mut deepest = None;
-    let mut walk =
-        |start| walk_tables(unit, context, start, request, &mut reads, |table| deepest = Some(table));
-    let walked = match walk(start) {
-        // A cached table may be stale; a fault never comes from it alone.
-        Err(_) if start.is_some() => walk(None),
+    let mut walk = |start, deepest: &mut Option<PagingEntry>| {
+        walk_tables(unit, context, start, request, &mut reads, |table| *deepest = Some(table))
+    };
+    let walked = match walk(start, &mut deepest) {
+        // A cached table may be stale; neither a fault nor a fill comes from it alone.
+        Err(_) if start.is_some() => {
+            deepest = None;
+            walk(None, &mut deepest)
+        }
         walked => walked,
     };
     tally.walk_reads.add(reads.0);
@@ -175,6 +179,8 @@ mod tests {
 
     use iommu_types::{Capabilities, DomainId, FunctionMask, Invalidation, IovaRange};
 
+    use iommu_types::AddressType;
+
     use super::*;
     use crate::bare::BareMachine;
     use crate::cache::ContextTranslation;
@@ -223,7 +229,13 @@ mod tests {
     fn check(overtaking: Option<Invalidation>, cached: bool) {
         let (unit, tally) = (unit(), SlotTally::default());
         let generation = unit.drains.context_generation();
-        let request = Request { iova: PAGE, size_bytes: 8, access: Access::Read, pasid: None };
+        let request = Request {
+            iova: PAGE,
+            size_bytes: 8,
+            access: Access::Read,
+            pasid: None,
+            address_type: AddressType::Untranslated,
+        };
         let walked = walk_and_fill(&unit, &tally, &context(), generation, &request, || {
             if let Some(invalidation) = overtaking {
                 let _drained = unit.invalidate(invalidation).wait_blocking();

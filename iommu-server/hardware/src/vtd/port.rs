@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use iommu_types::TranslationFault;
 use iommu_types::{
-    Access, DomainId, Fault, FaultReason, Generation, Hpa, InterruptFault, Iova, Pasid, SourceId,
+    Access, AddressType, DomainId, Fault, FaultReason, Generation, Hpa, InterruptFault, Iova, Pasid, SourceId,
 };
 
 use super::counters::SlotTally;
@@ -20,7 +20,7 @@ use crate::cache::{CachedContext, ContextTranslation};
 use crate::drain::SlotIndex;
 use crate::memory::PhysicalMemory;
 
-/// Operations that one burst covers at most, so that the wait for an epoch is bounded (DESIGN.md §4).
+/// Operations that one burst covers at most, so that the wait for an epoch is bounded (ARCHITECTURE.md, "How an invalidation is done").
 pub const BURST_OPERATIONS_MAX: u32 = 128;
 /// Bytes that one burst moves at most, for the same reason.
 pub const BURST_BYTES_MAX: u32 = 64 << 10;
@@ -45,13 +45,20 @@ pub struct Request {
     pub access: Access,
     /// The PASID, when the request has one.
     pub pasid: Option<Pasid>,
+    /// Whether the device claims that the address is translated already.
+    pub address_type: AddressType,
 }
 
 impl Request {
+    /// Whether the request is one that legacy mode translates: untranslated and without PASID.
+    #[inline]
+    pub(super) fn is_plain(&self) -> bool {
+        self.pasid.is_none() && self.address_type == AddressType::Untranslated
+    }
     /// Whether the request is an access to the interrupt range FEEx_xxxx, which is never remapped as DMA.
     #[inline]
     pub(super) fn is_in_interrupt_range(&self) -> bool {
-        is_interrupt_range(self.iova.get()) && self.pasid.is_none()
+        is_interrupt_range(self.iova.get()) && self.is_plain()
     }
     /// Whether the request is an interrupt: an aligned 4-byte write without PASID to FEEx_xxxx.
     pub(crate) fn is_interrupt(&self) -> bool {
@@ -217,6 +224,11 @@ impl Burst<'_> {
                 self.place = Place::Untranslated;
                 return;
             }
+            // The table mode is not part of a cached context, so it is asked before the cache is.
+            if let Err(fault) = check_table_mode(self.unit().root_table(), None) {
+                self.place = Place::Refused(fault);
+                return;
+            }
             let generation = self.port.unit.drains.context_generation();
             match look_up_context(&self.port.unit, self.port.tally(), self.port.source_id, generation) {
                 Err(fault) => {
@@ -243,7 +255,7 @@ impl Burst<'_> {
         );
         if let Place::Inside(context, _) = self.place
             && let ContextTranslation::SecondStage { .. } = context.translation
-            && request.pasid.is_none()
+            && request.is_plain()
             && !request.is_in_interrupt_range()
             && let Some(entry) = self.port.unit.iotlb.lookup(context.domain_id, request.iova)
             && entry.permissions.allow(request.access)
@@ -266,6 +278,10 @@ impl Burst<'_> {
                 self.enter();
                 self.resolve(request)
             }
+            // TES=0: only untranslated requests pass (PCIe: Unsupported Request), and translation, being off, records nothing.
+            Place::Untranslated if request.address_type != AddressType::Untranslated => {
+                Err(WalkFault { reason: FaultReason::TRANSLATED_BLOCKED, suppressed: true })
+            }
             Place::Untranslated => Ok(Hpa::new(request.iova.get())),
             // The table mode is checked first (30), then PASID (31), then everything that the context look-up found.
             _ if request.pasid.is_some() => {
@@ -273,6 +289,10 @@ impl Burst<'_> {
                 Err(fault.expect("no table mode that is built takes a PASID"))
             }
             Place::Refused(fault) => Err(fault),
+            // No context allows a device to have translated by itself: DT=0, so TT is 00 or 10.
+            Place::Inside(context, _) if request.address_type != AddressType::Untranslated => {
+                Err(WalkFault::qualified(FaultReason::TRANSLATED_BLOCKED, context.fault_processing_disable))
+            }
             Place::Inside(context, generation) => match context.translation {
                 ContextTranslation::PassThrough => {
                     let leaf = walk_tables(self.unit(), &context, None, request, &mut NoTrace, |_| {})?;
@@ -306,5 +326,6 @@ impl Drop for Burst<'_> {
 
 /// The fault of a request: common facts and a reason, put together in this one place.
 pub(super) fn refusal(source_id: SourceId, request: &Request, reason: FaultReason) -> TranslationFault {
-    TranslationFault { source_id, pasid: request.pasid, iova: request.iova, access: request.access, reason }
+    let Request { iova, access, pasid, address_type, .. } = *request;
+    TranslationFault { source_id, pasid, iova, access, address_type, reason }
 }

@@ -283,13 +283,19 @@ impl Unit {
     }
     fn latch(&self, bit: Gsts, on: bool) {
         let bit = bit.into_bits();
-        let status = if on {
-            self.latches.status.fetch_or(bit, Ordering::SeqCst) | bit
+        let (before, after) = if on {
+            let before = self.latches.status.fetch_or(bit, Ordering::SeqCst);
+            (before, before | bit)
         } else {
-            self.latches.status.fetch_and(!bit, Ordering::SeqCst) & !bit
+            let before = self.latches.status.fetch_and(!bit, Ordering::SeqCst);
+            (before, before & !bit)
         };
-        let status = Gsts::from_bits(status);
-        if !status.translation() && !status.interrupt_remapping() {
+        let is_off = |status| {
+            let status = Gsts::from_bits(status);
+            !status.translation() && !status.interrupt_remapping()
+        };
+        // Only the step to both off rewinds: other bits may change while faults are pending.
+        if is_off(after) && !is_off(before) {
             self.faults.rewind();
         }
     }

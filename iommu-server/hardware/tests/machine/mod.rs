@@ -100,7 +100,6 @@ impl Machine {
         assert!(at + 4096 <= MEMORY_BYTES, "the machine has frames left");
         Hpa::new(at)
     }
-    /// A frame that is aligned to a larger page; only a name, nothing of it is used.
     pub fn store(&self, at: Hpa, value: u64) {
         self.bare.memory().store_u64(at, value).expect("inside memory");
     }
@@ -248,7 +247,7 @@ impl Machine {
         let (low, high) = (self.read_wide(at), self.read_wide(at + 8));
         FaultRecord::from_bits(u128::from(high) << 64 | u128::from(low))
     }
-    /// Clears F of a record, and the overflow mark.
+    /// Clears F of a record.
     pub fn clear_fault(&self, index: u32) {
         let at = fault_records_offset(self.bare.unit().capabilities().fault_records) + 16 * index;
         self.write(at + 12, 1 << 31);

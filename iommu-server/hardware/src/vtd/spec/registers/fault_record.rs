@@ -1,7 +1,9 @@
 //! The fault recording register, and faults as it holds them.
 
 use bitfield_struct::bitfield;
-use iommu_types::{Access, Fault, FaultReason, InterruptFault, Iova, Pasid, SourceId, TranslationFault};
+use iommu_types::{
+    Access, AddressType, Fault, FaultReason, InterruptFault, Iova, Pasid, SourceId, TranslationFault,
+};
 
 /// FRCD: a fault recording register (VT-d 5.10 §11.4.7.6).
 #[bitfield(u128)]
@@ -55,6 +57,7 @@ impl FaultRecord {
                     .with_reason(dma.reason.0)
                     .with_type_1(type_1)
                     .with_type_2(type_2)
+                    .with_address_type(dma.address_type.bits())
                     .with_has_pasid(dma.pasid.is_some())
                     .with_pasid(dma.pasid.map_or(0, Pasid::get))
             }
@@ -87,6 +90,8 @@ impl FaultRecord {
             pasid: if self.has_pasid() { Pasid::new(self.pasid()) } else { None },
             iova: Iova::new(self.fault_page() << 12),
             access,
+            // 3 is reserved and never recorded.
+            address_type: AddressType::from_bits(self.address_type()).unwrap_or_default(),
             reason,
         })
     }

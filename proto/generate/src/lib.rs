@@ -1,7 +1,7 @@
 //! From the schema to the checked-in code, without protoc: protox compiles, tonic-prost-build writes.
 //!
-//! Two programs share it: the example `generate`, which writes the files, and the test `schema`, which compares them
-//! in memory and so never touches the tree.
+//! Two programs share it: `cargo gen`, which writes the files, and iommu-proto's test `schema`, which compares them in memory and so
+//! never touches the tree. It is a crate of its own, so that it runs while iommu-proto does not compile for want of new code.
 
 use std::fs;
 use std::io;
@@ -10,18 +10,21 @@ use std::path::{Path, PathBuf};
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
 
+/// The directory of iommu-proto, which holds the schema.
+pub const PROTO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
 /// One checked-in file.
 #[derive(Debug)]
-pub(crate) struct Generated {
+pub struct Generated {
     /// Its name in `src/generated`.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     /// What it must hold.
-    pub(crate) content: Vec<u8>,
+    pub content: Vec<u8>,
 }
 
 /// The schema's files, in the order of their names.
-pub(crate) fn schema_files() -> io::Result<Vec<PathBuf>> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("iommu/v1");
+pub fn schema_files() -> io::Result<Vec<PathBuf>> {
+    let directory = Path::new(PROTO).join("iommu/v1");
     let mut files = fs::read_dir(directory)?
         .map(|entry| entry.map(|entry| entry.path()))
         .collect::<io::Result<Vec<_>>>()?;
@@ -31,15 +34,15 @@ pub(crate) fn schema_files() -> io::Result<Vec<PathBuf>> {
 }
 
 /// The schema compiled, comments included.
-pub(crate) fn compile() -> io::Result<FileDescriptorSet> {
-    let mut compiler = protox::Compiler::new([env!("CARGO_MANIFEST_DIR")]).map_err(io::Error::other)?;
+pub fn compile() -> io::Result<FileDescriptorSet> {
+    let mut compiler = protox::Compiler::new([PROTO]).map_err(io::Error::other)?;
     compiler.include_imports(true).include_source_info(true);
     compiler.open_files(schema_files()?).map_err(io::Error::other)?;
     Ok(compiler.file_descriptor_set())
 }
 
 /// What `src/generated` must hold. `scratch` is an empty directory for the code writer.
-pub(crate) fn generate(scratch: &Path) -> io::Result<Vec<Generated>> {
+pub fn generate(scratch: &Path) -> io::Result<Vec<Generated>> {
     let mut descriptors = compile()?;
     tonic_prost_build::configure()
         .out_dir(scratch)

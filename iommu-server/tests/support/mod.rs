@@ -1,0 +1,308 @@
+//! A real server on loopback, and raw clients made from the schema alone.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part of the support")]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use iommu_proto::errors::reason_of;
+use iommu_proto::pb;
+use iommu_proto::pb::admin_service_client::AdminServiceClient;
+use iommu_proto::pb::bare_machine_service_client::BareMachineServiceClient;
+use iommu_proto::pb::device_service_client::DeviceServiceClient;
+use iommu_proto::pb::driver_service_client::DriverServiceClient;
+use iommu_proto::pb::fault_service_client::FaultServiceClient;
+use iommu_proto::pb::inspect_service_client::InspectServiceClient;
+use iommu_proto::pb::memory_service_client::MemoryServiceClient;
+use iommu_proto::pb::session_service_client::SessionServiceClient;
+use iommu_server::cli::ServeArgs;
+use iommu_server::config::Config;
+use iommu_server::server::Server;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
+
+pub const PAGE: u64 = 4096;
+/// Long enough for anything that should happen, short enough for a test that fails.
+pub const SOON: Duration = Duration::from_secs(10);
+
+pub fn config(change: impl FnOnce(&mut ServeArgs)) -> Config {
+    let mut args = ServeArgs {
+        insecure_plaintext: true,
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        memory: Some("64MiB".to_owned()),
+        grace: Some("200ms".to_owned()),
+        admin: Some("off".to_owned()),
+        ..ServeArgs::default()
+    };
+    change(&mut args);
+    Config::from_args(args).unwrap()
+}
+
+pub async fn server() -> Server {
+    server_with(|_| {}).await
+}
+
+pub async fn server_with(change: impl FnOnce(&mut ServeArgs)) -> Server {
+    Server::start(config(change)).await.unwrap()
+}
+
+/// A connection of its own.
+pub async fn connect(server: &Server) -> Channel {
+    let address = server.listen[0];
+    Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap()
+}
+
+pub fn device(source: u32) -> pb::DeviceAddress {
+    pb::DeviceAddress { segment: 0, source_id: source }
+}
+/// 00:01.0, of driver:0.
+pub const ENGINE0: u32 = 0x08;
+/// 00:02.0, of driver:1.
+pub const ENGINE1: u32 = 0x10;
+/// 00:03.0, of nobody.
+pub const ENGINE2: u32 = 0x18;
+
+pub fn owner(number: u32) -> pb::Owner {
+    pb::Owner { kind: Some(pb::owner::Kind::Driver(number)) }
+}
+
+pub fn reason(status: &Status) -> String {
+    reason_of(status).unwrap_or_else(|| panic!("no typed error: {status:?}"))
+}
+
+pub fn refused<T: std::fmt::Debug>(result: Result<T, Status>) -> String {
+    reason(&result.expect_err("must be refused"))
+}
+
+/// Tries until it holds.
+pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let tried = async {
+        while !holds().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(SOON, tried).await.is_ok(), "{what}");
+}
+
+pub fn open_request(name: &str, role: pb::open_request::Role) -> pb::OpenRequest {
+    pb::OpenRequest {
+        schema_version: 1,
+        name: name.to_owned(),
+        role: Some(role),
+        resume_token: bytes::Bytes::new(),
+    }
+}
+
+pub async fn open(channel: &Channel, request: pb::OpenRequest) -> Result<pb::OpenResponse, Status> {
+    SessionServiceClient::new(channel.clone()).open(request).await.map(tonic::Response::into_inner)
+}
+
+pub fn driver_role(number: u32) -> pb::open_request::Role {
+    pb::open_request::Role::Driver(pb::DriverRole { owner: Some(owner(number)) })
+}
+
+/// A driver with its session.
+pub struct Driver {
+    pub channel: Channel,
+    pub client: DriverServiceClient<Channel>,
+    pub opened: pb::OpenResponse,
+    next: AtomicU64,
+}
+
+impl Driver {
+    pub async fn open(server: &Server, number: u32) -> Self {
+        let channel = connect(server).await;
+        let request = open_request(&format!("driver{number}"), driver_role(number));
+        let opened = open(&channel, request).await.unwrap();
+        Self::on(channel, opened)
+    }
+    pub fn on(channel: Channel, opened: pb::OpenResponse) -> Self {
+        let client = DriverServiceClient::new(channel.clone());
+        Self { channel, client, opened, next: AtomicU64::new(1) }
+    }
+    pub fn header(&self) -> Option<pb::RequestHeader> {
+        let request_id = self.next.fetch_add(1, Ordering::Relaxed);
+        Some(pb::RequestHeader { request_id, acknowledged_through: 0 })
+    }
+    pub fn client(&self) -> DriverServiceClient<Channel> {
+        self.client.clone()
+    }
+    pub fn memory(&self) -> MemoryServiceClient<Channel> {
+        MemoryServiceClient::new(self.channel.clone())
+    }
+    pub async fn buffer(&self, size_bytes: u64) -> u64 {
+        let request = pb::AllocateBufferRequest { header: self.header(), size_bytes };
+        self.client().allocate_buffer(request).await.unwrap().into_inner().gpa
+    }
+    pub async fn map(&self, source: u32, gpa: u64, size_bytes: u64) -> Result<u64, Status> {
+        let request = pb::DmaMapRequest {
+            header: self.header(),
+            device: Some(device(source)),
+            gpa,
+            size_bytes,
+            direction: pb::Direction::Bidirectional.into(),
+        };
+        self.client().dma_map(request).await.map(|mapped| mapped.into_inner().iova)
+    }
+    pub async fn unmap(&self, source: u32, iova: u64, size_bytes: u64) -> Result<(), Status> {
+        let request = pb::DmaUnmapRequest {
+            header: self.header(),
+            device: Some(device(source)),
+            iova,
+            size_bytes,
+            direction: pb::Direction::Bidirectional.into(),
+        };
+        self.client().dma_unmap(request).await.map(|_| ())
+    }
+    pub async fn write(&self, gpa: u64, data: &[u8]) {
+        let data = bytes::Bytes::copy_from_slice(data);
+        let request = pb::MemoryWriteRequest { owner: None, gpa, data };
+        self.memory().write(request).await.unwrap();
+    }
+    pub async fn read(&self, gpa: u64, size_bytes: u64) -> bytes::Bytes {
+        let request = pb::MemoryReadRequest { owner: None, gpa, size_bytes };
+        self.memory().read(request).await.unwrap().into_inner().data
+    }
+}
+
+pub async fn session(server: &Server, name: &str, role: pb::open_request::Role) -> Channel {
+    let channel = connect(server).await;
+    open(&channel, open_request(name, role)).await.unwrap();
+    channel
+}
+pub async fn operator(server: &Server) -> Channel {
+    session(server, "operator", pb::open_request::Role::Operator(pb::OperatorRole {})).await
+}
+pub async fn observer(server: &Server) -> Channel {
+    session(server, "observer", pb::open_request::Role::Observer(pb::ObserverRole {})).await
+}
+pub async fn bare(server: &Server, name: &str) -> BareMachineServiceClient<Channel> {
+    let channel = session(server, name, pb::open_request::Role::Bare(pb::BareRole {})).await;
+    BareMachineServiceClient::new(channel)
+}
+pub fn admin(channel: &Channel) -> AdminServiceClient<Channel> {
+    AdminServiceClient::new(channel.clone())
+}
+pub fn inspect(channel: &Channel) -> InspectServiceClient<Channel> {
+    InspectServiceClient::new(channel.clone())
+}
+pub fn faults(channel: &Channel) -> FaultServiceClient<Channel> {
+    FaultServiceClient::new(channel.clone())
+}
+
+/// An agent that speaks raw messages.
+pub struct Agent {
+    pub up: mpsc::Sender<pb::DeviceToServer>,
+    pub down: Streaming<pb::ServerToDevice>,
+    pub next_tag: u64,
+    _channel: Channel,
+}
+
+pub type Up = pb::device_to_server::Message;
+pub type Down = pb::server_to_device::Message;
+
+pub fn hello(address: pb::DeviceAddress, name: &str) -> pb::Hello {
+    pb::Hello { schema_version: 1, name: name.to_owned(), address: Some(address), mmio_credits: 16 }
+}
+
+impl Agent {
+    /// A stream on which nothing was said yet.
+    pub async fn silent_on(channel: Channel) -> Self {
+        let (up, messages) = mpsc::channel(64);
+        let down = DeviceServiceClient::new(channel.clone())
+            .max_decoding_message_size(8 << 20)
+            .attach(ReceiverStream::new(messages))
+            .await
+            .unwrap()
+            .into_inner();
+        Self { up, down, next_tag: 0, _channel: channel }
+    }
+    pub async fn silent(server: &Server) -> Self {
+        Self::silent_on(connect(server).await).await
+    }
+    /// Says Hello and gives what came back.
+    pub async fn greet(&mut self, hello: pb::Hello) -> Result<pb::Welcome, Status> {
+        self.send(Up::Hello(hello)).await;
+        match self.receive().await? {
+            Down::Welcome(welcome) => Ok(welcome),
+            other => panic!("no Welcome: {other:?}"),
+        }
+    }
+    pub async fn attach(server: &Server, source: u32) -> Self {
+        Self::attach_at(server, device(source), &format!("engine{}", (source >> 3) - 1)).await
+    }
+    pub async fn attach_at(server: &Server, address: pb::DeviceAddress, name: &str) -> Self {
+        let mut agent = Self::silent(server).await;
+        agent.greet(hello(address, name)).await.unwrap();
+        agent
+    }
+    pub async fn send(&self, message: Up) {
+        // A stream that the server ended takes nothing; what it says comes from `receive`.
+        let _ended = self.up.send(pb::DeviceToServer { message: Some(message) }).await;
+    }
+    pub async fn receive(&mut self) -> Result<Down, Status> {
+        let message = tokio::time::timeout(SOON, self.down.message()).await.expect("nothing came")?;
+        Ok(message.expect("the stream ended").message.expect("a message without content"))
+    }
+    /// Until the stream ends with a status.
+    pub async fn ending(&mut self) -> String {
+        loop {
+            match tokio::time::timeout(SOON, self.down.message()).await.expect("the stream does not end") {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("the stream ended without a status"),
+                Err(status) => return reason(&status),
+            }
+        }
+    }
+    pub async fn batch(&mut self, batch: pb::DmaBatch) -> pb::DmaCompletions {
+        self.send(Up::Dma(batch)).await;
+        loop {
+            match self.receive().await.unwrap() {
+                Down::Dma(completions) => return completions,
+                Down::Reset(reset) => self.send(Up::ResetDone(pb::ResetDone { tag: reset.tag })).await,
+                other => panic!("no completions: {other:?}"),
+            }
+        }
+    }
+    pub async fn read(&mut self, iova: u64, size: u32) -> Result<bytes::Bytes, u32> {
+        let answer = self.batch(read_batch(&[iova], size)).await;
+        answer.fault_reason.first().map_or(Ok(answer.payload), |reason| Err(*reason))
+    }
+    pub async fn write(&mut self, iova: u64, data: &[u8]) -> Result<(), u32> {
+        let answer = self.batch(write_batch(iova, data)).await;
+        answer.fault_reason.first().map_or(Ok(()), |reason| Err(*reason))
+    }
+}
+
+pub fn read_batch(iova: &[u64], size: u32) -> pb::DmaBatch {
+    pb::DmaBatch { iova: iova.to_vec(), size_bytes: vec![size], ..Default::default() }
+}
+pub fn write_batch(iova: u64, data: &[u8]) -> pb::DmaBatch {
+    pb::DmaBatch {
+        iova: vec![iova],
+        size_bytes: vec![data.len() as u32],
+        kind: bytes::Bytes::from_static(&[1]),
+        payload: bytes::Bytes::copy_from_slice(data),
+        ..Default::default()
+    }
+}
+
+/// A driver with a mapped buffer of whole pages and its agent.
+pub async fn mapped(server: &Server, pages: u64) -> (Driver, Agent, u64, u64) {
+    let driver = Driver::open(server, 0).await;
+    let agent = Agent::attach(server, ENGINE0).await;
+    let gpa = driver.buffer(pages * PAGE).await;
+    let iova = driver.map(ENGINE0, gpa, pages * PAGE).await.unwrap();
+    (driver, agent, gpa, iova)
+}
+
+pub async fn topology(channel: &Channel) -> pb::GetTopologyResponse {
+    inspect(channel).get_topology(pb::GetTopologyRequest {}).await.unwrap().into_inner()
+}
+
+pub async fn device_state(channel: &Channel, source: u32) -> pb::DeviceState {
+    let devices = topology(channel).await.devices;
+    devices.into_iter().find(|state| state.device == Some(device(source))).unwrap()
+}
