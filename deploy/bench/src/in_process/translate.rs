@@ -6,7 +6,7 @@ use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::dma::{Run, Transfer};
 use iommu_hardware::vtd::{BURST_OPERATIONS_MAX, Port, Request};
 use iommu_kernel::{Domain, MapFixed};
-use iommu_types::{Access, Gpa, Hpa, Iova, IovaRange, PAGE_SIZE_BYTES, Permissions, RequestId};
+use iommu_types::{Access, AddressType, Gpa, Hpa, Iova, IovaRange, PAGE_SIZE_BYTES, Permissions, RequestId};
 
 use super::host::{Caches, Host, LARGE, TINY, ensure_share};
 use crate::figure::{Figure, RatioOf, Target};
@@ -119,6 +119,7 @@ impl Stage {
                     size_bytes: COPY_BYTES as u32,
                     access: Access::Read,
                     pasid: None,
+                    address_type: AddressType::Untranslated,
                 };
                 let lent = burst.translate(request, |lent| lent.hpa).expect("every page is mapped");
                 black_box(lent);
@@ -144,7 +145,8 @@ impl Stage {
     fn frames(&mut self) -> Vec<Hpa> {
         let mut frames = Vec::new();
         for &iova in &self.order {
-            let request = Request { iova, size_bytes: 64, access: Access::Read, pasid: None };
+            let address_type = AddressType::Untranslated;
+            let request = Request { iova, size_bytes: 64, access: Access::Read, pasid: None, address_type };
             let lent = self.port.burst().translate(request, |lent| lent.hpa);
             frames.push(lent.expect("every page is mapped"));
         }
