@@ -8,6 +8,7 @@ mod catalogue;
 mod cli;
 mod figure;
 mod in_process;
+mod others;
 mod plot;
 mod progress;
 mod report;
@@ -26,6 +27,7 @@ use clap::{CommandFactory, Parser, error::ErrorKind};
 
 use crate::catalogue::Wanted;
 use crate::cli::{Cli, Role};
+use crate::others::Processors;
 use crate::progress::Progress;
 use crate::report::Report;
 use crate::rounds::Plan;
@@ -36,6 +38,8 @@ use crate::stand::Bench;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Processors that other programs may take before the reader is warned.
+const OTHERS_MAX: f64 = 0.2;
 /// With `--require`, when a target was missed.
 const EXIT_MISSED: u8 = 3;
 
@@ -67,6 +71,7 @@ async fn measure(cli: &Cli, chosen: &[catalogue::Measurement], wanted: Wanted) -
     let mut bench = Bench::new(Plan { quick: cli.quick }, Progress::new(chosen.len()), wanted);
     let mut report = Report::default();
     let mut could_not_run = Vec::new();
+    let before = Processors::now()?;
     for &measurement in chosen {
         bench.progress.begin(measurement.name);
         match catalogue::run(measurement, &mut bench).await {
@@ -80,7 +85,14 @@ async fn measure(cli: &Cli, chosen: &[catalogue::Measurement], wanted: Wanted) -
     }
     bench.progress.finish();
     bench.stop().await;
+    let others = before.taken_by_others(Processors::now()?);
     report.figures.retain(|figure| bench.wanted.figure(&figure.name));
+    report.figures.push(others::figure(others));
+    if others > OTHERS_MAX {
+        bench
+            .progress
+            .say(&format!("other programs took {others:.1} processors: trust no ratio on the wire"));
+    }
     let written = report.write_into(&directory)?;
     if cli.json {
         print(&format!("{}\n", report.json()?))?;

@@ -145,13 +145,8 @@ impl Stage {
     fn frames(&mut self) -> Vec<Hpa> {
         let mut frames = Vec::new();
         for &iova in &self.order {
-            let request = Request {
-                iova,
-                size_bytes: 64,
-                access: Access::Read,
-                pasid: None,
-                address_type: AddressType::Untranslated,
-            };
+            let address_type = AddressType::Untranslated;
+            let request = Request { iova, size_bytes: 64, access: Access::Read, pasid: None, address_type };
             let lent = self.port.burst().translate(request, |lent| lent.hpa);
             frames.push(lent.expect("every page is mapped"));
         }

@@ -1,5 +1,7 @@
 //! Many agents at once: what all of them do together, beside what one does alone.
 
+use std::time::Instant;
+
 use anyhow::Context;
 use tokio::task::JoinSet;
 
@@ -71,16 +73,18 @@ async fn sums(bench: &Bench, ends: &Ends) -> anyhow::Result<Report> {
     Ok(report)
 }
 
+/// Operations per second of all together, from the start of the first to the end of the last.
 async fn together(bench: &Bench, agents: &[(Device, Load, WorkingSet)]) -> anyhow::Result<f64> {
     let slice = bench.plan.slice();
+    let start = Instant::now();
     let mut running = JoinSet::new();
     for (device, load, _) in agents {
         let (dma, load) = (device.dma.clone(), load.clone());
-        running.spawn(async move { load.run(&dma, slice).await });
+        running.spawn(async move { load.count(&dma, slice).await });
     }
-    let mut sum = 0.0;
+    let mut operations = 0;
     while let Some(done) = running.join_next().await {
-        sum += done.context("an agent panicked")??;
+        operations += done.context("an agent panicked")??;
     }
-    Ok(sum)
+    Ok(operations as f64 / start.elapsed().as_secs_f64())
 }

@@ -81,24 +81,30 @@ impl Load {
         Ok(())
     }
 
-    /// Keeps the device busy for so long; operations per second.
+    /// Keeps the device busy for so long; operations per second. What is in flight at the end is awaited and counts, in both.
     pub(super) async fn run(&self, dma: &Dma, duration: Duration) -> anyhow::Result<f64> {
+        let start = Instant::now();
+        let operations = self.count(dma, duration).await?;
+        Ok(operations as f64 / start.elapsed().as_secs_f64())
+    }
+
+    /// Keeps the device busy for so long; how many operations that were.
+    pub(super) async fn count(&self, dma: &Dma, duration: Duration) -> anyhow::Result<u64> {
         let mut tickets = VecDeque::with_capacity(self.in_flight);
-        let (mut next, mut operations) = (0, 0u64);
+        let (mut next, mut batches) = (0, 0u64);
         let start = Instant::now();
         while start.elapsed() < duration {
             while tickets.len() < self.in_flight {
                 tickets.push_back(dma.submit(self.batch(&mut next)).await.context("submit a batch")?);
+                batches += 1;
             }
             let oldest = tickets.pop_front().expect("there are batches in flight");
             self.check(&oldest.await.context("await a batch")?)?;
-            operations += self.operations_per_batch as u64;
         }
-        let seconds = start.elapsed().as_secs_f64();
         for ticket in tickets {
             self.check(&ticket.await.context("await the last batches")?)?;
         }
-        Ok(operations as f64 / seconds)
+        Ok(batches * self.operations_per_batch as u64)
     }
 
     /// Times each operation for so long, in nanoseconds.

@@ -44,9 +44,8 @@ async fn one_stream(bench: &Bench, ends: &Ends) -> anyhow::Result<Report> {
             while start.elapsed() < slice {
                 pairs += pipeline.step(&pages).await?;
             }
-            let seconds = start.elapsed().as_secs_f64();
-            pipeline.finish().await?;
-            Ok(pairs as f64 / seconds)
+            pairs += pipeline.finish().await?;
+            Ok(pairs as f64 / start.elapsed().as_secs_f64())
         },
         async || {
             let start = Instant::now();
@@ -85,14 +84,16 @@ impl Pipeline<'_> {
         Ok(pairs)
     }
 
-    async fn finish(&mut self) -> anyhow::Result<()> {
+    /// Unmaps and awaits what is under way; how many pairs that were.
+    async fn finish(&mut self) -> anyhow::Result<usize> {
+        let mut pairs = 0;
         while !self.maps.is_empty() {
             self.unmap_oldest().await?;
         }
         while !self.unmaps.is_empty() {
-            self.settle_oldest().await?;
+            pairs += self.settle_oldest().await?;
         }
-        Ok(())
+        Ok(pairs)
     }
 
     async fn unmap_oldest(&mut self) -> anyhow::Result<()> {
