@@ -15,7 +15,7 @@ use iommu_types::{CacheState, DeviceAddress, Explanation, Generation, Hpa, Iova,
 use tonic::{Request, Response, Status};
 
 use super::feed::{Feed, feed};
-use super::tables::Dump;
+use super::tables::{Dump, Scope};
 use super::{Caller, parse};
 use crate::bounds;
 use crate::host::Host;
@@ -52,6 +52,26 @@ impl Inspect {
             return Err(NotYours { object: format!("the machine at segment {segment:04x}") }.into_status());
         }
         Ok(machine)
+    }
+    /// Looks while no table of the device's domain can go: its frame might be another's memory at once. A device may have changed hands
+    /// since the last look.
+    fn while_tables_stay<R>(
+        &self,
+        caller: &Caller,
+        device: &DeviceState,
+        mut look: impl FnMut(Scope) -> R,
+    ) -> Result<R, AttachError> {
+        self.device(caller, device.address)?;
+        if let Home::Machine(_) = &device.home {
+            return Ok(look(Scope::Machine));
+        }
+        let entry = self.host.topology.read().device(device.address)?.clone();
+        let slot = entry.domain_id.and_then(|id| self.host.domains.get(id).ok());
+        // An operator may attach a device to a domain of its new owner in between, so it is the domain that counts.
+        let slot = slot.filter(|slot| caller.sees(Some(slot.owner)));
+        // To a domain that is being destroyed nothing is attached.
+        let seen = slot.and_then(|slot| slot.with(|_| look(Scope::Domain(Some(slot.id)))).ok());
+        Ok(seen.unwrap_or_else(|| look(Scope::Domain(None))))
     }
     fn device_state(&self, device: &DeviceState) -> model::DeviceState {
         let entry = self.host.topology.read().device(device.address).ok().cloned();
@@ -169,6 +189,17 @@ fn without_physical(mut explanation: Explanation) -> Explanation {
     explanation
 }
 
+/// A table entry as a caller may see it: of physical memory only what `physical` allows.
+fn shown(mut entry: model::WalkStep, physical: bool) -> pb::WalkStep {
+    if !physical {
+        entry.step.at = Hpa::new(0);
+        entry.step.low = entry.step.low.map(|low| low & 0xfff);
+        entry.step.high = None;
+        entry.step.reading = String::new();
+    }
+    entry.into()
+}
+
 #[tonic::async_trait]
 impl InspectService for Inspect {
     async fn get_topology(
@@ -241,28 +272,23 @@ impl InspectService for Inspect {
         let caller = Caller::of(&request)?;
         let DumpTables { device: address, without_page_tables } = parse(request.into_inner())?;
         let device = self.device(&caller, address).map_err(WireError::into_status)?;
-        let unit = Arc::clone(self.unit(&device));
         // The creator of a machine wrote its tables; of the host's, a driver sees neither places nor raw entries.
         let physical = caller.sees_all() || matches!(device.home, Home::Machine(_));
+        let (inspect, looking) = (self.clone(), caller.clone());
         let stream = feed(&self.host, &caller, None, |sender| async move {
-            let memory = Arc::clone(unit.memory());
-            let mut dump = Dump::new(&memory, &unit, address.source_id, without_page_tables);
+            let unit = Arc::clone(inspect.unit(&device));
+            let mut dump = Dump::new(unit, address.source_id, without_page_tables);
             let mut left = bounds::DUMP_ENTRIES_MAX;
             loop {
                 let take = left.min(bounds::ITEMS_PER_MESSAGE_MAX);
-                let entries: Vec<pb::WalkStep> = dump
-                    .by_ref()
-                    .take(take)
-                    .map(|mut entry| {
-                        if !physical {
-                            entry.step.at = Hpa::new(0);
-                            entry.step.low = entry.step.low.map(|low| low & 0xfff);
-                            entry.step.high = None;
-                            entry.step.reading = String::new();
-                        }
-                        entry.into()
-                    })
-                    .collect();
+                let taken = inspect.while_tables_stay(&looking, &device, |scope| {
+                    dump.resume(scope);
+                    dump.by_ref().take(take).collect::<Vec<_>>()
+                });
+                let entries: Vec<pb::WalkStep> = match taken {
+                    Ok(taken) => taken.into_iter().map(|entry| shown(entry, physical)).collect(),
+                    Err(error) => return sender.send(Err(error.into_status())).await,
+                };
                 if entries.is_empty() {
                     return Ok(());
                 }
@@ -334,8 +360,10 @@ impl InspectService for Inspect {
         let caller = Caller::of(&request)?;
         let Explain { device: address, pasid, iova, access, size_bytes } = parse(request.into_inner())?;
         let device = self.device(&caller, address).map_err(WireError::into_status)?;
+        let unit = self.unit(&device);
+        let explain = |_| unit.explain(address.source_id, pasid, Iova::new(iova.get()), access, size_bytes);
         let explanation =
-            self.unit(&device).explain(address.source_id, pasid, Iova::new(iova.get()), access, size_bytes);
+            self.while_tables_stay(&caller, &device, explain).map_err(WireError::into_status)?;
         let physical = caller.sees_all() || matches!(device.home, Home::Machine(_));
         let explanation = if physical { explanation } else { without_physical(explanation) };
         Ok(Response::new(Explained { segment: address.segment, explanation }.into()))

@@ -2,11 +2,17 @@
 //!
 //! The entries are read where the walk reads them, by the very layouts that it uses; root and context entries come from Explain, so there is no
 //! second way to find them.
+//!
+//! **Promise:** a table of the host that is gone is not read, because its frame may be another's memory by now. Whoever dumps keeps tables in
+//! place while entries are taken, and calls [`Dump::resume`] each time before.
 
-use iommu_hardware::memory::PhysicalMemory;
+use std::sync::Arc;
+
 use iommu_hardware::vtd::Unit;
 use iommu_proto::model::WalkStep;
-use iommu_types::{Access, Hpa, Iova, PAGE_SIZE_BYTES, PageSize, Permissions, SourceId, Step, Structure};
+use iommu_types::{
+    Access, DomainId, Hpa, Iova, PAGE_SIZE_BYTES, PageSize, Permissions, SourceId, Step, Structure,
+};
 
 /// Entries in a table.
 const ENTRIES: u64 = 512;
@@ -17,6 +23,15 @@ const LARGE: u64 = 1 << 7;
 
 fn permissions_of(entry: u64) -> Permissions {
     Permissions::from_bits_truncate(entry as u8 & 3)
+}
+
+/// Which page tables may be looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// Whatever the context entry names: a machine's memory is all its creator's.
+    Machine,
+    /// Those of the domain whose tables are kept in place, if there is one.
+    Domain(Option<DomainId>),
 }
 
 /// Where a walk over a table stands.
@@ -30,15 +45,22 @@ struct Frame {
 }
 
 /// An iterator over the entries, so that only what is being sent is in memory.
-pub(super) struct Dump<'m> {
-    memory: &'m PhysicalMemory,
+pub(super) struct Dump {
+    unit: Arc<Unit>,
+    source: SourceId,
     first: std::vec::IntoIter<Step>,
     frames: Vec<Frame>,
+    /// Whether the top-level table is still to be begun.
+    is_fresh: bool,
 }
 
 /// The top-level table that a context entry names, and its level; `None` where the walk goes no further.
-fn top(context: &Step) -> Option<(Hpa, u8)> {
+fn top(context: &Step, scope: Scope) -> Option<(Hpa, u8)> {
     let (low, high) = (context.low?, context.high?);
+    let domain = DomainId::new((high >> 8) as u16);
+    if scope != Scope::Machine && scope != Scope::Domain(Some(domain)) {
+        return None;
+    }
     let second_stage = matches!((low >> 2) & 3, 0 | 1);
     let level = match high & 7 {
         1 => 3,
@@ -49,29 +71,52 @@ fn top(context: &Step) -> Option<(Hpa, u8)> {
     (low & 1 != 0 && second_stage).then_some((Hpa::new(low & ADDRESS_MASK), level))
 }
 
-impl<'m> Dump<'m> {
+/// The root and the context entry of a source.
+fn root_and_context(unit: &Unit, source: SourceId) -> Vec<Step> {
+    let explanation = unit.explain(source, None, Iova::new(PAGE_SIZE_BYTES), Access::Read, 1);
+    let is_meant = |step: &Step| matches!(step.structure, Structure::Root | Structure::Context);
+    explanation.steps.into_iter().filter(is_meant).collect()
+}
+
+impl Dump {
     /// The dump of a source's tables.
-    pub(super) fn new(
-        memory: &'m PhysicalMemory,
-        unit: &Unit,
-        source: SourceId,
-        without_page_tables: bool,
-    ) -> Self {
-        let explanation = unit.explain(source, None, Iova::new(PAGE_SIZE_BYTES), Access::Read, 1);
-        let first: Vec<Step> = explanation
-            .steps
-            .into_iter()
-            .filter(|step| matches!(step.structure, Structure::Root | Structure::Context))
-            .collect();
-        let context = first.iter().find(|step| step.structure == Structure::Context);
-        let mut frames = Vec::new();
-        if let Some((table, level)) = context.and_then(top)
-            && !without_page_tables
-        {
-            frames.push(Frame { table, level, index: 0, base: 0, permissions: Permissions::READ_WRITE });
-        }
-        Self { memory, first: first.into_iter(), frames }
+    pub(super) fn new(unit: Arc<Unit>, source: SourceId, without_page_tables: bool) -> Self {
+        let first = root_and_context(&unit, source).into_iter();
+        Self { unit, source, first, frames: Vec::new(), is_fresh: !without_page_tables }
     }
+    /// Goes on after a pause: leaves every table that is no longer where it was.
+    pub(super) fn resume(&mut self, scope: Scope) {
+        let steps = root_and_context(&self.unit, self.source);
+        let context = steps.iter().find(|step| step.structure == Structure::Context);
+        let mut table = context.and_then(|context| top(context, scope));
+        if std::mem::take(&mut self.is_fresh)
+            && let Some((table, level)) = table
+        {
+            let permissions = Permissions::READ_WRITE;
+            self.frames.push(Frame { table, level, index: 0, base: 0, permissions });
+        }
+        let still = self.frames.iter().take_while(|frame| {
+            let is_there = table == Some((frame.table, frame.level));
+            table = frame.entered(&self.unit);
+            is_there
+        });
+        let still = still.count();
+        self.frames.truncate(still);
+    }
+}
+
+impl Frame {
+    /// The table below that was entered last, as the entry has it now.
+    fn entered(&self, unit: &Unit) -> Option<(Hpa, u8)> {
+        let at = self.table.checked_add(self.index.checked_sub(1)? * 8)?;
+        let entry = unit.memory().load_u64(at).ok()?;
+        let is_table = entry & 3 != 0 && !is_leaf(entry, self.level);
+        is_table.then(|| (Hpa::new(entry & ADDRESS_MASK), self.level - 1))
+    }
+}
+
+fn is_leaf(entry: u64, level: u8) -> bool {
+    level == 1 || (entry & LARGE != 0 && level <= 3)
 }
 
 fn reading(entry: u64, level: u8, leaf: bool) -> String {
@@ -83,7 +128,7 @@ fn reading(entry: u64, level: u8, leaf: bool) -> String {
     }
 }
 
-impl Iterator for Dump<'_> {
+impl Iterator for Dump {
     type Item = WalkStep;
 
     fn next(&mut self) -> Option<WalkStep> {
@@ -100,7 +145,7 @@ impl Iterator for Dump<'_> {
             frame.index += 1;
             let Some(at) = frame.table.checked_add(index * 8) else { continue };
             // A table without memory behind it is shown once, by its first entry, and left.
-            let Ok(entry) = self.memory.load_u64(at) else {
+            let Ok(entry) = self.unit.memory().load_u64(at) else {
                 frame.index = ENTRIES;
                 let (level, base) = (frame.level, frame.base);
                 return Some(step(level, index, at, None, base, None));
@@ -112,7 +157,7 @@ impl Iterator for Dump<'_> {
             let base = frame.base | index << shift;
             let level = frame.level;
             let permissions = frame.permissions & permissions_of(entry);
-            let leaf = level == 1 || (entry & LARGE != 0 && level <= 3);
+            let leaf = is_leaf(entry, level);
             if !leaf {
                 let table = Hpa::new(entry & ADDRESS_MASK);
                 self.frames.push(Frame { table, level: level - 1, index: 0, base, permissions });
@@ -138,4 +183,51 @@ fn step(
     let low = entry.map(|(entry, _)| entry);
     let step = Step { structure, index: index as u16, at, low, high: None, permissions, reading };
     WalkStep { step, iova: Some(Iova::new(base)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::ServeArgs;
+    use crate::config::Config;
+    use crate::host::Host;
+    use iommu_kernel::DmaMap;
+    use iommu_types::{DeviceAddress, Direction, Owner, RequestId};
+
+    const PAGES: u64 = 4;
+
+    fn map(host: &Host, owner: Owner, device: DeviceAddress) -> Option<DomainId> {
+        let state = host.owners.get(owner).unwrap();
+        let range = state.memory.write().allocate(&host.kernel, PAGES * PAGE_SIZE_BYTES).unwrap();
+        let (direction, request_id) = (Direction::Bidirectional, RequestId(1));
+        host.dma_map(&state, device, DmaMap { range, direction, request_id, coherent: false }).unwrap();
+        host.device_of(owner, device).unwrap().domain_id
+    }
+
+    #[tokio::test]
+    async fn i2_a_dump_goes_no_further_in_tables_that_are_gone() {
+        let memory = Some("16MiB".to_owned());
+        let args = ServeArgs { insecure_plaintext: true, memory, ..ServeArgs::default() };
+        let host = Host::start(Config::from_args(args).unwrap()).await.unwrap();
+        let device = DeviceAddress::new(0, SourceId::new(8));
+        let scope = Scope::Domain(map(&host, Owner::Driver(0), device));
+        let begun = || {
+            let mut dump = Dump::new(Arc::clone(host.kernel.unit()), device.source_id, false);
+            dump.resume(scope);
+            dump
+        };
+        assert_eq!(begun().count(), 2 + 3 + 4, "root and context, the way down, and four pages");
+        let mut dump = begun();
+        assert_eq!(dump.by_ref().take(6).count(), 6);
+        dump.resume(scope);
+        let page = dump.next().expect("it goes on where it was");
+        assert_eq!(page.step.structure, Structure::SecondStage { level: 1 });
+        // The device changes hands, and the frames of the old tables become tables of its new owner.
+        let state = host.devices.get(device).unwrap();
+        let owner = host.owners.get(Owner::Driver(1)).unwrap();
+        host.give(&state, &owner, None).await.unwrap();
+        let now = map(&host, Owner::Driver(1), device);
+        dump.resume(Scope::Domain(now));
+        assert_eq!(dump.count(), 0);
+    }
 }
