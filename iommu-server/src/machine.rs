@@ -2,7 +2,7 @@
 //!
 //! A machine shares nothing with the host or with another machine but the process, so nonsense in its tables reaches nobody else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
 use dashmap::DashMap;
@@ -127,13 +127,19 @@ pub struct BareClient {
     /// Its session.
     pub seat: Seat,
     machines: Mutex<BTreeMap<u16, Arc<Machine>>>,
-    /// Bytes of memory that its machines have, and those that are being made.
-    memory_bytes: Mutex<u64>,
+    reserved: Mutex<Reserved>,
+}
+
+/// What a client's machines take, those included that are being made.
+#[derive(Debug, Default)]
+struct Reserved {
+    machines: usize,
+    memory_bytes: u64,
 }
 
 impl BareClient {
     fn new(name: String) -> Self {
-        Self { name, seat: Seat::new(), machines: Mutex::default(), memory_bytes: Mutex::new(0) }
+        Self { name, seat: Seat::new(), machines: Mutex::default(), reserved: Mutex::default() }
     }
     /// Its machines by segment.
     pub fn machines(&self) -> Vec<Arc<Machine>> {
@@ -153,7 +159,14 @@ impl BareClient {
 pub struct Machines {
     by_segment: DashMap<u16, Arc<Machine>>,
     clients: Mutex<BTreeMap<String, Arc<BareClient>>>,
-    next_segment: Mutex<u16>,
+    segments: Mutex<Segments>,
+}
+
+/// Which segments are taken, by machines that are being made too.
+#[derive(Debug, Default)]
+struct Segments {
+    latest: u16,
+    taken: BTreeSet<u16>,
 }
 
 fn limit(name: &str, allowed: u64) -> LimitReached {
@@ -194,17 +207,17 @@ impl Machines {
 
     /// Takes a segment that no machine has. Segments come round, so that a name is not reused at once.
     fn reserve_segment(&self) -> Result<u16, LimitReached> {
-        let mut next = self.next_segment.lock();
-        if self.by_segment.len() >= bounds::MACHINES_MAX {
+        let mut segments = self.segments.lock();
+        if segments.taken.len() >= bounds::MACHINES_MAX {
             return Err(limit("machines", bounds::MACHINES_MAX as u64));
         }
-        for _ in 0..=bounds::MACHINES_MAX {
-            *next = next.checked_add(1).unwrap_or(1);
-            if !self.by_segment.contains_key(&next) {
-                return Ok(*next);
+        loop {
+            segments.latest = segments.latest.checked_add(1).unwrap_or(1);
+            let segment = segments.latest;
+            if segments.taken.insert(segment) {
+                return Ok(segment);
             }
         }
-        Err(limit("machines", bounds::MACHINES_MAX as u64))
     }
 
     /// Makes a machine for a client.
@@ -272,6 +285,7 @@ impl Machines {
         }
         machine.gone.cancel();
         self.by_segment.remove(&segment);
+        self.segments.lock().taken.remove(&segment);
         client.release(machine.memory().size_bytes());
         tracing::info!(client = %client.name, segment, "bare machine destroyed");
         Ok(())
@@ -290,20 +304,20 @@ impl Machines {
 
 impl BareClient {
     fn reserve(&self, bytes: u64) -> Result<(), LimitReached> {
-        let machines = self.machines.lock();
-        let mut memory_bytes = self.memory_bytes.lock();
-        if machines.len() >= bounds::MACHINES_PER_CLIENT_MAX {
+        let mut reserved = self.reserved.lock();
+        if reserved.machines >= bounds::MACHINES_PER_CLIENT_MAX {
             return Err(limit("machines_per_client", bounds::MACHINES_PER_CLIENT_MAX as u64));
         }
         let allowed = bounds::MACHINE_MEMORY_PER_CLIENT_BYTES_MAX;
-        match memory_bytes.checked_add(bytes).filter(|sum| *sum <= allowed) {
-            Some(sum) => *memory_bytes = sum,
-            None => return Err(limit("machine_memory_bytes_per_client", allowed)),
-        }
+        let sum = reserved.memory_bytes.checked_add(bytes).filter(|sum| *sum <= allowed);
+        let sum = sum.ok_or_else(|| limit("machine_memory_bytes_per_client", allowed))?;
+        *reserved = Reserved { machines: reserved.machines + 1, memory_bytes: sum };
         Ok(())
     }
     fn release(&self, bytes: u64) {
-        *self.memory_bytes.lock() -= bytes;
+        let mut reserved = self.reserved.lock();
+        reserved.machines -= 1;
+        reserved.memory_bytes -= bytes;
     }
 }
 

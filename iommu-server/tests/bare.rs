@@ -238,3 +238,17 @@ async fn a_lost_client_takes_its_machines_with_it_after_the_grace() {
     drop(client);
     eventually("the machine is gone", async || server.host.machines.count() == 0).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn i7_machines_that_are_made_at_once_are_bounded_too() {
+    let server = server().await;
+    let client = bare(&server, "lab").await;
+    let mut creating = tokio::task::JoinSet::new();
+    for _ in 0..4 * iommu_server::bounds::MACHINES_PER_CLIENT_MAX {
+        let mut client = client.clone();
+        let request = pb::CreateMachineRequest { memory_bytes: MEMORY, capabilities: None, devices: vec![] };
+        creating.spawn(async move { client.create(request).await.is_ok() });
+    }
+    let made = creating.join_all().await.into_iter().filter(|is_made| *is_made).count();
+    assert_eq!(made, iommu_server::bounds::MACHINES_PER_CLIENT_MAX);
+}
