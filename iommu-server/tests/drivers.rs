@@ -300,3 +300,26 @@ async fn memory_is_the_owners_own() {
     let seen = by_operator.read(read(Some(owner(0)), gpa + (256 << 10), 1)).await.unwrap().into_inner();
     assert_eq!(seen.data[..], [1]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn i7_one_owner_cannot_take_all_mapping_records() {
+    let server = server_with(|args| args.memory = Some("16MiB".to_owned())).await;
+    let driver = Driver::open(&server, 0).await;
+    let gpa = driver.buffer(PAGE).await;
+    let (up, requests) = tokio::sync::mpsc::channel(8);
+    let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+    let mut answers = driver.client().dma_stream(requests).await.unwrap().into_inner();
+    let limited = async {
+        loop {
+            up.send(map_batch(driver.header(), vec![gpa; 1024])).await.unwrap();
+            let answer = answers.message().await.unwrap().unwrap();
+            if let Some(error) = answer.errors.first() {
+                return error.reason.clone();
+            }
+        }
+    };
+    assert_eq!(limited.await, "LIMIT_REACHED");
+    let other = Driver::open(&server, 1).await;
+    let gpa = other.buffer(PAGE).await;
+    other.map(ENGINE1, gpa, PAGE).await.unwrap();
+}

@@ -18,7 +18,7 @@ pub struct OwnerLimits {
     pub mappings: u64,
     /// `mapped_bytes_per_owner`: bytes mapped at once; a byte mapped twice counts twice.
     pub mapped_bytes: u64,
-    /// `memory_bytes_per_owner`: bytes of buffers. The same number bounds the page tables of the owner's domains
+    /// `memory_bytes_per_owner`: bytes of buffers. Half of it bounds the page tables of the owner's domains
     /// (`table_bytes_per_owner`), so that sparse mappings cannot use up the memory of others.
     pub memory_bytes: u64,
     /// `interrupts_per_owner`: interrupt remapping entries.
@@ -77,7 +77,7 @@ impl OwnerAccount {
             mappings: Counter::new("mappings_per_owner", limits.mappings),
             mapped: Counter::new("mapped_bytes_per_owner", limits.mapped_bytes),
             memory: Counter::new("memory_bytes_per_owner", limits.memory_bytes),
-            tables: Counter::new("table_bytes_per_owner", limits.memory_bytes),
+            tables: Counter::new("table_bytes_per_owner", limits.memory_bytes / 2),
             interrupts: Counter::new("interrupts_per_owner", limits.interrupts.into()),
         }
     }

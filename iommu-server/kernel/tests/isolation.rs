@@ -155,9 +155,9 @@ fn i7_an_owner_cannot_use_up_what_others_may_have() {
     });
     assert_eq!(
         refused.map(|error| error.to_string()).as_deref(),
-        Some("the limit table_bytes_per_owner of 262144 is reached")
+        Some("the limit table_bytes_per_owner of 131072 is reached")
     );
-    assert!(greedy.account.table_bytes() <= 64 * PAGE);
+    assert!(greedy.account.table_bytes() <= 32 * PAGE);
     let mut modest = Tenant::new(&kernel, 2, 48);
     let buffer = modest.buffer(64);
     let iova = modest.dma_map(buffer, Direction::ToDevice);

@@ -100,7 +100,8 @@ fn kernel_config(config: &Config) -> KernelConfig {
         domains_max: bounds::DOMAINS_MAX,
         owner: OwnerLimits {
             domains: bounds::DOMAINS_PER_OWNER_MAX,
-            mappings: bounds::MAPPINGS_PER_OWNER_MAX,
+            // Half of the mapping records, of which there is one per KiB, so that one owner cannot take them all (I7).
+            mappings: bounds::MAPPINGS_PER_OWNER_MAX.min(config.memory_bytes / 2048),
             // An owner may map its memory many times over; what it costs is tables, and those are bounded by mappings.
             mapped_bytes: config.memory_bytes.saturating_mul(16),
             // Half of the host, so that one owner cannot take it all (I7).
