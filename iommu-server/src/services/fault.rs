@@ -58,6 +58,10 @@ impl View {
     fn wants(&self, record: &FaultRecord) -> bool {
         self.filter.device.is_none_or(|device| device == record.device)
     }
+    /// Where a log ends, if it is one of these.
+    fn latest(&self, log: Option<Owner>) -> Option<u64> {
+        self.log.is_none_or(|only| only == log).then(|| self.host.faults.latest(log))
+    }
     /// Where all logs end now.
     fn end(&self) -> Positions {
         let mut positions = Positions::default();
@@ -136,7 +140,7 @@ impl FaultService for Faults {
         let mut bell = self.host.faults.subscribe();
         let mut positions = match resume_token.as_str() {
             "" => view.end(),
-            token => Positions::read(token, self.host.run_id, |log| self.host.faults.latest(log))
+            token => Positions::read(token, self.host.run_id, |log| view.latest(log))
                 .map_err(WireError::into_status)?,
         };
         let stream = feed(&self.host, &caller, Some(place), |sender| async move {

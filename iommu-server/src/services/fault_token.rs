@@ -37,11 +37,12 @@ impl Positions {
         }
         token
     }
-    /// Reads a token; `latest` says how far each log goes, so that one from the future is refused.
+    /// Reads a token; `latest` says how far each log goes that its bearer may read, so that one from the future is refused, and so
+    /// that nobody learns how far another's log goes.
     pub fn read(
         token: &str,
         run_id: u64,
-        latest: impl Fn(Option<Owner>) -> u64,
+        latest: impl Fn(Option<Owner>) -> Option<u64>,
     ) -> Result<Self, BadResumeToken> {
         let bad = || BadResumeToken { token: token.chars().take(128).collect() };
         if token.len() > TOKEN_BYTES_MAX {
@@ -58,8 +59,8 @@ impl Positions {
                 NOBODY => None,
                 owner => Some(owner.parse().map_err(|_| bad())?),
             };
-            let sequence =
-                sequence.parse().ok().filter(|sequence| *sequence <= latest(log)).ok_or_else(bad)?;
+            let latest = latest(log).ok_or_else(bad)?;
+            let sequence = sequence.parse().ok().filter(|sequence| *sequence <= latest).ok_or_else(bad)?;
             positions.set(log, sequence);
         }
         Ok(positions)
@@ -75,7 +76,7 @@ mod tests {
         let mut positions = Positions::default();
         positions.set(None, 3);
         positions.set(Some(Owner::Driver(7)), 12);
-        assert_eq!(Positions::read(&positions.write(0xab), 0xab, |_| 100), Ok(positions));
+        assert_eq!(Positions::read(&positions.write(0xab), 0xab, |_| Some(100)), Ok(positions));
     }
 
     #[test]
@@ -83,7 +84,16 @@ mod tests {
         for token in
             ["", "ac", "ab;driver:0=101", "ab;driver:0", "ab;nobody=1", "ab;driver:0=-1", "ab;", "\u{e4}b"]
         {
-            assert!(Positions::read(token, 0xab, |_| 100).is_err(), "{token:?}");
+            assert!(Positions::read(token, 0xab, |_| Some(100)).is_err(), "{token:?}");
+        }
+    }
+
+    #[test]
+    fn i7_a_token_tells_nobody_how_far_anothers_log_goes() {
+        let own = |log| (log == Some(Owner::Driver(0))).then_some(100);
+        assert!(Positions::read("ab;driver:0=7", 0xab, own).is_ok());
+        for token in ["ab;driver:1=0", "ab;driver:0=7;-=0"] {
+            assert!(Positions::read(token, 0xab, own).is_err(), "{token:?}");
         }
     }
 }
