@@ -57,6 +57,8 @@ pub const ENDING_GRACE: Duration = Duration::from_millis(500);
 pub const WATCHDOG_TICK: Duration = Duration::from_millis(100);
 /// How long a reclaim waits for a device to say that it was reset, before it goes on without.
 pub const RESET_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a reclaim looks whether domains that others dissolve are gone: a drain takes microseconds.
+pub const RECLAIM_TICK: Duration = Duration::from_millis(1);
 /// How long the first message of a device session may take.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Devices on the host: half of a PCI segment's functions would fit; each costs a port's cache lines only while connected.

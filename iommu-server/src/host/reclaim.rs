@@ -7,6 +7,7 @@ use iommu_types::DeviceAddress;
 
 use super::Host;
 use super::owners::OwnerState;
+use crate::bounds;
 
 /// What a reclaim found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +44,10 @@ impl Host {
                     tracing::error!(owner = %owner.owner, domain_id = %slot.id, %reason, "domain not reclaimed")
                 }
             }
+        }
+        // A domain that another call is dissolving, because its device was given away, is in no list any more and has frames until its drain.
+        while owner.account.mappings() > 0 {
+            tokio::time::sleep(bounds::RECLAIM_TICK).await;
         }
         reclaimed.memory_bytes = owner.memory.write().free_all(&self.kernel);
         self.metrics.reclaimed(reclaimed);
