@@ -361,3 +361,34 @@ async fn a_reset_reaches_the_device_when_its_driver_is_reclaimed() {
     agent.send(Up::ResetDone(pb::ResetDone { tag: reset.tag })).await;
     eventually("nothing is mapped any more", async || agent.read(iova, 8).await.is_err()).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_register_access_that_waited_does_not_reach_a_device_that_changed_hands() {
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    let operator = operator(&server).await;
+    let mut agent = Agent::silent(&server).await;
+    agent.greet(pb::Hello { mmio_credits: 1, ..hello(device(ENGINE0), "engine0") }).await.unwrap();
+    let write = |value| {
+        let mut client = driver.client();
+        let device = Some(device(ENGINE0));
+        let request = pb::MmioWriteRequest { device, bar: 0, offset: 0, width_bytes: 4, value };
+        tokio::spawn(async move { client.mmio_write(request).await })
+    };
+    let first = write(1);
+    let Down::Mmio(taken) = agent.receive().await.unwrap() else { panic!("no MMIO") };
+    let waiting = write(2);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let give =
+        pb::AttachToOwnerRequest { device: Some(device(ENGINE0)), owner: Some(owner(1)), domain_id: None };
+    let given = tokio::spawn(async move { admin(&operator).attach_to_owner(give).await });
+    let Down::Reset(reset) = agent.receive().await.unwrap() else { panic!("no reset") };
+    agent.send(Up::ResetDone(pb::ResetDone { tag: reset.tag })).await;
+    given.await.unwrap().unwrap();
+    let outcome = Some(pb::mmio_completion::Outcome::Value(0));
+    agent.send(Up::Mmio(pb::MmioCompletion { tag: taken.tag, outcome })).await;
+    first.await.unwrap().unwrap();
+    let nothing = tokio::time::timeout(Duration::from_millis(100), agent.receive()).await;
+    assert!(nothing.is_err(), "{nothing:?}");
+    assert_eq!(refused(waiting.await.unwrap()), "DEVICE_ABSENT");
+}

@@ -1,7 +1,7 @@
 //! What the service keeps of each device: its counters, its owner, and its session.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use crossbeam_utils::CachePadded;
 use dashmap::DashMap;
@@ -78,7 +78,18 @@ pub enum Home {
 struct DeviceSeat {
     generation: u64,
     session: Option<Arc<DeviceSession>>,
+    /// Sessions that were ended here and whose last batch may be under way still.
+    fenced: Vec<Weak<DeviceSession>>,
     removed: bool,
+}
+
+impl DeviceSeat {
+    /// Takes the session that was just ended, if any, to those that may not be quiet; gives all of these.
+    fn fenced(&mut self, before: Option<&Arc<DeviceSession>>) -> Vec<Arc<DeviceSession>> {
+        self.fenced.extend(before.map(Arc::downgrade));
+        self.fenced.retain(|fenced| fenced.upgrade().is_some_and(|fenced| !fenced.is_gone()));
+        self.fenced.iter().filter_map(Weak::upgrade).collect()
+    }
 }
 
 /// A declared device.
@@ -128,24 +139,27 @@ impl DeviceState {
     pub fn generation(&self) -> u64 {
         self.seat.lock().generation
     }
-    /// Seats a new session made by `make` from its generation, and fences the one before.
+    /// Seats a new session made by `make` from its generation, and fences the one before. Those before it come back too: their last
+    /// batch may still be under way.
     pub fn seat(
         &self,
         make: impl FnOnce(u64) -> Arc<DeviceSession>,
-    ) -> Result<Arc<DeviceSession>, UnknownDevice> {
-        let (session, before) = {
+    ) -> Result<(Arc<DeviceSession>, Vec<Arc<DeviceSession>>), UnknownDevice> {
+        let (session, before, fenced) = {
             let mut seat = self.seat.lock();
             if seat.removed {
                 return Err(UnknownDevice { device: self.address });
             }
             seat.generation += 1;
             let session = make(seat.generation);
-            (Arc::clone(&session), seat.session.replace(session))
+            let before = seat.session.replace(Arc::clone(&session));
+            let fenced = seat.fenced(before.as_ref());
+            (session, before, fenced)
         };
         if let Some(before) = before {
             before.end(Ending::Fenced { by_generation: session.generation });
         }
-        Ok(session)
+        Ok((session, fenced))
     }
     /// Takes the session away if it is still this one.
     pub fn unseat(&self, session: &Arc<DeviceSession>) {
@@ -154,14 +168,20 @@ impl DeviceState {
             seat.session = None;
         }
     }
-    /// Ends the session, if there is one, as a newer one would.
-    pub fn quarantine(&self) -> bool {
-        let (session, generation) = {
+    /// Ends the session, if there is one, as a newer one would; no DMA of it comes afterwards.
+    pub async fn quarantine(&self) -> bool {
+        let (session, fenced, by_generation) = {
             let mut seat = self.seat.lock();
             seat.generation += 1;
-            (seat.session.take(), seat.generation)
+            let session = seat.session.take();
+            let fenced = seat.fenced(session.as_ref());
+            (session, fenced, seat.generation)
         };
-        session.is_some_and(|session| session.end(Ending::Fenced { by_generation: generation }))
+        let ended = session.is_some_and(|session| session.end(Ending::Fenced { by_generation }));
+        for session in fenced {
+            session.quiet().await;
+        }
+        ended
     }
     /// Ends the session for good: the device is not declared any more.
     pub fn remove(&self) {

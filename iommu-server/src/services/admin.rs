@@ -130,7 +130,7 @@ impl AdminService for Admin {
         let host = Arc::clone(&self.host);
         let ended = to_its_end::<_, AttachError>(async move {
             match peer {
-                Peer::Device(address) => Ok(host.devices.get(address)?.quarantine()),
+                Peer::Device(address) => Ok(host.devices.get(address)?.quarantine().await),
                 Peer::Owner(owner) => {
                     let tenant = tenant_of(&host, owner)?;
                     Ok(quarantine(host, tenant).await)
@@ -148,7 +148,7 @@ impl AdminService for Admin {
     ) -> Result<Response<pb::MmioReadResponse>, Status> {
         let mmio: model::Mmio = parse(request.into_inner())?;
         on_host(mmio.device)?;
-        let value = mmio_call(&self.host, mmio).await.map_err(WireError::into_status)?;
+        let value = mmio_call(&self.host, mmio, None).await.map_err(WireError::into_status)?;
         Ok(Response::new(pb::MmioReadResponse { value }))
     }
 
@@ -159,7 +159,7 @@ impl AdminService for Admin {
         let caller = Caller::of(&request)?;
         let mmio: model::Mmio = parse(request.into_inner())?;
         on_host(mmio.device)?;
-        mmio_call(&self.host, mmio).await.map_err(WireError::into_status)?;
+        mmio_call(&self.host, mmio, None).await.map_err(WireError::into_status)?;
         tracing::info!(
             device = %mmio.device, offset = mmio.access.offset, by = %caller.session.identity, "register written"
         );

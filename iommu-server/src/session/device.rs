@@ -13,7 +13,7 @@ use iommu_types::errors::MmioError;
 use tokio::sync::watch;
 
 use super::mailbox::Mailbox;
-use super::mmio::MmioPort;
+use super::mmio::{MmioPort, Ticket};
 use crate::bounds;
 use crate::connection::ConnectionHandle;
 use crate::ending::Ending;
@@ -68,6 +68,8 @@ pub struct DeviceSession {
     /// The latest that was answered; all of them once the session is over.
     resets_done: watch::Sender<u64>,
     ending: OnceLock<Ending>,
+    /// Held while a batch is carried out. Only a session that has ended is waited for.
+    pub(crate) executing: Arc<tokio::sync::Mutex<()>>,
     gone: AtomicBool,
     connection: ConnectionHandle,
 }
@@ -88,19 +90,27 @@ impl DeviceSession {
             resets_asked: AtomicU64::new(0),
             resets_done: watch::Sender::new(0),
             ending: OnceLock::new(),
+            executing: Arc::default(),
             gone: AtomicBool::new(false),
             connection,
         })
     }
-    /// A register access by the driver of the device.
-    pub async fn mmio(&self, access: MmioAccess) -> Result<u64, MmioError> {
-        self.mmio.call(&self.mailbox, access).await
+    /// A register access by somebody who was found to be allowed to after the ticket was taken.
+    pub(crate) async fn mmio(&self, ticket: Ticket, access: MmioAccess) -> Result<u64, MmioError> {
+        self.mmio.call(&self.mailbox, ticket, access).await
+    }
+    /// Resolves when the batch is over that was being carried out when the session ended: no DMA of it comes after.
+    pub(crate) fn quiet(&self) -> impl Future<Output = ()> + Send + 'static {
+        let executing = Arc::clone(&self.executing);
+        async move { drop(executing.lock().await) }
     }
     /// Asks the device to forget everything, and waits until it says that it did, at most [`bounds::RESET_TIMEOUT`]. A device that
-    /// does not say so is not trusted to have done it; what it still sends meets empty tables.
+    /// does not say so is not trusted to have done it; what it still sends meets empty tables. Register accesses that wait for a credit are
+    /// refused: they are meant for the device as it was.
     pub async fn reset(&self) {
         let tag = self.resets_asked.fetch_add(1, Ordering::Relaxed) + 1;
         let mut done = self.resets_done.subscribe();
+        self.mmio.expel();
         self.mailbox.withdraw_resets();
         self.mailbox.push(pb::server_to_device::Message::Reset(pb::Reset { tag }));
         let answered = done.wait_for(|done| *done >= tag);
@@ -117,7 +127,7 @@ impl DeviceSession {
         self.resets_done.send_modify(|done| *done = tag.max(*done));
         true
     }
-    /// Ends it; `true` when this call did. DMA of the session is refused from now on.
+    /// Ends it; `true` when this call did. No batch of it begins from now on; for one under way see [`quiet`](Self::quiet).
     pub fn end(&self, why: Ending) -> bool {
         let label = why.label();
         if self.ending.set(why).is_err() {

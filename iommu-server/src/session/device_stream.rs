@@ -41,8 +41,16 @@ struct Live {
     port: Port,
     session: Arc<DeviceSession>,
     device: Arc<DeviceState>,
+    /// Until it is sent; `None` afterwards.
+    welcome: Option<Welcoming>,
     /// How the stream ended; as long as it did not, the only way out is a lost connection (closed, broken, or silent for too long).
     left: Option<String>,
+}
+
+/// A Welcome that waits for the last batch of the sessions before: what a fenced session does is done before the new one begins (I8).
+struct Welcoming {
+    before_are_quiet: Pin<Box<dyn Future<Output = ()> + Send>>,
+    welcome: pb::Welcome,
 }
 
 impl Drop for Live {
@@ -99,19 +107,20 @@ impl DeviceStream {
         let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
             return Poll::Ready(None);
         };
-        let welcome =
+        let greeted =
             message.map_err(typed_framing_status).and_then(|message| match message.message {
                 Some(device_to_server::Message::Hello(hello)) => self.greet(hello),
                 _ => Err(ProtocolViolation { why: "the first message of a session is Hello".to_owned() }
                     .into_status()),
             });
-        if let Err(status) = &welcome {
+        if let Err(status) = greeted {
             warn_limited!(peer = %self.connection.peer(), reason = status.message(), "device refused");
+            return Poll::Ready(Some(Err(status)));
         }
-        Poll::Ready(Some(welcome.map(Message::Welcome)))
+        self.poll_live(context)
     }
 
-    fn greet(&mut self, hello: pb::Hello) -> Result<pb::Welcome, Status> {
+    fn greet(&mut self, hello: pb::Hello) -> Result<(), Status> {
         if self.host.shutdown.ended().is_some() {
             return Err(ShuttingDown {}.into_status());
         }
@@ -140,7 +149,7 @@ impl DeviceStream {
         Ok(device)
     }
 
-    fn seat(&mut self, device: Arc<DeviceState>, mmio_credits: u32) -> Result<pb::Welcome, Status> {
+    fn seat(&mut self, device: Arc<DeviceState>, mmio_credits: u32) -> Result<(), Status> {
         let unit = match &device.home {
             Home::Host => self.host.kernel.unit(),
             Home::Machine(machine) => machine.unit(),
@@ -151,30 +160,41 @@ impl DeviceStream {
         })?;
         let connection = self.connection.clone();
         let make = |generation| DeviceSession::new(device.address, generation, mmio_credits, connection);
-        let session = device.seat(make).map_err(WireError::into_status)?;
+        let (session, fenced) = device.seat(make).map_err(WireError::into_status)?;
         self.host.watchdog.watch(&session);
         tracing::info!(
             device = %device.address, name = %device.name, generation = session.generation, peer = %self.connection.peer(),
             "device session begins"
         );
-        let generation = session.generation;
-        self.stage = Stage::Live(Box::new(Live { port, session, device, left: None }));
+        let welcome = pb::Welcome {
+            schema_version: limits::SCHEMA_VERSION,
+            generation: session.generation,
+            dma_credits: bounds::DMA_CREDITS,
+            batch_operations_max: bounds::BATCH.operations_max,
+            batch_bytes_max: bounds::BATCH.bytes_max,
+        };
+        let quiet = async move {
+            for before in fenced {
+                before.quiet().await;
+            }
+        };
+        let welcome = Some(Welcoming { before_are_quiet: Box::pin(quiet), welcome });
+        self.stage = Stage::Live(Box::new(Live { port, session, device, welcome, left: None }));
         if self.host.shutdown.ended().is_some() {
             // The drain may have looked before this session was there to be seen.
             self.host.end_device_sessions();
         }
-        Ok(pb::Welcome {
-            schema_version: limits::SCHEMA_VERSION,
-            generation,
-            dma_credits: bounds::DMA_CREDITS,
-            batch_operations_max: bounds::BATCH.operations_max,
-            batch_bytes_max: bounds::BATCH.bytes_max,
-        })
+        Ok(())
     }
 
     fn poll_live(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Message, Status>>> {
         let Stage::Live(live) = &mut self.stage else { return Poll::Ready(None) };
         live.session.progress.polled();
+        if let Some(welcoming) = &mut live.welcome {
+            ready!(welcoming.before_are_quiet.as_mut().poll(context));
+            let welcome = live.welcome.take().map(|welcoming| Ok(Message::Welcome(welcoming.welcome)));
+            return Poll::Ready(welcome);
+        }
         loop {
             // First the waker is put in place, then the end is looked for: an end in between is not missed.
             let queued = live.session.mailbox.poll_take(context);
@@ -238,8 +258,10 @@ impl Live {
     }
 
     fn dma(&mut self, host: &Arc<Host>, batch: &pb::DmaBatch) -> Result<Executed, String> {
-        // Fenced between the check at the top of the loop and here: refused, not carried out (I6: answered and counted).
-        let executed = if self.session.ended().is_some() {
+        // Fenced between the check at the top of the loop and here: refused, not carried out (I6: answered and counted). Whoever ended the
+        // session may wait for `executing`, so it is asked with that lock held.
+        let executing = self.session.executing.try_lock();
+        let executed = if executing.is_err() || self.session.ended().is_some() {
             refuse(batch, Refusal::Fenced)
         } else {
             let device = &self.device;

@@ -25,6 +25,10 @@ struct Pending {
     _credit: OwnedSemaphorePermit,
 }
 
+/// Lets a caller access registers; void from the next [`MmioPort::expel`] on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ticket(u64);
+
 /// The accesses of one session that are under way.
 #[derive(Debug)]
 pub(crate) struct MmioPort {
@@ -32,6 +36,8 @@ pub(crate) struct MmioPort {
     credits: Arc<Semaphore>,
     waiting: AtomicUsize,
     next_tag: AtomicU64,
+    /// How often callers were expelled. Written under the lock of `pending`.
+    expelled: AtomicU64,
     /// `None` once the session has ended.
     pending: Mutex<Option<HashMap<u64, Pending>>>,
 }
@@ -68,13 +74,30 @@ impl MmioPort {
             credits: Arc::new(Semaphore::new(credits as usize)),
             waiting: AtomicUsize::new(0),
             next_tag: AtomicU64::new(1),
+            expelled: AtomicU64::new(0),
             pending: Mutex::new(Some(HashMap::new())),
         }
     }
 
+    /// Taken before it is asked whether the caller may access the device. Whoever takes the device away says so first and expels then, so
+    /// an access that waited for a credit meanwhile does not reach a device that is another's.
+    pub(crate) fn ticket(&self) -> Ticket {
+        Ticket(self.expelled.load(Ordering::Acquire))
+    }
+    /// Accesses that are not in the mailbox yet never will be.
+    pub(crate) fn expel(&self) {
+        let _pending = self.pending.lock();
+        self.expelled.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Sends the access and waits for the answer, at most [`bounds::MMIO_TIMEOUT`] in all.
-    pub(crate) async fn call(&self, mailbox: &Mailbox, access: MmioAccess) -> Result<u64, MmioError> {
-        let call = self.call_untimed(mailbox, access);
+    pub(crate) async fn call(
+        &self,
+        mailbox: &Mailbox,
+        ticket: Ticket,
+        access: MmioAccess,
+    ) -> Result<u64, MmioError> {
+        let call = self.call_untimed(mailbox, ticket, access);
         match tokio::time::timeout(bounds::MMIO_TIMEOUT, call).await {
             Ok(outcome) => outcome,
             Err(_) => {
@@ -84,18 +107,26 @@ impl MmioPort {
         }
     }
 
-    async fn call_untimed(&self, mailbox: &Mailbox, access: MmioAccess) -> Result<u64, MmioError> {
+    async fn call_untimed(
+        &self,
+        mailbox: &Mailbox,
+        ticket: Ticket,
+        access: MmioAccess,
+    ) -> Result<u64, MmioError> {
         let absent = || MmioError::from(DeviceAbsent { device: self.device });
         let credit = self.credit().await?;
         let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         {
             let mut pending = self.pending.lock();
-            let pending = pending.as_mut().ok_or_else(absent)?;
-            pending.insert(tag, Pending { reply, _credit: credit });
+            if self.ticket() != ticket {
+                return Err(absent());
+            }
+            pending.as_mut().ok_or_else(absent)?.insert(tag, Pending { reply, _credit: credit });
+            // Under the lock, so that a reset that follows an expulsion is behind it.
+            mailbox.push(pb::server_to_device::Message::Mmio(MmioRequest { tag, access }.into()));
         }
         let withdraw = Withdraw { port: self, mailbox, tag };
-        mailbox.push(pb::server_to_device::Message::Mmio(MmioRequest { tag, access }.into()));
         let outcome = answer.await;
         std::mem::forget(withdraw);
         match outcome {
