@@ -151,3 +151,26 @@ async fn opening_afresh_fences_and_reclaims_at_once() {
     assert!(matches!(agent.receive().await.unwrap(), Down::Reset(_)));
     assert!(agent.read(iova, 8).await.is_err());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn i8_a_message_that_a_fenced_session_kept_back_changes_nothing() {
+    let server = server().await;
+    let first = Driver::open(&server, 0).await;
+    let gpa = first.buffer(PAGE).await;
+    let (up, messages) = tokio::sync::mpsc::channel(8);
+    let messages = tokio_stream::wrappers::ReceiverStream::new(messages);
+    let mut memory = first.memory();
+    let bulk = tokio::spawn(async move { memory.write_bulk(messages).await });
+    let write = |byte| pb::MemoryWriteRequest { owner: None, gpa, data: vec![byte; 8].into() };
+    up.send(write(1)).await.unwrap();
+    eventually("the first write is there", async || first.read(gpa, 8).await[0] == 1).await;
+    let channel = connect(&server).await;
+    let mut request = open_request("driver0", driver_role(0));
+    request.resume_token = first.opened.resume_token.clone();
+    let opened = open(&channel, request).await.unwrap();
+    let second = Driver::on(channel, opened);
+    // The stream may be gone already.
+    let _gone = up.send(write(2)).await;
+    assert_eq!(refused(bulk.await.unwrap()), "SESSION_FENCED");
+    assert_eq!(second.read(gpa, 8).await[0], 1);
+}

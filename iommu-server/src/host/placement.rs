@@ -35,6 +35,13 @@ impl Host {
         Ok(entry.clone())
     }
 
+    /// Whether the device is still the one at its address. It may have been removed, and another declared there, while a call waited for
+    /// its placement.
+    fn still_declared(&self, device: &Arc<DeviceState>) -> Result<(), UnknownDevice> {
+        let declared = self.devices.get(device.address)?;
+        if Arc::ptr_eq(&declared, device) { Ok(()) } else { Err(UnknownDevice { device: device.address }) }
+    }
+
     /// The default domain of a pair; made when there is none.
     fn default_domain(
         &self,
@@ -78,6 +85,7 @@ impl Host {
         domain_id: Option<DomainId>,
     ) -> Result<DomainId, AttachError> {
         let address = device.address;
+        self.still_declared(device)?;
         let before = self.topology.read().device(address)?.clone();
         let had_default = self.domains.default_of(owner.owner, address).is_some();
         let default = self.default_domain(owner, address).map_err(create_error)?;
@@ -171,6 +179,8 @@ impl Host {
         }
         let drain = self.kernel.free_interrupts(device.address.source_id);
         let _drained = drain.await;
+        // What it was refused until now is the former owner's to see, and nobody else's.
+        self.faults.collect(self);
         if let Some(slot) = self.domains.default_of(former, device.address) {
             self.dissolve(&slot).await;
         }
@@ -218,12 +228,15 @@ impl Host {
         self.topology.read().device(address)?;
         device.remove();
         let _placement = device.placement.lock().await;
+        self.still_declared(&device)?;
         self.detach_locked(&device).await;
-        let entry = self.topology.write().remove_device(address)?;
-        if let Some(owner) = entry.owner {
+        // The address can be declared anew from the last line on, so nothing of this device is left then.
+        let owner = self.topology.read().device(address)?.owner;
+        if let Some(owner) = owner {
             self.leave_owner(&device, owner).await;
         }
         self.devices.remove(address);
+        self.topology.write().remove_device(address)?;
         Ok(())
     }
 

@@ -45,7 +45,7 @@ impl BareMachines {
             let object = device.address.to_string();
             return Err(MmioError::from(NotYours { object }).into_status());
         }
-        mmio_call(&self.host, mmio).await.map_err(WireError::into_status)
+        mmio_call(&self.host, mmio, None).await.map_err(WireError::into_status)
     }
 }
 
@@ -88,7 +88,7 @@ impl BareMachineService for BareMachines {
     ) -> Result<Response<pb::CreateMachineResponse>, Status> {
         let caller = Caller::of(&request)?;
         let wanted: CreateMachine = parse(request.into_inner())?;
-        let inside = caller.tenancy()?.enter().ok_or_else(|| reclaimed(&caller.session))?;
+        let inside = caller.session.enter().ok_or_else(|| reclaimed(&caller.session))?;
         let (host, client) = (Arc::clone(&self.host), Arc::clone(caller.bare()?));
         // Memory is allocated whole, which blocks: 0.3 ms a MiB.
         let runtime = tokio::runtime::Handle::current();

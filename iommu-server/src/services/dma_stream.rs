@@ -131,7 +131,7 @@ impl Work {
         wire.header = header;
         let batch = DmaStreamRequest::parse(wire, bounds::BATCH.operations_max).map_err(Invalid::status)?;
         let name = RequestName::new(batch.header, digest);
-        let inside = self.tenancy.enter().ok_or_else(|| reclaimed(&self.session))?;
+        let inside = self.session.enter().ok_or_else(|| reclaimed(&self.session))?;
         match self.tenancy.replay.begin(name)? {
             Verdict::First => {}
             Verdict::Again(answer) => return Ok(Taken::Answer(recalled(&answer))),

@@ -10,9 +10,10 @@ use iommu_proto::errors::WireError;
 use iommu_proto::model;
 use iommu_proto::pb::{self, driver_service_server::DriverService};
 use iommu_types::errors::{
-    AttachError, DetachError, DmaMapError, InterruptError, LimitReached, MmioError, NotAllocated,
+    AttachError, DetachError, DeviceAbsent, DmaMapError, InterruptError, LimitReached, MmioError,
+    NotAllocated, NotYours,
 };
-use iommu_types::{Direction, GpaRange, InvalidRange, IovaRange};
+use iommu_types::{Direction, GpaRange, InvalidRange, IovaRange, Owner};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::dma_stream::DmaStream;
@@ -46,7 +47,7 @@ macro_rules! once {
         wire.header = header;
         let $ask: $model = parse(wire)?;
         let name = RequestName::new($ask.header, digest);
-        let inside = tenancy.enter().ok_or_else(|| reclaimed(&caller.session))?;
+        let inside = caller.session.enter().ok_or_else(|| reclaimed(&caller.session))?;
         let ($host, $owner) = (Arc::clone(&$self.host), Arc::clone(caller.driver()?));
         let operation = async move {
             let _inside = inside;
@@ -80,8 +81,8 @@ fn allocate_coherent(
     match host.dma_map(owner, ask.device, map) {
         Ok(iova) => Ok(model::AllocatedCoherent { gpa: range.base(), iova, size_bytes: range.size_bytes() }),
         Err(error) => {
-            let freed = owner.memory.write().free(&host.kernel, range.base());
-            assert!(freed.is_ok(), "what was just allocated and is not mapped can be freed");
+            // Another call of the owner may have freed it meanwhile, or mapped it: then it is that call's.
+            let _freed = owner.memory.write().free(&host.kernel, range.base());
             Err(status(error))
         }
     }
@@ -100,15 +101,28 @@ impl Drivers {
     async fn mmio(&self, caller: &Caller, mmio: model::Mmio) -> Result<u64, Status> {
         let owner = caller.driver()?.owner;
         self.host.device_of(owner, mmio.device).map_err(|e| status(MmioError::from(e)))?;
-        mmio_call(&self.host, mmio).await.map_err(status)
+        tokio::select! {
+            biased;
+            ending = caller.session.end.wait() => Err(ending.into_status()),
+            outcome = mmio_call(&self.host, mmio, Some(owner)) => outcome.map_err(status),
+        }
     }
 }
 
-/// Brings a register access to the agent of its device.
-pub(super) async fn mmio_call(host: &Host, mmio: model::Mmio) -> Result<u64, MmioError> {
+/// Brings a register access to the agent of its device, which must belong to `owner` if one is named.
+pub(super) async fn mmio_call(
+    host: &Host,
+    mmio: model::Mmio,
+    owner: Option<Owner>,
+) -> Result<u64, MmioError> {
     let device = host.devices.get(mmio.device)?;
-    let session = device.session().ok_or(iommu_types::errors::DeviceAbsent { device: mmio.device })?;
-    session.mmio(mmio.access).await
+    let session = device.session().ok_or(DeviceAbsent { device: mmio.device })?;
+    let ticket = session.mmio.ticket();
+    // Asked after the ticket was taken: who loses the device from here on loses the ticket too.
+    if owner.is_some() && device.owner().map(|now| now.owner) != owner {
+        return Err(NotYours { object: mmio.device.to_string() }.into());
+    }
+    session.mmio(ticket, mmio.access).await
 }
 
 fn interrupt(signal: Signal, count: u32) -> Option<pb::Interrupt> {
@@ -267,6 +281,9 @@ impl DriverService for Drivers {
         request: Request<pb::AllocateInterruptRequest>,
     ) -> Result<Response<pb::AllocateInterruptResponse>, Status> {
         once!(self, request, model::AllocateInterrupt, |host, owner, ask| {
+            let device = host.devices.get(ask.device).map_err(status)?;
+            // The device must not change hands between the look at its owner and the entry.
+            let _placement = device.placement.lock().await;
             host.device_of(owner.owner, ask.device).map_err(|e| status(InterruptError::from(e)))?;
             let source = ask.device.source_id;
             let message = host.kernel.allocate_interrupt(&owner.account, source).map_err(status)?;

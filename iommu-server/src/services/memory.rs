@@ -125,9 +125,10 @@ impl MemoryService for Memory {
         let mut written_bytes = 0_u64;
         loop {
             let message = tokio::select! {
-                message = messages.message() => message.map_err(typed_framing_status)?,
+                biased;
                 ending = caller.session.end.wait() => return Err(ending.into_status()),
                 ending = self.host.shutdown.wait() => return Err(ending.into_status()),
+                message = messages.message() => message.map_err(typed_framing_status)?,
             };
             let Some(message) = message else { break };
             let ask: MemoryWrite = parse(message)?;

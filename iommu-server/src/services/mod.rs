@@ -84,9 +84,15 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Of a request that passed the gate.
+    /// Of a request that passed the gate. Between the gate and here the message was read, which takes as long as its sender likes: a
+    /// session that ended meanwhile calls nothing any more.
     pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
-        request.extensions().get::<Self>().cloned().ok_or_else(|| SessionRequired {}.into_status())
+        let caller = request.extensions().get::<Self>().cloned();
+        let caller = caller.ok_or_else(|| SessionRequired {}.into_status())?;
+        match caller.session.end.ended() {
+            None => Ok(caller),
+            Some(ending) => Err(ending.clone().into_status()),
+        }
     }
     /// The owner that it drives.
     pub fn driver(&self) -> Result<&Arc<OwnerState>, Status> {

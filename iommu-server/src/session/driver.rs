@@ -86,10 +86,11 @@ impl Tenancy {
         let (gate, left) = (Mutex::default(), Notify::new());
         Arc::new(Self { token, replay: Arc::default(), gate, left })
     }
-    /// Begins a change; `None` once it is being reclaimed.
-    pub fn enter(self: &Arc<Self>) -> Option<Inside> {
+    /// Begins a change; `None` once the session has ended or the tenancy is being reclaimed. Both are asked under the lock of the gate,
+    /// so that whoever ends a session and then waits here for those inside has seen its last change.
+    fn enter(self: &Arc<Self>, session: &EndSignal) -> Option<Inside> {
         let mut gate = self.gate.lock();
-        if gate.closed {
+        if gate.closed || session.ended().is_some() {
             return None;
         }
         gate.inside += 1;
@@ -97,16 +98,17 @@ impl Tenancy {
     }
     /// Admits no further change and waits for those under way.
     pub async fn close(&self) {
+        self.gate.lock().closed = true;
+        self.settled().await;
+    }
+    /// Waits for the changes under way.
+    pub async fn settled(&self) {
         loop {
             let left = self.left.notified();
             tokio::pin!(left);
             left.as_mut().enable();
-            {
-                let mut gate = self.gate.lock();
-                gate.closed = true;
-                if gate.inside == 0 {
-                    return;
-                }
+            if self.gate.lock().inside == 0 {
+                return;
             }
             left.await;
         }
@@ -148,6 +150,10 @@ impl ClientSession {
     /// What it holds.
     pub fn tenancy(&self) -> Option<&Arc<Tenancy>> {
         self.tenant.as_ref().map(|(_, tenancy)| tenancy)
+    }
+    /// Begins a change of what it holds; `None` once it has ended: a fenced session changes nothing any more (I8).
+    pub fn enter(&self) -> Option<Inside> {
+        self.tenancy()?.enter(&self.end)
     }
 }
 

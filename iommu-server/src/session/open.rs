@@ -125,6 +125,9 @@ async fn open_tenancy(
     seat.fence(generation);
     if !resumed {
         reclaim(&host, &tenant, &mut seated, "opened afresh").await;
+    } else if let Some(tenancy) = &seated.tenancy {
+        // What the session before has begun is over before this one is welcomed.
+        tenancy.settled().await;
     }
     let tenancy = Arc::clone(seated.tenancy.get_or_insert_with(|| Tenancy::new(fresh)));
     let token = tenancy.token;
