@@ -20,6 +20,7 @@ use super::dma_stream::DmaStream;
 use super::feed::{Feed, feed};
 use super::{Caller, parse, reclaimed};
 use crate::bounds;
+use crate::ending::Ending;
 use crate::host::Host;
 use crate::host::owners::OwnerState;
 use crate::interrupts::Signal;
@@ -101,9 +102,16 @@ impl Drivers {
     async fn mmio(&self, caller: &Caller, mmio: model::Mmio) -> Result<u64, Status> {
         let owner = caller.driver()?.owner;
         self.host.device_of(owner, mmio.device).map_err(|e| status(MmioError::from(e)))?;
+        // A drain lets calls end; for a fenced session nothing is sent any more.
+        let fenced = async {
+            match caller.session.end.wait().await {
+                Ending::ShuttingDown => std::future::pending().await,
+                ending => ending,
+            }
+        };
         tokio::select! {
             biased;
-            ending = caller.session.end.wait() => Err(ending.into_status()),
+            ending = fenced => Err(ending.into_status()),
             outcome = mmio_call(&self.host, mmio, Some(owner)) => outcome.map_err(status),
         }
     }
