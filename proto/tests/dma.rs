@@ -60,7 +60,8 @@ fn the_bytes_of_a_batch_and_of_its_answer_do_not_change() {
             let reason = Ok(FaultReason::READ_DENIED);
             answer.failed(&operation, DmaFault { done_bytes: 0, iova: operation.iova, reason });
         } else {
-            answer.space(&operation).fill(0xab);
+            let results = answer.results();
+            results.resize(results.len() + operation.result_bytes() as usize, 0xab);
             answer.succeeded(&operation);
         }
     }
@@ -304,17 +305,18 @@ proptest! {
                 Action::Atomic(AtomicOperation::Cas128 { compare: 1, new }) => prop_assert_eq!(new, u128::from(asked.fill)),
                 other => prop_assert!(false, "{:?} was not asked", other),
             }
-            let space = answer.space(&operation);
-            space.fill(asked.fill);
             match asked.fault {
                 None => {
-                    expected.push((space.to_vec(), None));
+                    let result = vec![asked.fill; operation.result_bytes() as usize];
+                    answer.results().extend_from_slice(&result);
+                    expected.push((result, None));
                     answer.succeeded(&operation);
                 }
                 Some(done) => {
                     let done_bytes = done.min(operation.size_bytes);
                     let fault = DmaFault { done_bytes, iova: operation.iova, reason: Err(Refusal::NoMemory) };
                     let given_bytes = if asked.kind == 0 { done_bytes as usize } else { 0 };
+                    answer.results().extend_from_slice(&vec![asked.fill; given_bytes]);
                     expected.push((vec![asked.fill; given_bytes], Some(fault)));
                     answer.failed(&operation, fault);
                 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use iommu_launch::{AgentOptions, Process, Server, ServerOptions, binaries};
+use iommu_launch::{AgentOptions, Process, Server, ServerOptions, binaries_beside};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::report::{self, Step, Told};
@@ -22,7 +22,7 @@ pub(crate) async fn run(file: Option<PathBuf>, json: bool) -> anyhow::Result<boo
         std::fs::metadata(file).with_context(|| format!("FILE: {}", file.display()))?;
     }
     report::progress(json, "building the binaries");
-    let binaries = binaries()?;
+    let binaries = binaries_beside(env!("CARGO_PKG_NAME"))?;
     let started = Instant::now();
     let mut server = Server::start(&binaries, &ServerOptions::default()).await?;
     let mut agent = server.start_dma_engine(&AgentOptions {

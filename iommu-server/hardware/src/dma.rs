@@ -16,6 +16,13 @@ const _: () = assert!(PAGE_SIZE_BYTES <= BURST_BYTES_MAX as u64 && BURST_OPERATI
 pub enum Transfer<'a> {
     /// From memory to the device. An empty slice is a zero-length read.
     Read(&'a mut [u8]),
+    /// From memory to the device, to the end of a vector: on a fault the bytes done are there. No bytes are a zero-length read.
+    Append {
+        /// Where to.
+        into: &'a mut Vec<u8>,
+        /// How many.
+        size_bytes: u32,
+    },
     /// From the device to memory. Four bytes without PASID to FEEx_xxxx are an interrupt.
     Write(&'a [u8]),
     /// A PCIe AtomicOp.
@@ -71,27 +78,43 @@ impl<'p> Run<'p> {
         transfer: Transfer<'_>,
     ) -> Result<Done, DmaFault> {
         match transfer {
-            Transfer::Read(into) => self.read(iova, pasid, into),
+            Transfer::Read(into) => {
+                let size_bytes = into.len();
+                let mut rest = into;
+                self.read(iova, pasid, size_bytes, |memory, hpa, piece_bytes| {
+                    let (part, after) = std::mem::take(&mut rest).split_at_mut(piece_bytes as usize);
+                    rest = after;
+                    memory.read(hpa, part)
+                })
+            }
+            Transfer::Append { into, size_bytes } => {
+                self.read(iova, pasid, size_bytes as usize, |memory, hpa, piece_bytes| {
+                    memory.append(hpa, piece_bytes, into)
+                })
+            }
             Transfer::Write(from) => self.write(iova, pasid, from),
             Transfer::Atomic(operation) => self.atomic(iova, pasid, operation),
         }
     }
 
-    fn read(&mut self, iova: Iova, pasid: Option<Pasid>, into: &mut [u8]) -> Result<Done, DmaFault> {
-        let pieces = Pieces::of(iova, into.len())?;
-        if into.is_empty() {
-            let nothing =
-                Request { iova, size_bytes: 0, access: Access::Read, pasid, address_type: self.address_type };
+    #[inline]
+    fn read(
+        &mut self,
+        iova: Iova,
+        pasid: Option<Pasid>,
+        size_bytes: usize,
+        mut piece_from: impl FnMut(&PhysicalMemory, Hpa, u32) -> Result<(), NoMemoryAt>,
+    ) -> Result<Done, DmaFault> {
+        let pieces = Pieces::of(iova, size_bytes)?;
+        let address_type = self.address_type;
+        if size_bytes == 0 {
+            let nothing = Request { iova, size_bytes: 0, access: Access::Read, pasid, address_type };
             return self.reach(nothing, |_, _| Ok(())).map(|()| Done::Moved).map_err(at_start(iova));
         }
-        let mut rest = into;
         for piece in pieces {
-            let (part, after) = rest.split_at_mut(piece.size_bytes as usize);
-            rest = after;
-            self.reach(piece.request(Access::Read, pasid, self.address_type), |memory, hpa| {
-                memory.read(hpa, part)
-            })
-            .map_err(|reason| piece.fault(reason))?;
+            let request = piece.request(Access::Read, pasid, address_type);
+            self.reach(request, |memory, hpa| piece_from(memory, hpa, piece.size_bytes))
+                .map_err(|reason| piece.fault(reason))?;
         }
         Ok(Done::Moved)
     }

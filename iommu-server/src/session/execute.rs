@@ -70,7 +70,7 @@ fn one(
     completions: &mut CompletionsBuilder,
 ) -> Result<Done, DmaFault> {
     let transfer = match operation.action {
-        Action::Read => Transfer::Read(completions.space(operation)),
+        Action::Read => Transfer::Append { into: completions.results(), size_bytes: operation.size_bytes },
         Action::Write { data, .. } => Transfer::Write(data),
         Action::Atomic(operation) => Transfer::Atomic(operation),
         Action::Malformed => {
@@ -79,11 +79,8 @@ fn one(
     };
     let done = run.execute(operation.iova, view.pasid(), transfer)?;
     if let Done::Old(old) = done {
-        let old = old.to_le_bytes();
-        let space = completions.space(operation);
-        let size = space.len();
-        assert!(size <= old.len(), "an atomic has at most 16 bytes");
-        space.copy_from_slice(&old[..size]);
+        let size_bytes = operation.result_bytes() as usize;
+        completions.results().extend_from_slice(&old.to_le_bytes()[..size_bytes]);
     }
     Ok(done)
 }

@@ -1,6 +1,6 @@
 //! The answer to a batch, as the server gathers it.
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use iommu_types::{DmaFault, Refusal};
 
 use super::{Action, BatchView, Operation, reason_code};
@@ -8,11 +8,11 @@ use crate::pb;
 
 /// Gathers the ends of a batch's operations, in their order.
 ///
-/// A read is made straight into its place in the answer ([`space`](Self::space)), so that its bytes are copied once.
+/// A read is made straight to the end of the answer ([`results`](Self::results)), so that its bytes are copied once and written nowhere before.
 #[derive(Debug)]
 pub struct CompletionsBuilder {
     answer: pb::DmaCompletions,
-    results: BytesMut,
+    results: Vec<u8>,
     filled_bytes: usize,
     operations: u32,
     ended: u32,
@@ -23,24 +23,21 @@ impl CompletionsBuilder {
     pub fn new(batch: &BatchView<'_>) -> Self {
         Self {
             answer: pb::DmaCompletions { first_tag: batch.first_tag(), ..Default::default() },
-            results: BytesMut::zeroed(batch.result_bytes() as usize),
+            results: Vec::with_capacity(batch.result_bytes() as usize),
             filled_bytes: 0,
             operations: batch.len() as u32,
             ended: 0,
         }
     }
-    /// Where the result of `operation`, the next one to end, is to be written.
-    pub fn space(&mut self, operation: &Operation<'_>) -> &mut [u8] {
-        let end = self.filled_bytes + operation.result_bytes() as usize;
-        self.results
-            .get_mut(self.filled_bytes..end)
-            .expect("the batch's results were added up when it was parsed")
+    /// Where the result of the next operation to end is to be appended. There is room for all results of the batch.
+    pub fn results(&mut self) -> &mut Vec<u8> {
+        &mut self.results
     }
-    /// `operation` succeeded; its result, if it has one, is in its [`space`](Self::space).
+    /// `operation` succeeded; its result, if it has one, has been appended.
     pub fn succeeded(&mut self, operation: &Operation<'_>) {
         self.end(operation, operation.result_bytes());
     }
-    /// `operation` ended with `fault`; of a read, the bytes done are in its [`space`](Self::space).
+    /// `operation` ended with `fault`; of a read, the bytes done have been appended.
     pub fn failed(&mut self, operation: &Operation<'_>, fault: DmaFault) {
         assert!(fault.done_bytes <= operation.size_bytes, "an operation does no more than it asks");
         self.answer.fault_index.push(operation.index);
@@ -57,12 +54,15 @@ impl CompletionsBuilder {
         assert!(operation.index == self.ended, "operations end in their order");
         self.ended += 1;
         self.filled_bytes += result_bytes as usize;
+        assert!(
+            self.results.len() == self.filled_bytes,
+            "the result of an operation is as long as its end says"
+        );
     }
     /// The answer. Every operation has ended.
     pub fn finish(mut self) -> pb::DmaCompletions {
         assert!(self.ended == self.operations, "every operation is answered (I6)");
-        self.results.truncate(self.filled_bytes);
-        self.answer.payload = self.results.freeze();
+        self.answer.payload = self.results.into();
         self.answer
     }
 }

@@ -11,7 +11,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use iommu_types::{AtomicOperation, Hpa, HpaRange, PAGE_SIZE_BYTES};
-use vm_memory::{AtomicInteger, VolatileMemory};
+use vm_memory::{AtomicInteger, VolatileMemory, WriteVolatile};
 
 use super::PhysicalMemory;
 
@@ -37,6 +37,15 @@ impl PhysicalMemory {
     #[inline]
     pub fn read(&self, at: Hpa, into: &mut [u8]) -> Result<(), NoMemoryAt> {
         self.slice(at, into.len())?.copy_to(into);
+        Ok(())
+    }
+
+    /// Copies `size_bytes` bytes of memory at `at` to the end of `into`, which need not be written before. With room for them in
+    /// `into`, nothing is allocated.
+    #[inline]
+    pub fn append(&self, at: Hpa, size_bytes: u32, into: &mut Vec<u8>) -> Result<(), NoMemoryAt> {
+        let from = self.slice(at, size_bytes as usize)?;
+        into.write_all_volatile(&from).expect("a vector takes everything");
         Ok(())
     }
 

@@ -360,3 +360,15 @@ proptest! {
         prop_assert!(all == twin, "memory and twin differ");
     }
 }
+
+#[test]
+fn appending_takes_what_a_read_takes_and_leaves_what_was_there() {
+    let memory = PhysicalMemory::bare(MEMORY_BYTES_MIN).expect("a small memory");
+    memory.write(Hpa::new(0x1ffe), &[1, 2, 3, 4]).expect("RAM");
+    let mut into = vec![9];
+    memory.append(Hpa::new(0x1ffe), 4, &mut into).expect("RAM");
+    assert_eq!(into, [9, 1, 2, 3, 4]);
+    let end = Hpa::new(MEMORY_BYTES_MIN - 2);
+    assert_eq!(memory.append(end, 4, &mut into), Err(NoMemoryAt { at: end, size_bytes: 4 }));
+    assert_eq!(into.len(), 5, "all or nothing");
+}
