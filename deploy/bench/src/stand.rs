@@ -80,7 +80,8 @@ impl Ends {
             arguments.extend(["--device".into(), format!("{address}={}@{}", name(peer), owner(0))]);
         }
         let server = Server::start(binaries, &ServerOptions { arguments }).await?;
-        let echo = Echo::start(&server.path("echo.sock"), server.path("echo.log")).await?;
+        let own = binaries.caller.as_deref().context("cargo did not say where this program is")?;
+        let echo = Echo::start(own, &server.path("echo.sock"), server.path("echo.log")).await?;
         Ok(Self { server, echo })
     }
 
@@ -122,12 +123,11 @@ struct Ready {
 }
 
 impl Echo {
-    async fn start(socket: &Path, log: std::path::PathBuf) -> anyhow::Result<Self> {
-        let own = std::env::current_exe().context("find this program's own path")?;
+    async fn start(own: &Path, socket: &Path, log: std::path::PathBuf) -> anyhow::Result<Self> {
         let arguments = ["echo-server", "--listen", "127.0.0.1:0", "--listen-unix"].map(String::from);
         let mut arguments = Vec::from(arguments);
         arguments.push(socket.display().to_string());
-        let mut process = Process::start("the echo", &own, &arguments, log)?;
+        let mut process = Process::start("the echo", own, &arguments, log)?;
         let line = process.first_line().await?;
         let ready: Ready = serde_json::from_str(&line).with_context(|| format!("the echo said {line:?}"))?;
         let Some(address) = ready.listen.first() else { bail!("the echo listens nowhere") };

@@ -151,9 +151,9 @@ impl Play {
         device.write32(RING_CONTROL, RING_ENABLE | 1 << RING_BURST_SHIFT).await?;
         // The first packet brings the ring's page into the IOTLB, as in a driver that has been running.
         self.receive(&ring, &buffer, 0).await?;
-        let before = self.driver.inspect().counters(None).await?;
+        let before = self.observer.inspect().counters(None).await?;
         let (iova, content) = self.receive(&ring, &buffer, 1).await?;
-        let after = self.driver.inspect().counters(None).await?;
+        let after = self.observer.inspect().counters(None).await?;
         device.write32(RING_CONTROL, 0).await?;
         ring.free().await?;
         let hits = after.iotlb.hits - before.iotlb.hits;

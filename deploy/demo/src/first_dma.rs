@@ -34,7 +34,8 @@ pub(crate) async fn run(file: Option<PathBuf>, json: bool) -> anyhow::Result<boo
         Some(file) => file,
         None => default_file(&server.path("payload.bin"))?,
     };
-    let mut driver = start_driver(&server, &file)?;
+    let own = binaries.caller.as_deref().context("cargo did not say where this program is")?;
+    let mut driver = start_driver(own, &server, &file)?;
     report::progress(
         json,
         &format!(
@@ -82,8 +83,7 @@ fn default_file(path: &Path) -> anyhow::Result<PathBuf> {
     Ok(path.to_owned())
 }
 
-fn start_driver(server: &Server, file: &Path) -> anyhow::Result<Process> {
-    let own = std::env::current_exe().context("find this program's own path")?;
+fn start_driver(own: &Path, server: &Server, file: &Path) -> anyhow::Result<Process> {
     let arguments = [
         "drive-first-dma".to_owned(),
         "--server".to_owned(),
@@ -93,7 +93,7 @@ fn start_driver(server: &Server, file: &Path) -> anyhow::Result<Process> {
         "--file".to_owned(),
         file.display().to_string(),
     ];
-    Process::start("driver", &own, &arguments, server.path("driver.log"))
+    Process::start("driver", own, &arguments, server.path("driver.log"))
 }
 
 /// Passes on what the driver tells, until it ends.

@@ -15,6 +15,9 @@ pub struct Binaries {
     pub dma_engine: PathBuf,
     /// `iommuctl`.
     pub iommuctl: PathBuf,
+    /// The program that asked, when it was built [beside](binaries_beside) the others. It may have been built anew just now, so this is
+    /// what to start for further processes of it, not the file that is running.
+    pub caller: Option<PathBuf>,
 }
 
 /// Packages whose binary is wanted; each has one of the same name.
@@ -22,18 +25,16 @@ const PACKAGES: [&str; 3] = ["iommu-server", "dma-engine", "iommuctl"];
 
 /// Builds the binaries in the profile of the running program and says where they are. Blocks; cargo's progress goes to standard error.
 pub fn binaries() -> anyhow::Result<Binaries> {
-    build(&PACKAGES)
+    build(None)
 }
 
-/// As [`binaries`], built together with the package of the caller, which is up to date: cargo then gives all of them the same
+/// As [`binaries`], built together with the package of the caller, whose binary has the same name: cargo then gives all of them the same
 /// features of their dependencies, and what was compiled for the caller is not compiled again.
 pub fn binaries_beside(caller: &str) -> anyhow::Result<Binaries> {
-    let mut packages = vec![caller];
-    packages.extend(PACKAGES);
-    build(&packages)
+    build(Some(caller))
 }
 
-fn build(packages: &[&str]) -> anyhow::Result<Binaries> {
+fn build(caller: Option<&str>) -> anyhow::Result<Binaries> {
     let profile = own_profile()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -46,7 +47,7 @@ fn build(packages: &[&str]) -> anyhow::Result<Binaries> {
         "--profile",
         &profile,
     ]);
-    for package in packages {
+    for package in caller.into_iter().chain(PACKAGES) {
         command.args(["--package", package]);
     }
     let output = command
@@ -74,6 +75,7 @@ fn build(packages: &[&str]) -> anyhow::Result<Binaries> {
         server: find("iommu-server")?,
         dma_engine: find("dma-engine")?,
         iommuctl: find("iommuctl")?,
+        caller: caller.map(find).transpose()?,
     })
 }
 

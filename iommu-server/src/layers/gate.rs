@@ -42,6 +42,14 @@ const LOOK: Roles = Roles {
     words: "the driver, observer or operator role",
     ..NONE
 };
+/// The unit's counters are those of all tenants together, so a driver does not see them (I7).
+const COUNT: Roles = Roles {
+    bare: true,
+    observer: true,
+    operator: true,
+    words: "the bare, observer or operator role",
+    ..NONE
+};
 const LOOK_AT_UNIT: Roles =
     Roles { bare: true, words: "the driver, bare, observer or operator role", ..LOOK };
 
@@ -63,7 +71,7 @@ const TABLE: &[(&str, Needs)] = &[
     ("/iommu.v1.MemoryService/", Needs::Roles(MEMORY)),
     ("/iommu.v1.FaultService/", Needs::Roles(LOOK)),
     ("/iommu.v1.InspectService/", Needs::Roles(LOOK)),
-    ("/iommu.v1.InspectService/GetCounters", Needs::Roles(LOOK_AT_UNIT)),
+    ("/iommu.v1.InspectService/GetCounters", Needs::Roles(COUNT)),
     ("/iommu.v1.InspectService/Explain", Needs::Roles(LOOK_AT_UNIT)),
     ("/iommu.v1.InspectService/DumpTables", Needs::Roles(LOOK_AT_UNIT)),
     ("/iommu.v1.AdminService/", Needs::Roles(OPERATOR)),

@@ -6063,7 +6063,7 @@ pub mod inspect_service_client {
                 .insert(GrpcMethod::new("iommu.v1.InspectService", "DumpIotlb"));
             self.inner.unary(req, path, codec).await
         }
-        /// Counters of the unit.
+        /// Counters of the unit. Not for drivers: they are those of all tenants together. Errors: ROLE_REFUSED, UNKNOWN_MACHINE, NOT_YOURS.
         pub async fn get_counters(
             &mut self,
             request: impl tonic::IntoRequest<super::GetCountersRequest>,
@@ -6171,7 +6171,7 @@ pub mod inspect_service_server {
             tonic::Response<super::DumpIotlbResponse>,
             tonic::Status,
         >;
-        /// Counters of the unit.
+        /// Counters of the unit. Not for drivers: they are those of all tenants together. Errors: ROLE_REFUSED, UNKNOWN_MACHINE, NOT_YOURS.
         async fn get_counters(
             &self,
             request: tonic::Request<super::GetCountersRequest>,
