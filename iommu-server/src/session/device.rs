@@ -127,7 +127,7 @@ impl DeviceSession {
         self.resets_done.send_modify(|done| *done = tag.max(*done));
         true
     }
-    /// Ends it; `true` when this call did. No batch of it begins from now on; for one under way see [`quiet`](Self::quiet).
+    /// Ends it; `true` when this call did. No batch of it begins from now on; for one under way see `quiet`.
     pub fn end(&self, why: Ending) -> bool {
         let label = why.label();
         if self.ending.set(why).is_err() {
