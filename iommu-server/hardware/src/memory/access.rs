@@ -45,7 +45,8 @@ impl PhysicalMemory {
     #[inline]
     pub fn append(&self, at: Hpa, size_bytes: u32, into: &mut Vec<u8>) -> Result<(), NoMemoryAt> {
         let from = self.slice(at, size_bytes as usize)?;
-        into.write_all_volatile(&from).expect("a vector takes everything");
+        let written = into.write_volatile(&from);
+        assert!(written.is_ok_and(|bytes| bytes == from.len()), "a vector takes everything at once");
         Ok(())
     }
 
