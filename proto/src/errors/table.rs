@@ -112,6 +112,13 @@ table! {
     NotMapped { iova } NotFound "NOT_MAPPED" => resource("mapping", iova);
     SizeMismatch { iova, mapped_bytes, asked_bytes } FailedPrecondition "SIZE_MISMATCH" => precondition("SIZE_MISMATCH", iova);
     DirectionMismatch { iova, mapped, asked } FailedPrecondition "DIRECTION_MISMATCH" => precondition("DIRECTION_MISMATCH", iova);
+    WrongFunction { iova, made_as, asked_as } FailedPrecondition "WRONG_FUNCTION" => precondition("WRONG_FUNCTION", iova);
+    OutsideMapping { iova, size_bytes } OutOfRange "OUTSIDE_MAPPING" => bad_request("size_bytes");
+    RingOverflow { ring, slots } ResourceExhausted "RING_OVERFLOW" => quota("ring_slots");
+    NotContiguous { gpa } FailedPrecondition "NOT_CONTIGUOUS" => precondition("NOT_CONTIGUOUS", gpa);
+    SegmentOverLimit { size_bytes, allowed_bytes } OutOfRange "SEGMENT_OVER_LIMIT" => bad_request("size_bytes");
+    BeyondMask { iova, mask_bits } OutOfRange "BEYOND_MASK" => bad_request("iova");
+    ModeRefuses { mode, why } FailedPrecondition "MODE_REFUSES" => precondition("MODE_REFUSES", mode);
     BeyondWidth { iova, width_bits } OutOfRange "BEYOND_WIDTH" => bad_request("iova");
     ReservedRange { iova } InvalidArgument "RESERVED_RANGE" => bad_request("iova");
     IovaExhausted { size_bytes } ResourceExhausted "IOVA_EXHAUSTED" => quota("iova");

@@ -56,6 +56,16 @@ reasons! {
     IR_INVALID_ACCESS = 0x29, "IR.10", "an access to FEEx_xxxx that is not an interrupt";
     TABLE_MODE_INVALID = 0x30, "RTA.1", "the root table address register selects a mode that is not supported";
     PASID_IN_LEGACY_MODE = 0x31, "RTA.2", "a request with PASID while the unit is in legacy mode";
+    // Ours, where VT-d has no code: byte granularity and rIOMMU (Malka et al., ASPLOS'15). VT-d 5.10 leaves 0xe0 and up free.
+    RING_DEVICE_ABSENT = 0xe0, "RIO.1", "the rDEVICE of the source is not present, or could not be read";
+    RING_BEYOND_DEVICE = 0xe1, "RIO.2", "the device has no ring of this number";
+    RING_BEYOND_SIZE = 0xe2, "RIO.3", "the ring has no slot of this number";
+    RING_SLOT_INVALID = 0xe3, "RIO.4", "the slot is not valid";
+    RING_BEYOND_SLOT = 0xe4, "RIO.5", "the access leaves the bytes of the slot";
+    RING_WRITE_DENIED = 0xe5, "RIO.6", "the slot gives no write permission";
+    RING_READ_DENIED = 0xe6, "RIO.7", "the slot gives no read permission";
+    RING_TABLE_ACCESS = 0xe7, "RIO.8", "a ring table could not be read";
+    BYTES_DENIED = 0xe8, "BYT.1", "the access leaves the bytes that are mapped in the page";
 }
 
 impl FaultReason {

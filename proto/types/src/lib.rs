@@ -16,6 +16,7 @@ mod invalidation;
 mod protection;
 mod range;
 mod register;
+mod sanitizer;
 
 pub use access::{Access, AddressType, AtomicOperation, Direction, Permissions};
 pub use address::{Address, Gpa, Hpa, Iova, PAGE_SIZE_BYTES, PageSize};
@@ -25,6 +26,11 @@ pub use explain::{CacheState, Explanation, Outcome, Step, Structure, Translation
 pub use fault::{DmaFault, Fault, FaultReason, FaultRecord, InterruptFault, Refusal, TranslationFault};
 pub use identity::{Generation, Identity, Owner, ParseOwnerError, RequestId, Role};
 pub use invalidation::{FunctionMask, Granularity, Invalidation};
-pub use protection::Protection;
+pub use protection::{
+    BOUNCE_BYTES_MAX, BOUNCE_BYTES_MIN, BouncePool, DEFERRED_BATCH_MAX, DEFERRED_INTERVAL_MS_MAX, Deferral,
+    DomainOptions, IovaAllocation, MappingGranularity, PERSISTENT_PAGES_MAX, PersistentQuota, Protection,
+    RING_SLOTS_MAX, RING_SLOTS_MIN, RINGS_MAX, Rings, WalkCachePolicy,
+};
 pub use range::{AddressRange, GpaRange, HpaRange, InvalidRange, IovaRange};
 pub use register::AccessWidth;
+pub use sanitizer::{Blame, MappingLife, ReportClass, SanitizerReport, SeenAccess, Violation};

@@ -131,6 +131,55 @@ facts! {
         /// Direction it was to be unmapped with.
         asked: Direction,
     } = "the mapping at {iova} is {mapped}, not {asked}";
+    /// The mapping was made by another function than the one that is to remove or use it.
+    WrongFunction {
+        /// First address of the mapping.
+        iova: Iova,
+        /// How it was made: `single`, `scatter-gather`, `coherent` or `fixed`.
+        made_as: String,
+        /// How it was to be used.
+        asked_as: String,
+    } = "the mapping at {iova} was made as {made_as}, not as {asked_as}";
+    /// A range leaves the mapping that it begins in.
+    OutsideMapping {
+        /// First address of the range.
+        iova: Iova,
+        /// Its size in bytes.
+        size_bytes: u64,
+    } = "{size_bytes} bytes at {iova} leave the mapping";
+    /// A ring has no slot for one more mapping: all are mapped, or wait for the end of a burst.
+    RingOverflow {
+        /// The ring.
+        ring: u16,
+        /// Its slots.
+        slots: u32,
+    } = "ring {ring} has no free slot of its {slots}; unmap, and end the burst, before mapping more";
+    /// Memory for one slot of a ring is not contiguous.
+    NotContiguous {
+        /// First address that lies elsewhere.
+        gpa: Gpa,
+    } = "physical memory is not contiguous at {gpa}, and a slot of a ring holds one run; map it as scatter-gather";
+    /// A segment is longer than the device takes.
+    SegmentOverLimit {
+        /// Size of the segment, in bytes.
+        size_bytes: u64,
+        /// What the device takes, in bytes.
+        allowed_bytes: u64,
+    } = "a segment of {size_bytes} bytes is longer than the {allowed_bytes} that the device takes; map it in pieces or raise the limit";
+    /// An address is beyond the device's DMA mask.
+    BeyondMask {
+        /// The last address.
+        iova: Iova,
+        /// Width of the mask in bits.
+        mask_bits: u8,
+    } = "{iova} is beyond the {mask_bits}-bit DMA mask of the device";
+    /// The protection mode of the domain has no such operation.
+    ModeRefuses {
+        /// The mode.
+        mode: String,
+        /// What it has not, and what to do instead.
+        why: String,
+    } = "a {mode} domain {why}";
     /// An address is beyond what the domain can translate.
     BeyondWidth {
         /// The last address of the range.

@@ -15,11 +15,18 @@ macro_rules! for_each_operation {
             /// Why a buffer was not freed.
             FreeError { InvalidRange, NotAllocated, StillMapped }
             /// Why the DMA API did not map.
-            DmaMapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached }
+            DmaMapError {
+                InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached,
+                RingOverflow, NotContiguous, SegmentOverLimit, BeyondMask, BeyondWidth, ModeRefuses,
+            }
             /// Why the DMA API did not unmap.
-            DmaUnmapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotMapped, SizeMismatch, DirectionMismatch }
+            DmaUnmapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotMapped, SizeMismatch, DirectionMismatch, WrongFunction }
+            /// Why a mapping was not synced.
+            DmaSyncError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotMapped, OutsideMapping, DirectionMismatch, WrongFunction }
+            /// Why a device's DMA limits were not set.
+            DmaLimitsError { InvalidField, UnknownDevice, NotYours, NotAttached, ModeRefuses }
             /// Why the domain API did not map.
-            MapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
+            MapError { InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
             /// Why the domain API did not unmap.
             UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
             /// Why a domain was not created.
