@@ -33,7 +33,9 @@ impl Host {
             iotlb: geometry(4096),
             context_cache: geometry(256),
             paging_structure_cache: geometry(256),
+            iotlb_partitions: 1,
             ports_max: 1024,
+            byte_extents: true,
         };
         let owner = OwnerLimits {
             domains: 1024,

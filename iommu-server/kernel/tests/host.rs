@@ -26,7 +26,9 @@ fn a_host_boots_in_the_smallest_memory_and_only_with_capabilities_that_make_sens
             iotlb: geometry,
             context_cache: geometry,
             paging_structure_cache: geometry,
+            iotlb_partitions: 1,
             ports_max: 1,
+            byte_extents: true,
         };
         let config = KernelConfig { unit, domains_max: 1, owner: LIMITS, fault_records_per_owner: 1 };
         Kernel::boot(Arc::new(memory.expect("memory")), config)

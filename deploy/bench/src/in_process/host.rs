@@ -40,7 +40,9 @@ impl Host {
             iotlb: caches.iotlb,
             context_cache: LARGE,
             paging_structure_cache: caches.paging,
+            iotlb_partitions: 1,
             ports_max: 1024,
+            byte_extents: true,
         };
         let owner = OwnerLimits {
             domains: 4096,
