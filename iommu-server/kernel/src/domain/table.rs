@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use iommu_hardware::memory::{PhysicalMemory, RecordIndex};
+use iommu_hardware::vtd::spec::extent::{self, ByteExtent};
 use iommu_hardware::vtd::spec::pte::{self, ENTRIES_PER_TABLE, SecondStageEntry};
 use iommu_types::{Hpa, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions};
 
@@ -344,7 +345,7 @@ impl Tables {
                 let leaf = load(memory, at, entry);
                 assert!(leaf.is_present(), "a mapping has an entry for each of its pages");
                 store(memory, at, entry, SecondStageEntry::new());
-                if leaf.is_partial() && self.has_extents {
+                if leaf.partial_page() && self.has_extents {
                     let page = Iova::new(iova.get() + entry * PAGE_SIZE_BYTES);
                     store_extent(memory, node.table, page, 0);
                 }
@@ -523,11 +524,11 @@ fn write_extent(
     open: ByteExtent,
     leaf: SecondStageEntry,
 ) -> SecondStageEntry {
-    if open.is_whole_page() {
+    if open == ByteExtent::WHOLE {
         return leaf;
     }
     store_extent(memory, leaf_table, iova, open.into_word());
-    leaf.with_partial(true)
+    leaf.with_partial_page(true)
 }
 
 fn store_extent(memory: &PhysicalMemory, leaf_table: Hpa, iova: Iova, word: u64) {

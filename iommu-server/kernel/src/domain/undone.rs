@@ -62,6 +62,11 @@ impl Undone {
     pub(super) fn told(domain_id: DomainId, remains: &Remains) -> Self {
         Self { domain_id, place: None, mappings: remains.records.len() as u64, bytes: remains.bytes }
     }
+    /// One mapping more is told.
+    pub(super) fn add(&mut self, size_bytes: u64) {
+        self.mappings += 1;
+        self.bytes += size_bytes;
+    }
     /// Bytes of the mappings removed.
     pub fn unmapped_bytes(&self) -> u64 {
         self.bytes

@@ -20,7 +20,7 @@
 
 use std::fmt;
 
-use iommu_types::{Hpa, Iova, PAGE_SIZE_BYTES};
+use iommu_types::{Hpa, Iova, IovaRange, PAGE_SIZE_BYTES};
 
 use super::pte::entry_address;
 
@@ -40,6 +40,20 @@ impl ByteExtent {
     #[inline]
     pub const fn new(first: u16, last: u16) -> Option<Self> {
         if first <= last && last as u64 <= OFFSET_MASK { Some(Self { first, last }) } else { None }
+    }
+    /// All of a page: what a leaf opens that is not partial.
+    pub const WHOLE: Self = Self { first: 0, last: OFFSET_MASK as u16 };
+
+    /// The part of a page that lies in a range, of which the page holds a byte.
+    pub fn of_page(range: IovaRange, page: u64) -> Self {
+        let is_in = |at: Iova| (at.page_number() == page).then(|| at.page_offset() as u16);
+        let first = is_in(range.base()).unwrap_or(Self::WHOLE.first);
+        let last = is_in(range.last()).unwrap_or(Self::WHOLE.last);
+        Self { first, last }
+    }
+    /// The smallest extent that holds both.
+    pub fn hull(self, other: Self) -> Self {
+        Self { first: self.first.min(other.first), last: self.last.max(other.last) }
     }
     /// Offset of the first byte.
     #[inline]
