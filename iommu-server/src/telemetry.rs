@@ -37,6 +37,16 @@ pub fn now_unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
+/// The time as the kernel floor takes it: since the UNIX epoch, and never backwards, whatever is done to the system's clock.
+pub fn now() -> Tick {
+    static START: OnceLock<(Instant, u64)> = OnceLock::new();
+    let (start, unix_us) = START.get_or_init(|| {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        (Instant::now(), since.map_or(0, |since| since.as_micros() as u64))
+    });
+    Tick(unix_us.saturating_add(start.elapsed().as_micros() as u64))
+}
+
 /// Lets a bounded number of lines through each second and counts the rest.
 #[derive(Debug)]
 pub struct LogLimiter {
