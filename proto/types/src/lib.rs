@@ -22,7 +22,6 @@ mod sanitizer;
 pub use access::{Access, AddressType, AtomicOperation, Direction, Permissions};
 pub use address::{Address, Gpa, Hpa, Iova, PAGE_SIZE_BYTES, PageSize};
 pub use bare::{AddressWidths, Capabilities, InvalidCapabilities};
-pub use dma::{DmaAttributes, DmaLimits, SyncFor};
 pub use device::{DeviceAddress, DomainId, ParseAddressError, Pasid, SourceId};
 pub use dma::{
     DMA_MASK_BITS_MAX, DMA_MASK_BITS_MIN, DmaAttributes, DmaLimits, SEGMENT_BOUNDARY_MASK_MIN, SyncFor,

@@ -95,12 +95,12 @@ impl Domain {
     }
     /// The last page that the device can address.
     pub(super) fn limit_page(&self) -> u64 {
-        last_address(self.limits.mask_bits) / PAGE_SIZE_BYTES
+        self.limits.last_address() / PAGE_SIZE_BYTES
     }
     /// Whether the device can address all of a mapping at addresses that are not chosen for it.
     pub(super) fn check_mask(&self, last: u64) -> Result<(), BeyondMask> {
         let mask_bits = self.limits.mask_bits;
-        if last <= last_address(mask_bits) { Ok(()) } else { Err(BeyondMask { iova: Iova::new(last), mask_bits }) }
+        if last <= self.limits.last_address() { Ok(()) } else { Err(BeyondMask { iova: Iova::new(last), mask_bits }) }
     }
     /// The record of a mapping.
     pub(super) fn record_of(&self, request: &DmaMap, iova: Iova) -> MappingRecord {
@@ -207,11 +207,6 @@ impl Domain {
             _ => {}
         }
     }
-}
-
-/// The last address of a mask.
-fn last_address(mask_bits: u8) -> u64 {
-    if mask_bits >= 64 { u64::MAX } else { (1 << mask_bits) - 1 }
 }
 
 /// The 4 KiB pages that a mapping touches.

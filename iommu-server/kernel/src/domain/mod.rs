@@ -38,10 +38,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use iommu_hardware::memory::RecordIndex;
-use iommu_types::errors::{DmaLimitsError, InvalidField, LimitReached, ModeRefuses, OutOfMemory};
+use iommu_types::errors::{DmaLimitsError, LimitReached, ModeRefuses, OutOfMemory};
 use iommu_types::{
     DmaLimits, DomainId, DomainOptions, Gpa, Hpa, Iova, IovaRange, Owner, Permissions, Protection, RequestId,
-    PAGE_SIZE_BYTES, SourceId,
+    SourceId,
 };
 
 pub use domain_api::{MapFixed, MappingState};
@@ -181,21 +181,7 @@ impl Domain {
     }
     /// Says what its devices can address; holds for mappings from now on.
     pub fn set_limits(&mut self, limits: DmaLimits) -> Result<(), DmaLimitsError> {
-        let refuse = |field: &str, why: &str| {
-            Err(InvalidField { field: field.to_owned(), why: why.to_owned() }.into())
-        };
-        if !(12..=64).contains(&limits.mask_bits) {
-            return refuse("mask_bits", "must be between 12 and 64");
-        }
-        if limits.segment_bytes_max == 0 {
-            return refuse("segment_bytes_max", "must be at least 1");
-        }
-        if !limits.segment_boundary_mask.wrapping_add(1).is_power_of_two() && limits.segment_boundary_mask != u64::MAX {
-            return refuse("segment_boundary_mask", "must be a power of two less one, such as 0xffff_ffff");
-        }
-        if limits.segment_boundary_mask < PAGE_SIZE_BYTES - 1 {
-            return refuse("segment_boundary_mask", "must be at least 0xfff: segments are laid out in pages");
-        }
+        limits.check()?;
         if matches!(self.mode, Mode::Ring(_)) && limits.mask_bits < 64 {
             let why = "has addresses of 64 bits: give the device a mask of 64, or use another mode".to_owned();
             return Err(ModeRefuses { mode: self.protection().name().to_owned(), why }.into());
