@@ -12,5 +12,4 @@ pub mod cache;
 pub mod dma;
 pub mod drain;
 pub mod memory;
-pub mod riommu;
 pub mod vtd;

@@ -230,10 +230,6 @@ impl Unit {
         })
     }
 
-    /// stub
-    pub fn invalidate_ring(&self, _s: SourceId, _r: u16) -> PendingDrain { PendingDrain::none() }
-    /// stub
-    pub fn invalidate_ring_device(&self, _s: SourceId) -> PendingDrain { PendingDrain::none() }
     // === faults ===
 
     /// Hands out (and clears) the recording registers, oldest first, and clears the overflow mark.
