@@ -15,6 +15,7 @@
 mod context;
 mod iotlb;
 mod paging;
+mod sequence;
 mod set;
 mod spans;
 
@@ -26,6 +27,7 @@ mod tests;
 pub use context::{CachedContext, ContextCache, ContextTranslation};
 pub use iotlb::{Iotlb, IotlbEntry};
 pub use paging::{PagingEntry, PagingStructureCache};
+pub(crate) use sequence::Sequence;
 
 /// How many entries a cache holds, and how they are arranged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,6 +15,7 @@ use super::spec::pte::SecondStageEntry;
 use super::unit::Unit;
 use super::walk::{Leaf, NoTrace, StepCollector, WalkFault, check_table_mode, walk_context};
 use crate::cache::{CachedContext, ContextTranslation, IotlbEntry, PagingEntry};
+use crate::riommu;
 
 /// How an access ends, before it is put into words.
 enum End {
@@ -37,6 +38,11 @@ impl Unit {
         size_bytes: u32,
     ) -> Explanation {
         let request = Request { iova, size_bytes, access, pasid, address_type: AddressType::Untranslated };
+        if let Some(cache) = self.rings.cache_of(source)
+            && !request.is_in_interrupt_range()
+        {
+            return riommu::explain(&self.rings_of(source, &cache), &request);
+        }
         let mut steps = StepCollector::new(self.capabilities());
         let (end, context) = self.end_by_tables(source, &request, &mut steps);
         let asks_caches = self.is_translating() && !request.is_in_interrupt_range() && pasid.is_none();
