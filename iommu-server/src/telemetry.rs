@@ -4,9 +4,11 @@
 //! `method`, `reason`); ERROR means that a person must look.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use iommu_kernel::Tick;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::prelude::*;
 

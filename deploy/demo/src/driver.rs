@@ -417,6 +417,10 @@ fn walk_line(step: &iommu_types::Step) -> String {
         Structure::Root => "root".to_owned(),
         Structure::Context => "context".to_owned(),
         Structure::SecondStage { level } => format!("level {level}"),
+        Structure::RingRoot => "rroot".to_owned(),
+        Structure::RingDevice => "rdevice".to_owned(),
+        Structure::Ring => "rring".to_owned(),
+        Structure::RingSlot => "rpte".to_owned(),
     };
     let raw = match (step.low, step.high) {
         (Some(low), Some(high)) => format!("{high:016x}:{low:016x}"),

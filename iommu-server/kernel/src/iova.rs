@@ -81,8 +81,12 @@ impl IovaAllocator {
             self.free_exact(first, rounded);
         }
     }
-    pub(crate) fn trim(&mut self) -> u64 { 0 }
-    pub(crate) fn counters(&self) -> IovaCounters { IovaCounters::default() }
+    pub(crate) fn trim(&mut self) -> u64 {
+        0
+    }
+    pub(crate) fn counters(&self) -> IovaCounters {
+        IovaCounters::default()
+    }
     /// Takes exactly this range, if all of it is free.
     pub(crate) fn take_exact(&mut self, first: u64, pages: u64) -> bool {
         if !self.is_free(first, pages) {

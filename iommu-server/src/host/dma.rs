@@ -158,8 +158,7 @@ impl Host {
             Err(error) if is_shortage(error) => {}
             _ => return outcome,
         }
-        let given_up =
-            slot.unmap_with(&self.kernel, |domain| ((), Some(domain.reclaim(&self.kernel))));
+        let given_up = slot.unmap_with(&self.kernel, |domain| ((), Some(domain.reclaim(&self.kernel))));
         if let Ok(((), Some(unsettled))) = given_up {
             unsettled.settle().await;
         }
@@ -174,9 +173,8 @@ impl Host {
         request: DmaMap,
     ) -> Result<Iova, DmaMapError> {
         let now = telemetry::now();
-        let map = |domain: &mut Domain, memory: &OwnerMemory| {
-            domain.dma_map(&self.kernel, memory, request, now)
-        };
+        let map =
+            |domain: &mut Domain, memory: &OwnerMemory| domain.dma_map(&self.kernel, memory, request, now);
         self.map_with_reclaim(owner, device, map).await
     }
 
@@ -267,11 +265,12 @@ impl Host {
         let now = telemetry::now();
         let mut last = Err(NotAttached { device }.into());
         for slot in self.dma_domains(owner, device)? {
-            let unmapped =
-                slot.unmap_with(&self.kernel, |domain| match domain.dma_unmap_sg(&self.kernel, request, now) {
+            let unmapped = slot.unmap_with(&self.kernel, |domain| {
+                match domain.dma_unmap_sg(&self.kernel, request, now) {
                     Ok(pending) => (Ok(()), Some(pending)),
                     Err(error) => (Err(error), None),
-                });
+                }
+            });
             let Ok((result, unsettled)) = unmapped else { continue };
             if let Some(unsettled) = unsettled {
                 unsettled.settle().await;
@@ -294,7 +293,9 @@ impl Host {
         let now = telemetry::now();
         let mut last = Err(NotAttached { device }.into());
         for slot in self.dma_domains(owner, device)? {
-            let Ok(result) = slot.with(|domain| domain.dma_sync(&self.kernel, request, now)) else { continue };
+            let Ok(result) = slot.with(|domain| domain.dma_sync(&self.kernel, request, now)) else {
+                continue;
+            };
             last = result;
             if !matches!(last, Err(DmaSyncError::NotMapped(_))) {
                 break;
@@ -337,14 +338,15 @@ impl Host {
     /// Unmaps a range; resolves with the bytes removed when it is quiet.
     pub async fn unmap_fixed(&self, owner: Owner, id: DomainId, range: IovaRange) -> Result<u64, UnmapError> {
         let slot = self.domain_of(owner, id)?;
-        let (unmapped, unsettled) =
-            slot.unmap_with(&self.kernel, |domain| match domain.unmap(&self.kernel, range, telemetry::now()) {
+        let (unmapped, unsettled) = slot.unmap_with(&self.kernel, |domain| {
+            match domain.unmap(&self.kernel, range, telemetry::now()) {
                 Ok(pending) => {
                     let bytes = pending.undone.unmapped_bytes();
                     (Ok(bytes), Some(pending))
                 }
                 Err(error) => (Err(error), None::<PendingUnmap>),
-            })?;
+            }
+        })?;
         if let Some(unsettled) = unsettled {
             unsettled.settle().await;
         }

@@ -45,7 +45,11 @@ impl Host {
     }
 
     /// Allocates a buffer, and opens it where all memory of the owner is open.
-    pub async fn allocate_buffer(&self, owner: &OwnerState, size_bytes: u64) -> Result<GpaRange, AllocateError> {
+    pub async fn allocate_buffer(
+        &self,
+        owner: &OwnerState,
+        size_bytes: u64,
+    ) -> Result<GpaRange, AllocateError> {
         let (buffer, refused) = {
             let mut memory = owner.memory.write();
             let buffer = memory.allocate(&self.kernel, size_bytes)?;
@@ -68,7 +72,8 @@ impl Host {
         let buffer = owner.memory.read().buffers().into_iter().find(|buffer| buffer.base() == gpa);
         if let Some(buffer) = buffer {
             let uses = |slot: &Arc<DomainSlot>| {
-                slot.with(|domain| domain.is_passthrough() && domain.uses(&self.kernel, buffer)).unwrap_or(false)
+                slot.with(|domain| domain.is_passthrough() && domain.uses(&self.kernel, buffer))
+                    .unwrap_or(false)
             };
             // Asked before anything is closed, so that a refusal leaves a direct map as it is.
             if self.domains.list(|slot| slot.owner == owner.owner).iter().any(uses) {

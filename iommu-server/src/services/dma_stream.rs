@@ -182,10 +182,11 @@ impl Work {
                 Taken::Answer(report.answer(Ok(answer)))
             }
             DmaStreamBatch::Unmap { batch, end_of_burst } => {
+                let client = self.client;
                 let template = |range| DmaUnmap {
                     attributes: batch.attributes,
                     end_of_burst,
-                    client: self.client,
+                    client,
                     ..DmaUnmap::single(range, batch.direction, header.request_id)
                 };
                 self.unmap(header.request_id, device, batch.ranges().map(|range| range.map(template)), report)

@@ -197,7 +197,8 @@ impl DriverService for Drivers {
             let ask = MapAsk { direction, request_id: header.request_id, attributes, ring, client: 0 };
             let mapped = host.dma_map_sg(&owner, device, &pieces, ask).await.map_err(status)?;
             let range = |segment: kernel::Segment| {
-                IovaRange::new(segment.iova, segment.size_bytes).expect("a segment that was mapped is a range")
+                IovaRange::new(segment.iova, segment.size_bytes)
+                    .expect("a segment that was mapped is a range")
             };
             Ok(model::DmaSegments { segments: mapped.into_iter().map(range).collect() }.into())
         })
@@ -208,10 +209,18 @@ impl DriverService for Drivers {
         request: Request<pb::DmaUnmapSgRequest>,
     ) -> Result<Response<pb::DmaUnmapSgResponse>, Status> {
         once!(self, request, model::DmaUnmapSg, |host, owner, ask| {
-            let model::DmaUnmapSg { header, device, iova, elements, direction, attributes, end_of_burst } = ask;
+            let model::DmaUnmapSg { header, device, iova, elements, direction, attributes, end_of_burst } =
+                ask;
             let request_id = header.request_id;
-            let unmap =
-                kernel::DmaUnmapSg { iova, elements, direction, request_id, attributes, end_of_burst, client: 0 };
+            let unmap = kernel::DmaUnmapSg {
+                iova,
+                elements,
+                direction,
+                request_id,
+                attributes,
+                end_of_burst,
+                client: 0,
+            };
             host.dma_unmap_sg(owner.owner, device, unmap).await.map_err(status)?;
             Ok(pb::DmaUnmapSgResponse {})
         })

@@ -19,6 +19,7 @@ use super::tables::{Dump, Scope};
 use super::{Caller, parse};
 use crate::bounds;
 use crate::host::Host;
+use crate::telemetry;
 use crate::host::devices::{DeviceState, Home};
 use crate::host::domains::DomainSlot;
 use crate::machine::Machine;
@@ -165,14 +166,14 @@ fn counters(of: Counters) -> model::Counters {
         faults_overflowed: of.faults_overflowed,
         faults_suppressed: of.faults_suppressed,
         interrupts: of.interrupts,
-        ring: model::RingCounters {
+        ring: Some(model::RingCounters {
             hits: of.ring.hits,
             promotions: of.ring.promotions,
             walks: of.ring.walks,
             walk_reads: of.ring.walk_reads,
             prefetch_reads: of.ring.prefetch_reads,
             invalidations: of.ring.invalidations,
-        },
+        }),
     }
 }
 
@@ -350,8 +351,8 @@ impl InspectService for Inspect {
                     page_bytes: entry.size,
                     hpa: if caller.sees_all() { entry.hpa } else { Hpa::new(0) },
                     permissions: entry.permissions,
-                    first_byte: entry.extent.map(|extent| extent.first()),
-                    last_byte: entry.extent.map(|extent| extent.last()),
+                    first_byte: entry.extent.map(|extent| extent.first().into()),
+                    last_byte: entry.extent.map(|extent| extent.last().into()),
                 })
                 .collect(),
         };

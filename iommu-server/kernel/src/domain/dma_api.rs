@@ -100,7 +100,11 @@ impl Domain {
     /// Whether the device can address all of a mapping at addresses that are not chosen for it.
     pub(super) fn check_mask(&self, last: u64) -> Result<(), BeyondMask> {
         let mask_bits = self.limits.mask_bits;
-        if last <= self.limits.last_address() { Ok(()) } else { Err(BeyondMask { iova: Iova::new(last), mask_bits }) }
+        if last <= self.limits.last_address() {
+            Ok(())
+        } else {
+            Err(BeyondMask { iova: Iova::new(last), mask_bits })
+        }
     }
     /// The record of a mapping.
     pub(super) fn record_of(&self, request: &DmaMap, iova: Iova) -> MappingRecord {
@@ -158,7 +162,11 @@ impl Domain {
         function: DmaFunction,
         now: Tick,
     ) -> PendingUnmap {
-        if function == DmaFunction::Coherent { self.invalidate_now(kernel, remains) } else { self.settle(kernel, remains, now) }
+        if function == DmaFunction::Coherent {
+            self.invalidate_now(kernel, remains)
+        } else {
+            self.settle(kernel, remains, now)
+        }
     }
     fn revoke_dma(
         &mut self,

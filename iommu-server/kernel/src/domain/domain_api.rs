@@ -7,15 +7,16 @@
 
 use iommu_hardware::memory::MappingRecord;
 use iommu_types::errors::{
-    BeyondWidth, InvalidField, MapError, ModeRefuses, RangeOverlaps, ReservedRange, SplitsMapping, Unaligned, UnmapError,
+    BeyondWidth, InvalidField, MapError, ModeRefuses, RangeOverlaps, ReservedRange, SplitsMapping, Unaligned,
+    UnmapError,
 };
 use iommu_types::{
     Capabilities, Gpa, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, Protection,
     RequestId,
 };
 
-use super::table::Extent;
 use super::request::Tick;
+use super::table::Extent;
 use super::undone::{IovaUse, PendingUnmap, Revoked};
 use super::{Domain, Mode, RangeMapping};
 use crate::boot::Kernel;

@@ -183,7 +183,8 @@ impl Domain {
     pub fn set_limits(&mut self, limits: DmaLimits) -> Result<(), DmaLimitsError> {
         limits.check()?;
         if matches!(self.mode, Mode::Ring(_)) && limits.mask_bits < 64 {
-            let why = "has addresses of 64 bits: give the device a mask of 64, or use another mode".to_owned();
+            let why =
+                "has addresses of 64 bits: give the device a mask of 64, or use another mode".to_owned();
             return Err(ModeRefuses { mode: self.protection().name().to_owned(), why }.into());
         }
         self.limits = limits;

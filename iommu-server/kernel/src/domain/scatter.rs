@@ -12,7 +12,9 @@ use iommu_hardware::memory::RecordIndex;
 use iommu_types::errors::{
     DmaMapError, DmaUnmapError, InvalidField, IovaExhausted, NotMapped, SegmentOverLimit,
 };
-use iommu_types::{Direction, DmaAttributes, DmaLimits, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, RequestId};
+use iommu_types::{
+    Direction, DmaAttributes, DmaLimits, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, RequestId,
+};
 
 use super::find::{Found, direction_of};
 use super::request::{DmaFunction, DmaMap, DmaUnmap, Segment, Tick};
@@ -64,7 +66,8 @@ fn add_segment(segments: &mut Vec<Segment>, limits: &DmaLimits, element: Segment
     if let Some(last) = segments.last_mut() {
         let meets = last.iova.checked_add(last.size_bytes) == Some(element.iova);
         let merged = last.size_bytes.saturating_add(element.size_bytes);
-        if meets && merged <= limits.segment_bytes_max && is_within_boundary(limits, last.iova.get(), merged) {
+        if meets && merged <= limits.segment_bytes_max && is_within_boundary(limits, last.iova.get(), merged)
+        {
             last.size_bytes = merged;
             return;
         }
@@ -213,9 +216,9 @@ impl Domain {
         here.into_iter().find(noted).expect("a mapping that was made is found")
     }
     fn is_grouped(&self, iova: Iova, record: RecordIndex) -> bool {
-        self.groups.get(&iova.get()).is_some_and(|groups| {
-            groups.iter().any(|group| group.elements.contains(&(iova, record)))
-        })
+        self.groups
+            .get(&iova.get())
+            .is_some_and(|groups| groups.iter().any(|group| group.elements.contains(&(iova, record))))
     }
     /// Removes what a map that failed had mapped; the rest of it is for the caller to settle.
     fn take_back(&mut self, kernel: &Kernel, group: Group) {
@@ -296,7 +299,8 @@ impl Domain {
     ) {
         let iova_use = if group.block.is_some() { IovaUse::Kept } else { IovaUse::Allocated(client) };
         for (iova, record) in &group.elements {
-            let found: Found = self.found_at(kernel, *iova, *record).expect("the elements of a group are mapped");
+            let found: Found =
+                self.found_at(kernel, *iova, *record).expect("the elements of a group are mapped");
             self.revoke_found(kernel, &found, iova_use, copies, remains);
         }
         if let Some((first, pages)) = group.block {

@@ -175,7 +175,8 @@ impl Tables {
         (self.top, self.levels)
     }
     pub(super) fn bytes(&self) -> u64 {
-        let leaves = if self.has_extents { self.nodes.keys().filter(|key| level_of(**key) == 1).count() } else { 0 };
+        let leaves =
+            if self.has_extents { self.nodes.keys().filter(|key| level_of(**key) == 1).count() } else { 0 };
         ((self.nodes.len() + leaves) as u64 + self.spare.frames()) * PAGE_SIZE_BYTES
     }
     /// Whether a table stands below the entry that a page of `size` at `iova` would take.
@@ -190,8 +191,7 @@ impl Tables {
         extents: &[Extent],
     ) -> Result<(), Shortage> {
         let missing = self.missing(extents);
-        let is_stocked =
-            missing.single <= self.spare.single.len() && missing.pairs <= self.spare.pairs.len();
+        let is_stocked = missing.single <= self.spare.single.len() && missing.pairs <= self.spare.pairs.len();
         if is_stocked { Ok(()) } else { self.stock_up(kernel, account, missing) }
     }
     fn stock_up(&mut self, kernel: &Kernel, account: &OwnerAccount, wanted: Missing) -> Result<(), Shortage> {
