@@ -212,7 +212,7 @@ mod tests {
         let state = host.owners.get(owner).unwrap();
         let range = state.memory.write().allocate(&host.kernel, PAGES * PAGE_SIZE_BYTES).unwrap();
         let (direction, request_id) = (Direction::Bidirectional, RequestId(1));
-        host.dma_map(&state, device, DmaMap { range, direction, request_id, coherent: false }).unwrap();
+        host.dma_map(&state, device, DmaMap::single(range, direction, request_id)).await.unwrap();
         host.device_of(owner, device).unwrap().domain_id
     }
 
