@@ -12,4 +12,5 @@ pub mod cache;
 pub mod dma;
 pub mod drain;
 pub mod memory;
+pub mod riommu;
 pub mod vtd;

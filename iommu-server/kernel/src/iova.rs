@@ -34,6 +34,9 @@ fn rounded(pages: u64) -> Option<u64> {
     }
 }
 
+/// c
+#[derive(Clone, Copy, Debug, Default)]
+pub struct IovaCounters {}
 /// The allocator of one domain, in page numbers.
 #[derive(Debug)]
 pub(crate) struct IovaAllocator {
@@ -44,7 +47,7 @@ pub(crate) struct IovaAllocator {
 
 impl IovaAllocator {
     /// Everything below 2^`width_bits` is free but what is reserved.
-    pub(crate) fn new(width_bits: u8) -> Self {
+    pub(crate) fn new(_kind: iommu_types::IovaAllocation, width_bits: u8) -> Self {
         let (interrupts, after) = INTERRUPT_PAGES;
         let mut low = FreeRanges::default();
         low.insert(1, interrupts - 1);
@@ -54,7 +57,7 @@ impl IovaAllocator {
         Self { stacks: Default::default(), low, high }
     }
     /// First page of a range of `pages` pages.
-    pub(crate) fn allocate(&mut self, pages: u64) -> Option<u64> {
+    pub(crate) fn allocate(&mut self, pages: u64, _limit: u64, _client: u8) -> Option<u64> {
         let rounded = rounded(pages)?;
         if !is_small(pages) {
             return self.take(rounded, REGION_PAGES).or_else(|| {
@@ -70,7 +73,7 @@ impl IovaAllocator {
         self.stacks[class].pop()
     }
     /// Gives back a range that `allocate` handed out.
-    pub(crate) fn free(&mut self, first: u64, pages: u64) {
+    pub(crate) fn free(&mut self, first: u64, pages: u64, _client: u8) {
         let rounded = rounded(pages).expect("a range that was allocated");
         if is_small(pages) {
             self.stacks[rounded.trailing_zeros() as usize].push(first);
@@ -78,6 +81,8 @@ impl IovaAllocator {
             self.free_exact(first, rounded);
         }
     }
+    pub(crate) fn trim(&mut self) -> u64 { 0 }
+    pub(crate) fn counters(&self) -> IovaCounters { IovaCounters::default() }
     /// Takes exactly this range, if all of it is free.
     pub(crate) fn take_exact(&mut self, first: u64, pages: u64) -> bool {
         if !self.is_free(first, pages) {

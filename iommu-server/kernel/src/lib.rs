@@ -30,7 +30,8 @@ mod topology;
 pub use account::{OwnerAccount, OwnerLimits};
 pub use boot::{BootError, Kernel, KernelConfig};
 pub use domain::{
-    DmaMap, DmaUnmap, Domain, DomainCounters, MapFixed, MappingState, PendingDestroy, PendingUnmap, Undone,
+    DmaFunction, DmaMap, DmaSync, DmaUnmap, DmaUnmapSg, Domain, DomainCounters, MapFixed, MappingState,
+    PendingDestroy, PendingUnmap, Segment, Tick, Undone, Waiting,
 };
 pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;

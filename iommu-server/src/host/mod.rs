@@ -93,7 +93,9 @@ fn kernel_config(config: &Config) -> KernelConfig {
         iotlb: geometry(bounds::IOTLB_SETS),
         context_cache: geometry(bounds::OTHER_CACHE_SETS),
         paging_structure_cache: geometry(bounds::OTHER_CACHE_SETS),
+        iotlb_partitions: 1,
         ports_max: bounds::DEVICE_PORTS_MAX,
+        byte_extents: true,
     };
     KernelConfig {
         unit,

@@ -27,7 +27,7 @@ pub struct Step {
     pub at: Hpa,
     /// The raw entry: bits 63:0. `None` when memory could not be read.
     pub low: Option<u64>,
-    /// Bits 127:64 of root and context entries; `None` for page-table entries.
+    /// Bits 127:64 of root and context entries, or the extent of a partial page; `None` for other page-table entries.
     pub high: Option<u64>,
     /// Permissions left after this entry (the AND so far); only for page-table entries.
     pub permissions: Option<Permissions>,

@@ -166,7 +166,8 @@ enum Place {
 impl Burst<'_> {
     /// Translates a request and runs `op` on the address that it may use. A refusal is recorded before this returns (I6).
     ///
-    /// Hit → permission → op. An insufficient hit is a miss: a permission fault always comes from the tables.
+    /// Hit → permission → op. An insufficient hit is a miss: a permission fault always comes from the tables. A hit of a partial page is
+    /// found on the way of a miss, so that whole pages do not pay for it.
     #[inline]
     pub fn translate<R>(
         &mut self,
@@ -257,11 +258,11 @@ impl Burst<'_> {
             && let ContextTranslation::SecondStage { .. } = context.translation
             && request.is_plain()
             && !request.is_in_interrupt_range()
-            && let Some(entry) = self.port.unit.iotlb.lookup(context.domain_id, request.iova)
-            && entry.permissions.allow(request.access)
+            && let Some(hpa) =
+                self.port.unit.iotlb.hit_whole_page(context.domain_id, request.iova, request.access)
         {
             self.hit_count += 1;
-            return Ok(within_page(entry.hpa, entry.size.bytes(), request.iova));
+            return Ok(hpa);
         }
         self.resolve_slowly(request)
     }

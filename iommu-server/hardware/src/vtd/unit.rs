@@ -18,13 +18,15 @@ use iommu_types::{
     Capabilities, DomainId, Fault, FunctionMask, Hpa, InvalidCapabilities, Invalidation, IovaRange,
 };
 
-use super::counters::{Counters, SlotTally};
+use super::counters::{Counters, InvalidationTally, SlotTally};
 use super::event::EventSink;
 use super::fault_log::{FaultLog, RecordedFault};
 use super::interrupt::{InterruptState, InterruptTable};
 use super::spec::registers::{Gsts, Irta, Rtaddr};
-use super::walk::{RootMode, RootTable};
-use crate::cache::{CacheGeometry, ContextCache, Iotlb, IotlbEntry, PagingStructureCache};
+use super::walk::{RootMode, RootTable, TableRules};
+use crate::cache::{
+    CacheGeometry, ContextCache, EXTENT_HOST_WIDTH_BITS_MAX, Iotlb, IotlbEntry, PagingStructureCache,
+};
 use crate::drain::{Drains, PendingDrain, Scope, SlotIndex};
 use crate::memory::PhysicalMemory;
 
@@ -39,8 +41,26 @@ pub struct UnitConfig {
     pub context_cache: CacheGeometry,
     /// Size of the paging-structure cache.
     pub paging_structure_cache: CacheGeometry,
+    /// How many shares the IOTLB is cut into: a power of two, at most the number of its sets. A domain's entries stand in the share that
+    /// its number says, modulo this; with 1, all domains share all of it.
+    pub iotlb_partitions: u16,
     /// How many ports it has at most at one time.
     pub ports_max: u16,
+    /// Whether bit 52 of a leaf means that its page is granted in part ([`extent`](super::spec::extent)), which is an extension of ours: a
+    /// bare unit ignores the bit, as the specification has it. Needs a host width of 46 bits at most.
+    pub byte_extents: bool,
+}
+
+impl UnitConfig {
+    /// Whether the choices make sense together.
+    fn validate(&self) -> Result<(), InvalidCapabilities> {
+        self.capabilities.validate()?;
+        if self.byte_extents && self.capabilities.host_width_bits > EXTENT_HOST_WIDTH_BITS_MAX {
+            let why = "an IOTLB entry has room for an extent only beside host addresses of at most 46 bits";
+            return Err(InvalidCapabilities { field: "byte_extents", why });
+        }
+        Ok(())
+    }
 }
 
 /// Every port of the unit is taken.
@@ -62,8 +82,7 @@ pub struct Unit {
     tallies: Box<[CachePadded<SlotTally>]>,
     /// Which source sits behind a slot; the scope of a device-selective invalidation.
     sources: Mutex<Box<[Option<SourceId>]>>,
-    invalidations: AtomicU64,
-    drains_waited: AtomicU64,
+    invalidations: CachePadded<InvalidationTally>,
 }
 
 /// What commands have latched: read by every burst, written by software.
@@ -77,17 +96,18 @@ struct Latches {
 }
 
 impl Unit {
-    /// Starts with translation and remapping off, caches empty (as after a reset).
+    /// Starts with translation and remapping off, caches empty (as after a reset). Panics on [impossible](CacheGeometry::is_possible)
+    /// geometries and [partitions](CacheGeometry::takes_partitions).
     pub fn new(
         config: UnitConfig,
         memory: Arc<PhysicalMemory>,
         events: Arc<dyn EventSink>,
     ) -> Result<Arc<Self>, InvalidCapabilities> {
-        config.capabilities.validate()?;
+        config.validate()?;
         let slots = usize::from(config.ports_max);
         Ok(Arc::new(Self {
             drains: Drains::new(config.ports_max),
-            iotlb: Iotlb::new(config.iotlb),
+            iotlb: Iotlb::partitioned(config.iotlb, config.iotlb_partitions),
             contexts: ContextCache::new(config.context_cache),
             paging: PagingStructureCache::new(config.paging_structure_cache),
             latches: Latches {
@@ -98,8 +118,7 @@ impl Unit {
             faults: FaultLog::new(config.capabilities.fault_records),
             tallies: (0..slots).map(|_| CachePadded::default()).collect(),
             sources: Mutex::new(vec![None; slots].into_boxed_slice()),
-            invalidations: AtomicU64::new(0),
-            drains_waited: AtomicU64::new(0),
+            invalidations: CachePadded::default(),
             config,
             memory,
             events,
@@ -112,6 +131,16 @@ impl Unit {
     /// What the unit can do.
     pub fn capabilities(&self) -> &Capabilities {
         &self.config.capabilities
+    }
+    /// Whether pages may be granted in part.
+    #[inline]
+    pub fn has_byte_extents(&self) -> bool {
+        self.config.byte_extents
+    }
+    /// How the unit reads second-stage tables.
+    #[inline]
+    pub fn table_rules(&self) -> TableRules<'_> {
+        TableRules { capabilities: &self.config.capabilities, byte_extents: self.config.byte_extents }
     }
 
     // === typed operations ===
@@ -158,14 +187,20 @@ impl Unit {
             Invalidation::IotlbPages { domain_id, range, leaf_only } => {
                 self.invalidate_pages(domain_id, &[range], leaf_only)
             }
-            Invalidation::IotlbGlobal => self.forget(Scope::Everything, || {
-                self.iotlb.invalidate_all();
-                self.paging.invalidate_all();
-            }),
-            Invalidation::IotlbDomain(domain) => self.forget(Scope::Domain(domain), || {
-                self.iotlb.invalidate_domain(domain);
-                self.paging.invalidate_domain(domain);
-            }),
+            Invalidation::IotlbGlobal => {
+                self.invalidations.globals.fetch_add(1, Ordering::Relaxed);
+                self.forget(Scope::Everything, || {
+                    self.iotlb.invalidate_all();
+                    self.paging.invalidate_all();
+                })
+            }
+            Invalidation::IotlbDomain(domain) => {
+                self.invalidations.domains.fetch_add(1, Ordering::Relaxed);
+                self.forget(Scope::Domain(domain), || {
+                    self.iotlb.invalidate_domain(domain);
+                    self.paging.invalidate_domain(domain);
+                })
+            }
             Invalidation::ContextGlobal => {
                 self.forget_contexts(Scope::Everything, || self.contexts.invalidate_all())
             }
@@ -184,6 +219,7 @@ impl Unit {
     /// Page-selective invalidations of one domain with one move of the generation, one epoch and one drain for all of them
     /// (batched strict unmaps).
     pub fn invalidate_pages(&self, domain: DomainId, ranges: &[IovaRange], leaf_only: bool) -> PendingDrain {
+        self.invalidations.ranges.fetch_add(ranges.len() as u64, Ordering::Relaxed);
         self.forget(Scope::Domain(domain), || {
             for range in ranges {
                 self.iotlb.invalidate_range(domain, *range);
@@ -194,6 +230,10 @@ impl Unit {
         })
     }
 
+    /// stub
+    pub fn invalidate_ring(&self, _s: SourceId, _r: u16) -> PendingDrain { PendingDrain::none() }
+    /// stub
+    pub fn invalidate_ring_device(&self, _s: SourceId) -> PendingDrain { PendingDrain::none() }
     // === faults ===
 
     /// Hands out (and clears) the recording registers, oldest first, and clears the overflow mark.
@@ -217,11 +257,8 @@ impl Unit {
     }
     /// Everything counted since the start, by ports that are gone included.
     pub fn counters(&self) -> Counters {
-        let mut sum = Counters {
-            invalidations: self.invalidations.load(Ordering::Relaxed),
-            drains_waited: self.drains_waited.load(Ordering::Relaxed),
-            ..Counters::default()
-        };
+        let mut sum = Counters::default();
+        self.invalidations.add_to(&mut sum);
         self.tallies.iter().for_each(|tally| tally.add_to(&mut sum));
         self.faults.add_to(&mut sum);
         sum
@@ -328,11 +365,11 @@ impl Unit {
         self.counted(pending)
     }
     fn counted(&self, pending: PendingDrain) -> PendingDrain {
-        self.invalidations.fetch_add(1, Ordering::Relaxed);
+        self.invalidations.all.fetch_add(1, Ordering::Relaxed);
         match pending.try_complete() {
             Ok(_drained) => PendingDrain::none(),
             Err(pending) => {
-                self.drains_waited.fetch_add(1, Ordering::Relaxed);
+                self.invalidations.waited.fetch_add(1, Ordering::Relaxed);
                 pending
             }
         }
