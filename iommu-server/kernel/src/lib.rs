@@ -37,6 +37,6 @@ pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;
 pub use owner_memory::OwnerMemory;
 pub use sanitizer::{
-    Call, EventClock, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer, SanitizerBounds, SyncFor,
+    DriverCall, EventClock, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer, SanitizerBounds,
 };
 pub use topology::{DeviceEntry, OwnerEntry, Topology};

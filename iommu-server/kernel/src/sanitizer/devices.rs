@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use iommu_types::{Access, DeviceAddress};
 
 use super::mapping::{Asked, Mapping};
-use super::supplied::Supplied;
+use super::supplied::{Supplied, Supply};
 
 /// Transfers of one device that are followed at once: the queues of a usual device, and the rings beside them.
 const RUNS_MAX: usize = 64;
@@ -32,6 +32,8 @@ pub(super) struct Device {
     used_at: u64,
     pub(super) supplied: Supplied,
     runs: VecDeque<Run>,
+    /// Whether a run was forgotten that had reached the end of its mapping: what begins there may go on with it.
+    pub(super) has_forgotten_runs: bool,
 }
 
 impl Device {
@@ -45,9 +47,26 @@ impl Device {
         let access = asked.access;
         self.runs.retain(|run| run.access != access || (run.end != asked.first && run.end != end));
         if self.runs.len() >= RUNS_MAX {
-            self.runs.pop_front();
+            self.forget_oldest_run();
         }
         self.runs.push_back(Run { end, access, start, origin });
+    }
+    /// What goes on inside of a mapping needs no run to be judged. What goes on outside does, where the driver gave its start; and then the
+    /// forgotten run counts as an address lost.
+    fn forget_oldest_run(&mut self) {
+        let Some(run) = self.runs.pop_front() else { return };
+        let supply = match run.origin {
+            Some(origin) if origin.contains(run.end) => return,
+            Some(origin) if origin.contains(run.end - 1) => {
+                self.has_forgotten_runs = true;
+                return;
+            }
+            Some(origin) => self.supplied.within(origin.first(), origin.last()),
+            None => self.supplied.exactly(run.start),
+        };
+        if supply != Supply::Never {
+            self.supplied.lose();
+        }
     }
 }
 
@@ -85,7 +104,13 @@ impl Devices {
             }
         }
         let supplied = Supplied::new(self.supplied_capacity, self.has_forgotten);
-        self.devices.push(Device { address, used_at: self.uses, supplied, runs: VecDeque::new() });
+        self.devices.push(Device {
+            address,
+            used_at: self.uses,
+            supplied,
+            runs: VecDeque::new(),
+            has_forgotten_runs: false,
+        });
         self.devices.len() - 1
     }
     /// A mapping died: runs that began in it say so.

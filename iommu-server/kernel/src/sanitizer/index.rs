@@ -36,6 +36,7 @@ impl<T> RangeIndex<T> {
     /// Removes it.
     pub(super) fn remove(&mut self, first: u64, last: u64, number: u64) -> Option<T> {
         let class = class_of(first, last);
+        self.get(first, last, number)?;
         let (_, attached) = self.classes[class].remove(&(first, number))?;
         if self.classes[class].is_empty() {
             self.in_use &= !(1 << class);
@@ -44,7 +45,8 @@ impl<T> RangeIndex<T> {
     }
     /// The range of these ends with this number.
     pub(super) fn get(&self, first: u64, last: u64, number: u64) -> Option<&T> {
-        self.classes[class_of(first, last)].get(&(first, number)).map(|(_, attached)| attached)
+        let (end, attached) = self.classes[class_of(first, last)].get(&(first, number))?;
+        (*end == last).then_some(attached)
     }
     /// Everything that shares an address with `first..=last`, in no promised order.
     pub(super) fn touching(&self, first: u64, last: u64) -> impl Iterator<Item = &T> {

@@ -28,7 +28,8 @@
 //!
 //! Given *after* the death is what was written to a register while nothing was mapped at the address. A word in memory does not prove
 //! it: the driver may have left it there since before. A stray access where a forgotten mapping may have been could be a use after
-//! unmap, so of it neither kind nor culprit is told.
+//! unmap, so of it neither kind nor culprit is told; nor of a further piece that leads there, nor of an access behind the end of a mapping when
+//! the device is in more transfers than are followed.
 
 use iommu_types::{Blame, ReportClass, Violation};
 
@@ -135,6 +136,7 @@ pub(super) fn place(live: &Live, dead: &Graveyard, device: &Device, begun: u64, 
 /// Class, violation and blame.
 pub(super) fn verdict(
     place: &Place,
+    live: &Live,
     dead: &Graveyard,
     device: &Device,
     asked: &Asked,
@@ -143,6 +145,10 @@ pub(super) fn verdict(
     let by_mapping = |mapping: &Mapping| supplied.within(mapping.first(), mapping.last());
     Some(match place {
         Place::Legitimate(_) | Place::Unjudged => return None,
+        // A mapping that was forgotten may have begun here, and then this is no further piece.
+        Place::Overrun(mapping) if !mapping.contains(asked.first) && dead.may_have_covered(asked.first) => {
+            (ReportClass::Overrun, None, Blame::Unknown)
+        }
         Place::Overrun(mapping) => shared_making(ReportClass::Overrun, by_mapping(mapping)),
         Place::WrongDirection(mapping) => shared_making(ReportClass::WrongDirection, by_mapping(mapping)),
         Place::UseAfterUnmap(mapping) => {
@@ -160,6 +166,9 @@ pub(super) fn verdict(
         Place::Stray { .. } if dead.may_have_covered(asked.first) => {
             (ReportClass::StrayAccess, None, Blame::Unknown)
         }
+        Place::Stray { .. } if device.has_forgotten_runs && may_end_before(live, dead, asked.first) => {
+            (ReportClass::StrayAccess, None, Blame::Unknown)
+        }
         Place::Stray { start } => {
             let supply = match (supplied.exactly(asked.first), supplied.exactly(*start)) {
                 (Supply::Given, _) | (_, Supply::Given) => Supply::Given,
@@ -169,6 +178,13 @@ pub(super) fn verdict(
             address_making(ReportClass::StrayAccess, supply)
         }
     })
+}
+
+/// Whether a mapping, alive, dead or forgotten, may end right before the address.
+fn may_end_before(live: &Live, dead: &Graveyard, address: u64) -> bool {
+    let Some(before) = address.checked_sub(1) else { return false };
+    let mut mappings = live.touching(before, before).chain(dead.covering(before));
+    mappings.any(|mapping| mapping.last() == before) || dead.may_have_covered(before)
 }
 
 /// A given address leaves it open who made the rest of the access.

@@ -2,6 +2,8 @@
 
 use iommu_types::{Access, Direction, Gpa, IovaRange, MappingLife, Permissions, RequestId};
 
+use crate::domain::DmaFunction;
+
 /// By which function a mapping was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum MappingKind {
@@ -22,7 +24,17 @@ impl MappingKind {
     }
 }
 
-/// A mapping that was made, or one that is to be found again.
+impl From<DmaFunction> for MappingKind {
+    fn from(function: DmaFunction) -> Self {
+        match function {
+            DmaFunction::Single => Self::Single,
+            DmaFunction::ScatterGather => Self::ScatterGather,
+            DmaFunction::Coherent => Self::Coherent,
+        }
+    }
+}
+
+/// A mapping that was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewMapping {
     /// Its addresses: exactly the bytes asked for, not rounded to pages.

@@ -4,30 +4,21 @@
 //! whatever the violation.
 
 use iommu_types::errors::{DmaMapError, DmaSyncError, DmaUnmapError};
-use iommu_types::{Direction, GpaRange, Iova, IovaRange, ReportClass, Violation};
+use iommu_types::{Direction, GpaRange, Iova, IovaRange, ReportClass, SyncFor, Violation};
 
 use super::mapping::Mapping;
-use super::{Call, Sanitizer};
-
-/// For whom a mapping is synced.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum SyncFor {
-    /// The CPU is to see what the device wrote (`dma_sync_single_for_cpu`).
-    Cpu,
-    /// The device is to see what the CPU wrote (`dma_sync_single_for_device`).
-    Device,
-}
+use super::{DriverCall, Sanitizer};
 
 impl Sanitizer {
     /// A map of the DMA API was refused, and the driver got the error value.
-    pub fn refused_map(&mut self, call: Call, error: &DmaMapError) {
+    pub fn refused_map(&mut self, call: DriverCall, error: &DmaMapError) {
         self.failed_map = Some(call.request_id);
         if matches!(error, DmaMapError::SegmentOverLimit(_)) {
             self.report_call(call, ReportClass::SegmentOverLimit, None, None);
         }
     }
     /// An unmap of the DMA API was refused. What was asked wrongly (an unknown device, an empty range) is no matter of mappings and not reported.
-    pub fn refused_unmap(&mut self, call: Call, iova: Iova, error: &DmaUnmapError) {
+    pub fn refused_unmap(&mut self, call: DriverCall, iova: Iova, error: &DmaUnmapError) {
         let here = self.mapping_at(iova);
         let (class, mapping) = match error {
             DmaUnmapError::NotMapped(_) => match self.dead.at_base(iova.get()).copied() {
@@ -48,7 +39,7 @@ impl Sanitizer {
     }
     /// A sync succeeded. It is misuse all the same when data cannot flow so: for the CPU what only the device reads, for the device what
     /// only the device writes.
-    pub fn synced(&mut self, call: Call, range: IovaRange, synced_for: SyncFor) {
+    pub fn synced(&mut self, call: DriverCall, range: IovaRange, synced_for: SyncFor) {
         let (first, last) = (range.base().get(), range.last().get());
         let against = |mapping: &Mapping| {
             matches!(
@@ -69,7 +60,7 @@ impl Sanitizer {
         }
     }
     /// A sync was refused.
-    pub fn refused_sync(&mut self, call: Call, iova: Iova, error: &DmaSyncError) {
+    pub fn refused_sync(&mut self, call: DriverCall, iova: Iova, error: &DmaSyncError) {
         let here = self.mapping_at(iova);
         let (class, mapping) = match error {
             // To dma-debug, a mapping of another function is not there.
@@ -91,7 +82,7 @@ impl Sanitizer {
         self.live.at_base(iova.get()).or_else(|| self.live.covering(iova.get())).copied()
     }
     /// Memory was to be freed (and was not, as it is pinned). Reports if this domain maps some of it, and says whether.
-    pub fn released_while_mapped(&mut self, call: Call, memory: GpaRange) -> bool {
+    pub fn released_while_mapped(&mut self, call: DriverCall, memory: GpaRange) -> bool {
         let (first, last) = (memory.base().get(), memory.last().get());
         let newest = self.live.of_memory(first, last).max_by_key(|mapping| mapping.number).copied();
         if newest.is_some() {
@@ -101,7 +92,7 @@ impl Sanitizer {
     }
     /// The device or the driver lets go, and what is mapped now was leaked: a report for each mapping, oldest first, up to a bound; the last
     /// one counts the rest. Mappings live on until they are unmapped.
-    pub fn leaked(&mut self, call: Call) {
+    pub fn leaked(&mut self, call: DriverCall) {
         let mut leaked: Vec<Mapping> = self.live.iter().copied().collect();
         leaked.sort_unstable_by_key(|mapping| mapping.number);
         let told = leaked.len().min(self.bounds.leak_reports.max(1));

@@ -26,6 +26,8 @@ mod mapping;
 mod misuse;
 mod observe;
 mod supplied;
+#[cfg(test)]
+mod tests;
 mod written;
 
 use std::collections::BTreeMap;
@@ -38,7 +40,6 @@ use iommu_types::{
 };
 
 pub use mapping::{MappingKind, NewMapping};
-pub use misuse::SyncFor;
 pub use supplied::RegisterWrite;
 
 use devices::Devices;
@@ -80,7 +81,7 @@ impl EventClock {
 
 /// A call of the control plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Call {
+pub struct DriverCall {
     /// When it was made.
     pub at: Moment,
     /// For which device, if for one.
@@ -152,7 +153,7 @@ impl Sanitizer {
     }
     /// Something was mapped. To be told before the map is answered. Where streaming memory is mapped already, in the same cache lines, and
     /// either mapping lets the device write, that is reported.
-    pub fn mapped(&mut self, call: Call, new: NewMapping) {
+    pub fn mapped(&mut self, call: DriverCall, new: NewMapping) {
         self.births += 1;
         let mapping = Mapping::new(self.births, new, call.at.at_us, call.request_id);
         if let Some(other) = self.overlapped(&mapping) {
@@ -172,7 +173,7 @@ impl Sanitizer {
     }
     /// A mapping was unmapped; `call.at` is its death. To be told before the unmap is answered. Does nothing when there is no such mapping. Where
     /// there are several, the one with the direction dies, and the oldest of equal ones.
-    pub fn unmapped(&mut self, call: Call, range: IovaRange, direction: Direction, kind: MappingKind) {
+    pub fn unmapped(&mut self, call: DriverCall, range: IovaRange, direction: Direction, kind: MappingKind) {
         let (first, last) = (range.base().get(), range.last().get());
         let meant = |mapping: &&Mapping| mapping.life.direction == direction && mapping.kind == kind;
         let found = self.live.exactly(first, last).filter(meant).min_by_key(|mapping| mapping.number);
@@ -211,7 +212,7 @@ impl Sanitizer {
     /// A report about a call of the driver.
     fn report_call(
         &mut self,
-        call: Call,
+        call: DriverCall,
         class: ReportClass,
         violation: Option<Violation>,
         mapping: Option<Mapping>,
@@ -220,7 +221,7 @@ impl Sanitizer {
     }
     fn report_calls(
         &mut self,
-        call: Call,
+        call: DriverCall,
         class: ReportClass,
         violation: Option<Violation>,
         mapping: Option<Mapping>,

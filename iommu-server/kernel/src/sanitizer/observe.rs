@@ -8,7 +8,7 @@ use iommu_types::{
 use super::judge::{self, Place};
 use super::mapping::{Asked, Mapping};
 use super::supplied::{RegisterWrite, words};
-use super::{Call, Moment, Sanitizer};
+use super::{DriverCall, Moment, Sanitizer};
 
 /// Bytes of one read that are looked at for addresses: more than a device reads of descriptors at once.
 const READ_BYTES_MAX: usize = 64 << 10;
@@ -51,7 +51,7 @@ impl Sanitizer {
         self.devices.device(device).supplied.give(value, true, dangling);
     }
     fn report_error_value(&mut self, now: Moment, device: DeviceAddress, request_id: RequestId) {
-        let call = Call { at: now, device: Some(device), request_id };
+        let call = DriverCall { at: now, device: Some(device), request_id };
         self.report_call(call, ReportClass::ErrorNeverChecked, Some(Violation::BadAddress), None);
     }
     fn leads_somewhere(&self, value: u64) -> bool {
@@ -81,7 +81,7 @@ impl Sanitizer {
         let asked = Asked::new(access.iova.get(), access.size_bytes, access.access);
         let state = self.devices.device(device);
         let place = judge::place(&self.live, &self.dead, state, begun.order, &asked);
-        let verdict = judge::verdict(&place, &self.dead, state, &asked);
+        let verdict = judge::verdict(&place, &self.live, &self.dead, state, &asked);
         if asked.moves_bytes() {
             match place {
                 Place::Stray { start } => state.follow(&asked, start, None),
@@ -160,11 +160,12 @@ impl Sanitizer {
         }
         let last = asked.first.saturating_add(u64::from(done_bytes) - 1);
         for mapping in self.live.touching(asked.first, last).filter(|mapping| mapping.life.coherent) {
-            let (first, last) =
-                mapping.memory(asked.first.max(mapping.first()), last.min(mapping.last()));
+            let (first, last) = mapping.memory(asked.first.max(mapping.first()), last.min(mapping.last()));
             self.written.note(first, last);
         }
-        if let Some(through) = through.filter(|mapping| !mapping.life.coherent && mapping.contains(asked.first)) {
+        if let Some(through) =
+            through.filter(|mapping| !mapping.life.coherent && mapping.contains(asked.first))
+        {
             let (first, last) = through.memory(asked.first, last);
             if self.live.of_memory(first, last).any(|mapping| mapping.life.coherent) {
                 self.written.note(first, last);

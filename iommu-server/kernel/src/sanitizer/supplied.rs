@@ -240,7 +240,12 @@ mod tests {
         let found: Vec<_> = words(0x1006, &bytes).map(|word| (word.address, word.value)).collect();
         assert_eq!(
             found,
-            [(0x1008, 0x0a09_0807_0605_0403), (0x1008, 0x0605_0403), (0x100c, 0x0a09_0807), (0x1010, 0x0e0d_0c0b)]
+            [
+                (0x1008, 0x0a09_0807_0605_0403),
+                (0x1008, 0x0605_0403),
+                (0x100c, 0x0a09_0807),
+                (0x1010, 0x0e0d_0c0b)
+            ]
         );
         assert_eq!(words(0x1001, &bytes[..2]).count(), 0);
         assert_eq!(words(u64::MAX, &bytes).count(), 1 + 3);
