@@ -24,6 +24,7 @@ mod interrupts;
 mod iova;
 mod owner_memory;
 mod records;
+mod sanitizer;
 mod topology;
 
 pub use account::{OwnerAccount, OwnerLimits};
@@ -35,4 +36,7 @@ pub use domain::{
 pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;
 pub use owner_memory::OwnerMemory;
+pub use sanitizer::{
+    DriverCall, EventClock, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer, SanitizerBounds,
+};
 pub use topology::{DeviceEntry, OwnerEntry, Topology};
