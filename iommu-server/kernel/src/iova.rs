@@ -36,7 +36,13 @@ fn rounded(pages: u64) -> Option<u64> {
 
 /// c
 #[derive(Clone, Copy, Debug, Default)]
-pub struct IovaCounters { pub live_ranges: u64, pub cached_ranges: u64, pub visits: u64, pub allocations: u64, pub tree_allocations: u64 }
+pub struct IovaCounters {
+    pub live_ranges: u64,
+    pub cached_ranges: u64,
+    pub visits: u64,
+    pub allocations: u64,
+    pub tree_allocations: u64,
+}
 /// The allocator of one domain, in page numbers.
 #[derive(Debug)]
 pub(crate) struct IovaAllocator {
