@@ -21,8 +21,17 @@ pub(super) struct Run {
     access: Access,
     /// First address of its first piece.
     pub(super) start: u64,
-    /// The mapping that it began in, alive or dead; `None` when it began outside of all.
-    pub(super) origin: Option<Mapping>,
+    pub(super) origin: Origin,
+}
+
+/// Where a transfer began.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Origin {
+    /// In a mapping, alive or dead.
+    Mapping(Mapping),
+    Outside,
+    /// Where it could not be judged.
+    Doubtful,
 }
 
 /// One device.
@@ -32,8 +41,10 @@ pub(super) struct Device {
     used_at: u64,
     pub(super) supplied: Supplied,
     runs: VecDeque<Run>,
-    /// Whether a run was forgotten that had reached the end of its mapping: what begins there may go on with it.
-    pub(super) has_forgotten_runs: bool,
+    /// Whether a run was forgotten that had reached the end of its mapping, as most do.
+    has_forgotten_whole: bool,
+    /// Between which addresses the other runs ended that were forgotten outside of a mapping.
+    forgotten_ends: Option<(u64, u64)>,
 }
 
 impl Device {
@@ -42,7 +53,7 @@ impl Device {
         self.runs.iter().find(|run| run.end == asked.first && run.access == asked.access)
     }
     /// The access was a piece of a transfer that began so.
-    pub(super) fn follow(&mut self, asked: &Asked, start: u64, origin: Option<Mapping>) {
+    pub(super) fn follow(&mut self, asked: &Asked, start: u64, origin: Origin) {
         let Some(end) = asked.last.checked_add(1) else { return };
         let access = asked.access;
         self.runs.retain(|run| run.access != access || (run.end != asked.first && run.end != end));
@@ -51,22 +62,28 @@ impl Device {
         }
         self.runs.push_back(Run { end, access, start, origin });
     }
-    /// What goes on inside of a mapping needs no run to be judged. What goes on outside does, where the driver gave its start; and then the
-    /// forgotten run counts as an address lost.
+    /// What goes on inside of a mapping needs no run to be judged. What goes on outside does, unless its start was the device's own.
     fn forget_oldest_run(&mut self) {
         let Some(run) = self.runs.pop_front() else { return };
         let supply = match run.origin {
-            Some(origin) if origin.contains(run.end) => return,
-            Some(origin) if origin.contains(run.end - 1) => {
-                self.has_forgotten_runs = true;
+            Origin::Mapping(mapping) if mapping.contains(run.end) => return,
+            Origin::Mapping(mapping) if mapping.contains(run.end - 1) => {
+                self.has_forgotten_whole = true;
                 return;
             }
-            Some(origin) => self.supplied.within(origin.first(), origin.last()),
-            None => self.supplied.exactly(run.start),
+            Origin::Mapping(mapping) => self.supplied.within(mapping.first(), mapping.last()),
+            Origin::Outside => self.supplied.exactly(run.start),
+            Origin::Doubtful => Supply::Perhaps,
         };
         if supply != Supply::Never {
-            self.supplied.lose();
+            let (first, last) = self.forgotten_ends.unwrap_or((run.end, run.end));
+            self.forgotten_ends = Some((first.min(run.end), last.max(run.end)));
         }
+    }
+    /// Whether a transfer that was forgotten may go on at the address, which lies outside of all mappings.
+    pub(super) fn may_go_on_at(&self, address: u64, ends_a_mapping: impl FnOnce() -> bool) -> bool {
+        self.forgotten_ends.is_some_and(|(first, last)| (first..=last).contains(&address))
+            || (self.has_forgotten_whole && ends_a_mapping())
     }
 }
 
@@ -109,14 +126,15 @@ impl Devices {
             used_at: self.uses,
             supplied,
             runs: VecDeque::new(),
-            has_forgotten_runs: false,
+            has_forgotten_whole: false,
+            forgotten_ends: None,
         });
         self.devices.len() - 1
     }
     /// A mapping died: runs that began in it say so.
     pub(super) fn mapping_died(&mut self, mapping: &Mapping) {
         for run in self.devices.iter_mut().flat_map(|device| &mut device.runs) {
-            if let Some(origin) = &mut run.origin
+            if let Origin::Mapping(origin) = &mut run.origin
                 && origin.number == mapping.number
             {
                 *origin = *mapping;

@@ -33,7 +33,7 @@
 
 use iommu_types::{Blame, ReportClass, Violation};
 
-use super::devices::Device;
+use super::devices::{Device, Origin, Run};
 use super::graveyard::Graveyard;
 use super::live::Live;
 use super::mapping::{Asked, Mapping};
@@ -49,11 +49,15 @@ pub(super) enum Place {
     Overrun(Mapping),
     WrongDirection(Mapping),
     UseAfterUnmap(Mapping),
+    /// As use after unmap, and perhaps a further piece of a transfer that is not known any more.
+    DoubtfulUse(Mapping),
     ErrorNeverChecked,
     /// With the start of the transfer, where it is a further piece of one that began outside of all mappings.
     Stray {
         start: u64,
     },
+    /// Outside of all known mappings, where a forgotten one may have been; or a further piece of a transfer that began in such a place.
+    DoubtfulStray,
     /// It cannot be told, because something was forgotten or there was too much to look at.
     Unjudged,
 }
@@ -65,9 +69,34 @@ impl Place {
             Self::Legitimate(mapping)
             | Self::Overrun(mapping)
             | Self::WrongDirection(mapping)
-            | Self::UseAfterUnmap(mapping) => Some(mapping),
-            Self::ErrorNeverChecked | Self::Stray { .. } | Self::Unjudged => None,
+            | Self::UseAfterUnmap(mapping)
+            | Self::DoubtfulUse(mapping) => Some(mapping),
+            Self::ErrorNeverChecked | Self::Stray { .. } | Self::DoubtfulStray | Self::Unjudged => None,
         }
+    }
+}
+
+/// Whether an overrun is a further piece of a transfer, as far as is known, at a place where a forgotten mapping may have been.
+fn is_doubtful_piece(mapping: &Mapping, dead: &Graveyard, asked: &Asked) -> bool {
+    !mapping.contains(asked.first) && dead.may_have_covered(asked.first)
+}
+
+/// First address and origin of the transfer that the access is a piece of, for those that may follow.
+pub(super) fn transfer(place: &Place, dead: &Graveyard, asked: &Asked) -> Option<(u64, Origin)> {
+    match place {
+        _ if !asked.moves_bytes => None,
+        Place::ErrorNeverChecked => None,
+        Place::Stray { start } => Some((*start, Origin::Outside)),
+        Place::Unjudged | Place::DoubtfulStray | Place::DoubtfulUse(_) => {
+            Some((asked.first, Origin::Doubtful))
+        }
+        Place::Overrun(mapping) if is_doubtful_piece(mapping, dead, asked) => {
+            Some((asked.first, Origin::Doubtful))
+        }
+        Place::Legitimate(mapping)
+        | Place::Overrun(mapping)
+        | Place::WrongDirection(mapping)
+        | Place::UseAfterUnmap(mapping) => Some((asked.first, Origin::Mapping(*mapping))),
     }
 }
 
@@ -119,24 +148,39 @@ pub(super) fn place(live: &Live, dead: &Graveyard, device: &Device, begun: u64, 
     if first == u64::MAX {
         return Place::ErrorNeverChecked;
     }
-    let run = device.continued(asked).filter(|_| !device.supplied.holds(first));
-    let died = dead.latest_before(first, begun);
-    if let Some(origin) = run.and_then(|run| run.origin)
-        && !origin.contains(first)
-        && !dead.covering(first).any(|mapping| mapping.first() == first)
+    outside(live, dead, device, begun, asked)
+}
+
+/// The rules for an access that begins in nothing that was mapped when it began, or since.
+fn outside(live: &Live, dead: &Graveyard, device: &Device, begun: u64, asked: &Asked) -> Place {
+    let first = asked.first;
+    let is_given = device.supplied.holds(first);
+    let run = device.continued(asked).filter(|_| !is_given);
+    let begins_here = dead.covering(first).any(|mapping| mapping.first() == first);
+    if let Some(Run { origin: Origin::Mapping(mapping), .. }) = run
+        && !mapping.contains(first)
+        && !begins_here
     {
-        return Place::Overrun(origin);
+        return Place::Overrun(*mapping);
     }
-    match died {
-        Some(mapping) => Place::UseAfterUnmap(*mapping),
-        None => Place::Stray { start: run.filter(|run| run.origin.is_none()).map_or(first, |run| run.start) },
+    let is_doubtful = match run {
+        Some(run) => matches!(run.origin, Origin::Doubtful),
+        None => !is_given && device.may_go_on_at(first, || may_end_before(live, dead, first)),
+    };
+    if let Some(mapping) = dead.latest_before(first, begun) {
+        let is_doubtful = is_doubtful && !begins_here;
+        return if is_doubtful { Place::DoubtfulUse(*mapping) } else { Place::UseAfterUnmap(*mapping) };
+    }
+    match run {
+        _ if is_doubtful || dead.may_have_covered(first) => Place::DoubtfulStray,
+        Some(Run { origin: Origin::Outside, start, .. }) => Place::Stray { start: *start },
+        _ => Place::Stray { start: first },
     }
 }
 
 /// Class, violation and blame.
 pub(super) fn verdict(
     place: &Place,
-    live: &Live,
     dead: &Graveyard,
     device: &Device,
     asked: &Asked,
@@ -146,7 +190,7 @@ pub(super) fn verdict(
     Some(match place {
         Place::Legitimate(_) | Place::Unjudged => return None,
         // A mapping that was forgotten may have begun here, and then this is no further piece.
-        Place::Overrun(mapping) if !mapping.contains(asked.first) && dead.may_have_covered(asked.first) => {
+        Place::Overrun(mapping) if is_doubtful_piece(mapping, dead, asked) => {
             (ReportClass::Overrun, None, Blame::Unknown)
         }
         Place::Overrun(mapping) => shared_making(ReportClass::Overrun, by_mapping(mapping)),
@@ -163,12 +207,8 @@ pub(super) fn verdict(
         Place::ErrorNeverChecked => {
             address_making(ReportClass::ErrorNeverChecked, supplied.exactly(asked.first))
         }
-        Place::Stray { .. } if dead.may_have_covered(asked.first) => {
-            (ReportClass::StrayAccess, None, Blame::Unknown)
-        }
-        Place::Stray { .. } if device.has_forgotten_runs && may_end_before(live, dead, asked.first) => {
-            (ReportClass::StrayAccess, None, Blame::Unknown)
-        }
+        Place::DoubtfulUse(_) => (ReportClass::UseAfterUnmap, Some(Violation::InvalidUse), Blame::Unknown),
+        Place::DoubtfulStray => (ReportClass::StrayAccess, None, Blame::Unknown),
         Place::Stray { start } => {
             let supply = match (supplied.exactly(asked.first), supplied.exactly(*start)) {
                 (Supply::Given, _) | (_, Supply::Given) => Supply::Given,

@@ -115,6 +115,8 @@ pub(super) struct Asked {
     pub(super) last: u64,
     pub(super) access: Access,
     needs: Permissions,
+    /// Whether it is a piece of a transfer: one of no bytes is not.
+    pub(super) moves_bytes: bool,
 }
 
 impl Asked {
@@ -127,11 +129,7 @@ impl Asked {
             Access::Atomic => Permissions::READ_WRITE,
         };
         let last = first.saturating_add(u64::from(size_bytes.max(1)) - 1);
-        Self { first, last, access, needs }
-    }
-    /// Whether it is a piece of a transfer: a zero-length read is not.
-    pub(super) fn moves_bytes(&self) -> bool {
-        !self.needs.is_empty()
+        Self { first, last, access, needs, moves_bytes: size_bytes != 0 }
     }
     /// Whether the mapping's direction allows it.
     pub(super) fn goes_with(&self, mapping: &Mapping) -> bool {

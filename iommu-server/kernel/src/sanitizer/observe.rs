@@ -55,7 +55,9 @@ impl Sanitizer {
         self.report_call(call, ReportClass::ErrorNeverChecked, Some(Violation::BadAddress), None);
     }
     fn leads_somewhere(&self, value: u64) -> bool {
-        self.live.touching(value, value).next().is_some() || self.dead.covering(value).next().is_some()
+        self.live.touching(value, value).next().is_some()
+            || self.dead.covering(value).next().is_some()
+            || self.dead.may_have_covered(value)
     }
     /// Numbers below a page are counts and flags, unless something is mapped there (as slot 0 of ring 0 is).
     fn may_be_address(&self, value: u64) -> bool {
@@ -81,22 +83,21 @@ impl Sanitizer {
         let asked = Asked::new(access.iova.get(), access.size_bytes, access.access);
         let state = self.devices.device(device);
         let place = judge::place(&self.live, &self.dead, state, begun.order, &asked);
-        let verdict = judge::verdict(&place, &self.live, &self.dead, state, &asked);
-        if asked.moves_bytes() {
-            match place {
-                Place::Stray { start } => state.follow(&asked, start, None),
-                Place::Unjudged | Place::ErrorNeverChecked => {}
-                Place::Legitimate(mapping)
-                | Place::Overrun(mapping)
-                | Place::WrongDirection(mapping)
-                | Place::UseAfterUnmap(mapping) => state.follow(&asked, asked.first, Some(mapping)),
-            }
+        let verdict = judge::verdict(&place, &self.dead, state, &asked);
+        if let Some((start, origin)) = judge::transfer(&place, &self.dead, &asked) {
+            state.follow(&asked, start, origin);
         }
         if let Some((class, violation, blame)) = verdict {
             let seen = Seen { at_us: seen_at_us, device, access };
             self.report_dma(seen, &place, class, violation, blame);
         }
-        self.unjudged = self.unjudged.saturating_add(u64::from(matches!(place, Place::Unjudged)));
+        if matches!(place, Place::Unjudged) {
+            self.unjudged = self.unjudged.saturating_add(1);
+            if read_bytes.is_some() {
+                // What it read may have been coherent memory.
+                self.devices.device(device).supplied.lose();
+            }
+        }
         if let (Place::Legitimate(mapping), Some(bytes)) = (&place, read_bytes)
             && mapping.life.coherent
         {
