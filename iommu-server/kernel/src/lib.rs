@@ -33,5 +33,6 @@ pub use domain::{
 };
 pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;
+pub use iova::{IovaAllocator, IovaCounters, IovaReplay};
 pub use owner_memory::OwnerMemory;
 pub use topology::{DeviceEntry, OwnerEntry, Topology};

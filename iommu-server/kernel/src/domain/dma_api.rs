@@ -56,7 +56,7 @@ impl Domain {
                 pages: run.frames,
             });
         })?;
-        let first = self.iovas.allocate(pages).ok_or(IovaExhausted { size_bytes })?;
+        let first = self.iovas.allocate(pages, u64::MAX, 0).ok_or(IovaExhausted { size_bytes })?;
         let mut at = first;
         for extent in &mut self.extents {
             extent.iova = Iova::new(at * PAGE_SIZE_BYTES);
@@ -74,7 +74,7 @@ impl Domain {
             gpa: request.range.base().get(),
             request_id: request.request_id.0,
         };
-        let index = self.grant(kernel, &record).inspect_err(|_| self.iovas.free(first, pages))?;
+        let index = self.grant(kernel, &record).inspect_err(|_| self.iovas.free(first, pages, 0))?;
         if iova::is_small(pages) {
             self.tables.set_slot(first, index);
         } else {

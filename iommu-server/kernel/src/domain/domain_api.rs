@@ -170,6 +170,12 @@ impl Domain {
     pub(super) fn protection_code(&self) -> u8 {
         match self.protection {
             Protection::Strict => 1,
+            Protection::Passthrough => 2,
+            Protection::Deferred(_) => 3,
+            Protection::Shared => 4,
+            Protection::Persistent(_) => 5,
+            Protection::Bounce(_) => 6,
+            Protection::Ring(_) => 7,
         }
     }
 }

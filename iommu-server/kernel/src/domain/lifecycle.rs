@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use iommu_hardware::drain::{Drained, PendingDrain};
 use iommu_types::errors::{CreateDomainError, InvalidField};
-use iommu_types::{AddressWidths, Capabilities, Invalidation, Iova, IovaRange, Protection};
+use iommu_types::{AddressWidths, Capabilities, Invalidation, Iova, IovaAllocation, IovaRange, Protection};
 
 use super::table::Tables;
 use super::undone::{PendingUnmap, Revoked, Undone, Unfinished};
@@ -39,7 +39,7 @@ impl Kernel {
             protection,
             width_bits,
             tables,
-            iovas: IovaAllocator::new(width_bits),
+            iovas: IovaAllocator::new(IovaAllocation::Cached, width_bits),
             ranges: BTreeMap::new(),
             unfinished: Unfinished::default(),
             kept_records: Vec::new(),

@@ -202,7 +202,7 @@ impl Domain {
             kernel.records.put(&mut self.kept_records, record);
         }
         for FreedIova { first, pages, is_fixed } in remains.iovas.drain(..) {
-            if is_fixed { self.iovas.free_exact(first, pages) } else { self.iovas.free(first, pages) }
+            if is_fixed { self.iovas.free_exact(first, pages) } else { self.iovas.free(first, pages, 0) }
         }
         for frame in remains.frames.drain(..).flat_map(FrameRun::iter) {
             kernel.frames.array().unpin(frame);
