@@ -167,6 +167,14 @@ impl Tables {
     pub(super) fn counters(&self) -> TableCounters {
         self.counters
     }
+    pub(super) fn top(&self) -> (Hpa, u8) {
+        (self.top, self.levels)
+    }
+    pub(super) fn bytes(&self) -> u64 {
+        let leaves =
+            if self.has_extents { self.nodes.keys().filter(|key| level_of(**key) == 1).count() } else { 0 };
+        ((self.nodes.len() + leaves) as u64 + self.spare.frames()) * PAGE_SIZE_BYTES
+    }
     /// Whether a table stands below the entry that a page of `size` at `iova` would take.
     pub(super) fn has_table_under(&self, iova: Iova, size: PageSize) -> bool {
         self.nodes.contains_key(&key(size.leaf_level() - 1, iova))
