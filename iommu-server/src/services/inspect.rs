@@ -19,10 +19,10 @@ use super::tables::{Dump, Scope};
 use super::{Caller, parse};
 use crate::bounds;
 use crate::host::Host;
-use crate::telemetry;
 use crate::host::devices::{DeviceState, Home};
 use crate::host::domains::DomainSlot;
 use crate::machine::Machine;
+use crate::telemetry;
 
 /// The service.
 #[derive(Clone, Debug)]
