@@ -158,7 +158,7 @@ fn i7_an_owner_cannot_use_up_what_others_may_have() {
     let buffer = greedy.buffer(1);
     let refused = (1..1000u64).find_map(|n| {
         let request = fixed(n << 39, buffer.base(), 1);
-        greedy.domain.map(&kernel, &greedy.memory, request).err()
+        greedy.domain.map(&kernel, &greedy.memory, request, NOW).err()
     });
     assert_eq!(
         refused.map(|error| error.to_string()).as_deref(),
@@ -204,7 +204,7 @@ fn an_unmap_that_nobody_finishes_is_taken_over_by_unmap_all() {
     tenant.map(0x1000, buffer.base(), 1);
     let lost = tenant.domain.unmap(&kernel, iova_range(Iova::new(0x1000), PAGE), NOW).expect("unmapped");
     let (drain, late) = lost.split();
-    let pending = tenant.domain.unmap_all(&kernel);
+    let pending = tenant.domain.unmap_all(&kernel, NOW);
     assert_eq!(pending.undone.unmapped_bytes(), PAGE);
     tenant.finish(pending);
     // The late ticket must not finish what came after it.

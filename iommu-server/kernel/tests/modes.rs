@@ -377,7 +377,7 @@ fn a_ring_domain_says_what_it_does_not_take() {
     let error =
         tenant.domain.dma_map(&tenant.kernel, &tenant.memory, request, NOW).expect_err("no such ring");
     assert!(matches!(error, DmaMapError::InvalidField(ref field) if field.field == "ring"), "{error:?}");
-    let error = tenant.domain.map(&tenant.kernel, &tenant.memory, fixed(1 << 30, buffer.base(), 1));
+    let error = tenant.domain.map(&tenant.kernel, &tenant.memory, fixed(1 << 30, buffer.base(), 1), NOW);
     assert!(matches!(error, Err(MapError::ModeRefuses(_))), "{error:?}");
     let limits = DmaLimits { mask_bits: 32, ..DmaLimits::default() };
     assert!(tenant.domain.set_limits(limits).is_err());

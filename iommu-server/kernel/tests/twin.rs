@@ -228,7 +228,7 @@ impl Run {
         let buffer = *buffer.get(&self.twin.buffers);
         let range = iova_range(Iova::new(iova), pages * PAGE);
         let request = MapFixed { iova: range, gpa: buffer.base(), permissions, request_id: RequestId(2) };
-        let result = self.tenant.domain.map(&self.tenant.kernel, &self.tenant.memory, request);
+        let result = self.tenant.domain.map(&self.tenant.kernel, &self.tenant.memory, request, NOW);
         let mapping = Mapping {
             iova: range.base(),
             size_bytes: range.size_bytes(),
@@ -364,7 +364,7 @@ impl Run {
         for pending in std::mem::take(&mut self.pending) {
             self.tenant.finish(pending);
         }
-        let pending = self.tenant.domain.unmap_all(&kernel);
+        let pending = self.tenant.domain.unmap_all(&kernel, NOW);
         self.tenant.finish(pending);
         let account = std::sync::Arc::clone(&self.tenant.account);
         prop_assert_eq!((account.mappings(), account.mapped_bytes()), (0, 0));

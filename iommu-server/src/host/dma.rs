@@ -332,7 +332,7 @@ impl Host {
     pub fn map_fixed(&self, owner: &OwnerState, id: DomainId, map: MapFixed) -> Result<(), MapError> {
         let slot = self.domain_of(owner.owner, id)?;
         let memory = owner.memory.read();
-        slot.with(|domain| domain.map(&self.kernel, &memory, map))?
+        slot.with(|domain| domain.map(&self.kernel, &memory, map, telemetry::now()))?
     }
 
     /// Unmaps a range; resolves with the bytes removed when it is quiet.

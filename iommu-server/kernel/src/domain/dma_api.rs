@@ -25,10 +25,12 @@ impl Domain {
         kernel: &Kernel,
         memory: &OwnerMemory,
         request: DmaMap,
-        _now: Tick,
+        now: Tick,
     ) -> Result<Iova, DmaMapError> {
         assert!(memory.owner() == self.owner(), "a domain maps memory of its owner");
-        self.map_one(kernel, memory, &request)
+        let outcome = self.map_one(kernel, memory, &request);
+        self.tell_mapped(&request, &outcome, now);
+        outcome
     }
     /// Maps one buffer as the mode does.
     pub(super) fn map_one(
@@ -127,18 +129,26 @@ impl Domain {
         request: DmaUnmap,
         now: Tick,
     ) -> Result<PendingUnmap, DmaUnmapError> {
-        if let Mode::Ring(_) = self.mode {
-            let (mut results, pending) = self.unmap_slots(kernel, &[request], now);
-            return results.pop().unwrap_or(Ok(())).map(|()| pending);
-        }
-        let mut remains = self.unfinished.fresh();
-        let result = self.revoke_dma(kernel, &request, &mut remains);
-        let pending = self.settle_for(kernel, remains, request.function, now);
-        result.map(|()| pending)
+        let (mut results, pending) = self.dma_unmap_batch(kernel, &[request], now);
+        results.pop().expect("one operation has one result").map(|()| pending)
     }
     /// Unmaps many buffers with one invalidation and one drain. Results are per operation, in order; one that fails
     /// changes nothing and stops none of the others.
     pub fn dma_unmap_batch(
+        &mut self,
+        kernel: &Kernel,
+        requests: &[DmaUnmap],
+        now: Tick,
+    ) -> (Vec<Result<(), DmaUnmapError>>, PendingUnmap) {
+        let (results, pending) = self.unmap_untold(kernel, requests, now);
+        if self.sanitizer.is_some() {
+            std::iter::zip(requests, &results).for_each(|(request, result)| {
+                self.tell_unmapped(request, result, now);
+            });
+        }
+        (results, pending)
+    }
+    fn unmap_untold(
         &mut self,
         kernel: &Kernel,
         requests: &[DmaUnmap],
@@ -151,22 +161,17 @@ impl Domain {
         let revoke = |request: &DmaUnmap| self.revoke_dma(kernel, request, &mut remains);
         let results = requests.iter().map(revoke).collect();
         let is_coherent = requests.iter().any(|request| request.function == DmaFunction::Coherent);
-        let function = if is_coherent { DmaFunction::Coherent } else { DmaFunction::Single };
-        (results, self.settle_for(kernel, remains, function, now))
+        (results, self.settle_for(kernel, remains, is_coherent, now))
     }
     /// Settles what was revoked. Coherent memory is freed right after its unmap, so its invalidation is not deferred.
     fn settle_for(
         &mut self,
         kernel: &Kernel,
         remains: Remains,
-        function: DmaFunction,
+        is_coherent: bool,
         now: Tick,
     ) -> PendingUnmap {
-        if function == DmaFunction::Coherent {
-            self.invalidate_now(kernel, remains)
-        } else {
-            self.settle(kernel, remains, now)
-        }
+        if is_coherent { self.invalidate_now(kernel, remains) } else { self.settle(kernel, remains, now) }
     }
     fn revoke_dma(
         &mut self,

@@ -33,6 +33,7 @@ mod scatter;
 mod sync;
 mod table;
 mod undone;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -51,6 +52,7 @@ pub use request::{DmaFunction, DmaMap, DmaUnmap, Segment, Tick};
 pub use scatter::DmaUnmapSg;
 pub use sync::DmaSync;
 pub use undone::{PendingUnmap, Undone};
+pub use watch::SanitizerHandle;
 
 use crate::account::OwnerAccount;
 use crate::boot::Kernel;
@@ -90,6 +92,8 @@ pub struct Domain {
     extents: Vec<Extent>,
     /// What the unmap at work invalidates. Kept for its memory only.
     invalidated: Vec<IovaRange>,
+    /// Looks for misuse; only in domains that were created so.
+    sanitizer: Option<SanitizerHandle>,
     /// The sources behind the ring unit that use the domain's rings.
     ring_sources: Vec<SourceId>,
 }
