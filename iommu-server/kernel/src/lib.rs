@@ -35,6 +35,7 @@ pub use domain::{
 };
 pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;
+pub use iova::{IovaAllocator, IovaCounters, IovaReplay};
 pub use owner_memory::OwnerMemory;
 pub use sanitizer::{
     DriverCall, EventClock, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer, SanitizerBounds,

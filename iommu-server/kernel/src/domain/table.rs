@@ -167,10 +167,6 @@ impl Tables {
     pub(super) fn counters(&self) -> TableCounters {
         self.counters
     }
-    /// Whether mappings open exactly their bytes.
-    pub(super) fn has_extents(&self) -> bool {
-        self.has_extents
-    }
     pub(super) fn top(&self) -> (Hpa, u8) {
         (self.top, self.levels)
     }

@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use iommu_hardware::memory::MappingRecord;
 use iommu_types::errors::{DmaMapError, DmaSyncError, DmaUnmapError};
-use iommu_types::{Direction, Gpa, GpaRange, Iova, IovaRange, RequestId, SanitizerReport, SyncFor};
+use iommu_types::{Direction, Gpa, GpaRange, Iova, IovaRange, RequestId, SanitizerReport};
 
-use super::find::{direction_of, function_of};
+use super::find::direction_of;
 use super::request::{DmaMap, DmaUnmap, Segment, Tick};
 use super::{DmaSync, Domain};
-use crate::boot::Kernel;
 use crate::sanitizer::{DriverCall, EventClock, MappingKind, Moment, NewMapping, Sanitizer, SanitizerBounds};
 
 /// The sanitizer of a domain, shared with whoever carries out the DMA of its devices. Its lock is a leaf: nothing else is locked
