@@ -628,6 +628,17 @@ fn a_value_that_a_device_planted_counts_once_the_driver_gives_it() {
 }
 
 #[test]
+fn what_is_written_through_a_forgotten_mapping_may_be_anywhere() {
+    let mut scene = Scene::with(SanitizerBounds { dead_mappings: 1, ..SanitizerBounds::USUAL });
+    scene.map(0x8000, 0x1000, Bidirectional, Coherent);
+    scene.map_memory(0x1000, 64, 0x8000 + (1 << 30), FromDevice, Fixed).unmap(0x1000, 64, FromDevice, Fixed);
+    scene.map(0x2000, 64, FromDevice, Single).unmap(0x2000, 64, FromDevice, Single);
+    scene.read_words(0x8000, &[0xabc_0000]).dma(Write, 0xabc_0000, 8).check(&["stray-access V1 driver -"]);
+    scene.refused_dma(Write, 0x1000, 8).dma(Write, 0x1000, 8).take();
+    scene.read_words(0x8000, &[0xdef_0000]).dma(Write, 0xdef_0000, 8).check(&["stray-access -- unknown -"]);
+}
+
+#[test]
 fn nonsense_changes_nothing() {
     let mut scene = Scene::new();
     scene.unmap(0x1000, 8, ToDevice, Single).map(0x1000, 8, ToDevice, Single);
