@@ -21,11 +21,13 @@ pub mod model {
     pub use crate::convert::admin::*;
     pub use crate::convert::bare::*;
     pub use crate::convert::device::*;
+    pub use crate::convert::dma_api::*;
     pub use crate::convert::driver::*;
     pub use crate::convert::explain::*;
     pub use crate::convert::fault::*;
     pub use crate::convert::inspect::*;
     pub use crate::convert::memory::*;
+    pub use crate::convert::sanitizer::*;
     pub use crate::convert::session::*;
     pub use crate::convert::stream::*;
     pub use crate::convert::types::*;

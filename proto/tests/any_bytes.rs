@@ -4,7 +4,7 @@ use bytes::Bytes;
 use iommu_proto::dma::{Batch, BatchLimits, BatchView, CompletionsBuilder, refuse_whole};
 use iommu_proto::model::*;
 use iommu_proto::pb;
-use iommu_types::{Capabilities, Iova, Refusal};
+use iommu_types::{Capabilities, DmaLimits, DomainOptions, Iova, Refusal, SanitizerReport};
 use proptest::prelude::*;
 use prost::Message;
 
@@ -60,8 +60,8 @@ fn receive_stream(bytes: &[u8]) {
         && let Ok(request) = DmaStreamRequest::parse(wire, 16)
     {
         match &request.batch {
-            DmaStreamBatch::Map(map) => assert_eq!(map.ranges().count(), map.len()),
-            DmaStreamBatch::Unmap(unmap) => assert_eq!(unmap.ranges().count(), unmap.len()),
+            DmaStreamBatch::Map { batch, .. } => assert_eq!(batch.ranges().count(), batch.len()),
+            DmaStreamBatch::Unmap { batch, .. } => assert_eq!(batch.ranges().count(), batch.len()),
         }
         let again = DmaStreamRequest::parse(request.clone().into(), 16).expect("parses again");
         assert_eq!(again, request);
@@ -91,7 +91,9 @@ fn receive_everything(bytes: &[u8]) {
         DeviceToServer as FromDevice, ServerToDevice as ToDevice,
         RequestHeader as RequestHeader, AllocateBufferRequest as AllocateBuffer,
         AllocateBufferResponse as AllocatedBuffer, FreeBufferRequest as FreeBuffer, DmaMapRequest as DmaMap,
-        DmaUnmapRequest as DmaUnmap, AllocateCoherentRequest as AllocateCoherent,
+        DmaUnmapRequest as DmaUnmap, DmaMapSgRequest as DmaMapSg, DmaMapSgResponse as DmaSegments,
+        DmaUnmapSgRequest as DmaUnmapSg, DmaSyncRequest as DmaSync, SetDmaLimitsRequest as SetDmaLimits,
+        SetDmaLimitsResponse as DmaLimits, DomainOptions as DomainOptions, AllocateCoherentRequest as AllocateCoherent,
         AllocateCoherentResponse as AllocatedCoherent, FreeCoherentRequest as FreeCoherent,
         CreateDomainRequest as CreateDomain, DestroyDomainRequest as DestroyDomain,
         AttachDeviceRequest as AttachDevice, DetachDeviceRequest as DetachDevice, MapRequest as MapFixed,
@@ -100,6 +102,9 @@ fn receive_everything(bytes: &[u8]) {
         MemoryReadRequest as MemoryRead, MemoryWriteRequest as MemoryWrite,
         ListFaultsRequest as ListFaults, ListFaultsResponse as FaultList,
         WatchFaultsRequest as WatchFaults, WatchFaultsResponse as NewFaults,
+        ListReportsRequest as ListReports, ListReportsResponse as ReportList,
+        WatchReportsRequest as WatchReports, WatchReportsResponse as NewReports,
+        SanitizerReport as SanitizerReport,
         Capabilities as Capabilities, CreateMachineRequest as CreateMachine,
         CreateMachineResponse as CreatedMachine, DestroyMachineRequest as DestroyMachine,
         ListMachinesResponse as Machines, ReadRegisterRequest as ReadRegister,

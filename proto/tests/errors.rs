@@ -80,6 +80,13 @@ samples! {
     NotMapped { iova: Iova::new(0xffff_f000) };
     SizeMismatch { iova: Iova::new(0xffff_f000), mapped_bytes: 0x1234_5678_9abc, asked_bytes: 0x1234_5678_9abc };
     DirectionMismatch { iova: Iova::new(0xffff_f000), mapped: Direction::ToDevice, asked: Direction::ToDevice };
+    WrongFunction { iova: Iova::new(0xffff_f000), made_as: "coherent".to_owned(), asked_as: "single".to_owned() };
+    OutsideMapping { iova: Iova::new(0xffff_f000), size_bytes: 0x1234_5678_9abc };
+    RingOverflow { ring: 3, slots: 70_000 };
+    NotContiguous { gpa: Gpa::new(0x2000) };
+    SegmentOverLimit { size_bytes: 0x1234_5678_9abc, allowed_bytes: 0x1234_5678 };
+    BeyondMask { iova: Iova::new(0xffff_f000), mask_bits: 32 };
+    ModeRefuses { mode: "ring".to_owned(), why: "some text".to_owned() };
     BeyondWidth { iova: Iova::new(0xffff_f000), width_bits: 48 };
     ReservedRange { iova: Iova::new(0xffff_f000) };
     IovaExhausted { size_bytes: 0x1234_5678_9abc };

@@ -10,9 +10,12 @@ use iommu_hardware::dma::{Run, Transfer};
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::{Port, UnitConfig};
 use iommu_kernel::{
-    DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, Tick, OwnerMemory, PendingUnmap,
+    DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory, PendingUnmap,
+    Tick,
 };
-use iommu_types::{Capabilities, Direction, DomainOptions, GpaRange, IovaRange, Owner, Protection, RequestId, SourceId};
+use iommu_types::{
+    Capabilities, Direction, DomainOptions, GpaRange, IovaRange, Owner, Protection, RequestId, SourceId,
+};
 
 const PAGE: u64 = 4096;
 
@@ -53,7 +56,8 @@ impl Host {
     }
     /// A domain with a device that has used it, so that every drain looks at a slot.
     fn domain(&self, source: u16) -> (Domain, Port) {
-        let mut domain = self.kernel.create_domain(&self.account, DomainOptions::new(Protection::Strict)).expect("domain");
+        let mut domain =
+            self.kernel.create_domain(&self.account, DomainOptions::new(Protection::Strict)).expect("domain");
         let source = SourceId::new(source);
         self.kernel.attach(source, &mut domain).expect("attach");
         let mut port = self.kernel.unit().port(source).expect("port");
@@ -65,8 +69,7 @@ impl Host {
     fn map(&self, domain: &mut Domain, page: u64, size_bytes: u64) -> IovaRange {
         let gpa = self.buffer.base().checked_add(page * PAGE).expect("inside");
         let range = GpaRange::new(gpa, size_bytes).expect("range");
-        let request =
-            DmaMap::single(range, Direction::ToDevice, RequestId(1));
+        let request = DmaMap::single(range, Direction::ToDevice, RequestId(1));
         let iova = domain.dma_map(&self.kernel, &self.memory, request, Tick(0)).expect("mapped");
         IovaRange::new(iova, size_bytes).expect("range")
     }
@@ -191,7 +194,8 @@ fn creation(c: &mut Criterion) {
         let _others: Vec<_> = (0..existing).map(|n| host.domain(n + 8)).collect();
         group.bench_function(BenchmarkId::from_parameter(existing), |b| {
             b.iter(|| {
-                let created = host.kernel.create_domain(&host.account, DomainOptions::new(Protection::Strict));
+                let created =
+                    host.kernel.create_domain(&host.account, DomainOptions::new(Protection::Strict));
                 let mut pending = host.kernel.destroy_domain(created.expect("domain"));
                 let drained = pending.take_drain().wait_blocking();
                 pending.finish(&host.kernel, drained);

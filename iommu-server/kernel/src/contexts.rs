@@ -4,10 +4,12 @@
 //! present; changing a domain is detach, drain, attach. A context table is made at the first attach on its
 //! bus and stays.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use iommu_hardware::drain::PendingDrain;
 use iommu_hardware::memory::PhysicalMemory;
+use iommu_hardware::riommu;
+use iommu_hardware::riommu::spec::{RingDevice, RingRoot};
 use iommu_hardware::vtd::spec::root_context::{self, ContextEntry, RootEntry};
 use iommu_types::errors::OutOfMemory;
 use iommu_types::{FunctionMask, Hpa, Invalidation, SourceId};
@@ -18,11 +20,19 @@ use crate::domain::Domain;
 /// The root table. The lock orders writers; the hardware walks without it.
 pub(crate) struct ContextTables {
     root: Mutex<Hpa>,
+    /// The root of the ring unit, once a source is behind it.
+    ring_root: Mutex<Option<Hpa>>,
 }
 
 impl ContextTables {
     pub(crate) fn new(root: Hpa) -> Self {
-        Self { root: Mutex::new(root) }
+        Self { root: Mutex::new(root), ring_root: Mutex::new(None) }
+    }
+}
+
+impl ContextTables {
+    fn lock_ring_root(&self) -> MutexGuard<'_, Option<Hpa>> {
+        self.ring_root.lock().expect("nothing panics while it holds the ring unit's root")
     }
 }
 
@@ -76,14 +86,45 @@ impl Kernel {
 }
 
 impl Kernel {
-    /// Puts a source behind the ring unit, with these rings.
-    fn attach_rings(&self, _source: SourceId, _rings: Hpa, _count: u16) -> Result<(), OutOfMemory> {
+    /// Puts a source behind the ring unit, with these rings. A device table is made at the first attach on its bus, the root at the first
+    /// of all, and they stay.
+    fn attach_rings(&self, source: SourceId, rings: Hpa, count: u16) -> Result<(), OutOfMemory> {
+        let mut ring_root = self.contexts.lock_ring_root();
+        let root = match *ring_root {
+            Some(root) => root,
+            None => {
+                let root = self.frames.allocate_table()?;
+                self.unit().set_ring_root(root);
+                *ring_root.insert(root)
+            }
+        };
+        let root_entry = ring_entry_at(root, source.bus());
+        let mut table = RingRoot::from_bits(load(self.memory(), root_entry));
+        if !table.is_present() {
+            table = RingRoot::present(self.frames.allocate_table()?);
+            store(self.memory(), root_entry, table.into_bits());
+        }
+        let at = ring_entry_at(table.device_table(), source.devfn());
+        let before = RingDevice::from_bits(load(self.memory(), at));
+        assert!(!before.is_present(), "I5: {source} has rings already");
+        store(self.memory(), at, RingDevice::with_rings_at(rings, count).into_bits());
+        // It is attached to nothing until now, and what it is refused meanwhile is not cached: there is nothing to wait for.
+        let _drain = self.unit().set_behind_rings(source, Some(count));
         Ok(())
     }
     /// Puts a source behind the VT-d unit again, where it is attached to nothing.
-    fn detach_rings(&self, _source: SourceId) -> PendingDrain {
-        PendingDrain::none()
+    fn detach_rings(&self, source: SourceId) -> PendingDrain {
+        let ring_root = self.contexts.lock_ring_root();
+        let root = ring_root.expect("a source behind the ring unit was attached there");
+        let table = RingRoot::from_bits(load(self.memory(), ring_entry_at(root, source.bus())));
+        assert!(table.is_present(), "{source} was attached before it is detached");
+        store(self.memory(), ring_entry_at(table.device_table(), source.devfn()), 0);
+        self.unit().set_behind_rings(source, None)
     }
+}
+
+fn ring_entry_at(table: Hpa, index: u8) -> Hpa {
+    riommu::spec::entry_address(table, index.into()).expect("tables of ours lie in memory")
 }
 
 fn entry_at(address: Option<Hpa>) -> Hpa {

@@ -31,10 +31,11 @@ pub use account::{OwnerAccount, OwnerLimits};
 pub use boot::{BootError, Kernel, KernelConfig};
 pub use domain::{
     DmaFunction, DmaMap, DmaSync, DmaUnmap, DmaUnmapSg, Domain, DomainCounters, MapFixed, MappingState,
-    PendingDestroy, PendingUnmap, Segment, Tick, Undone, Waiting,
+    PendingDestroy, PendingUnmap, SanitizerHandle, Segment, Tick, Undone, Waiting,
 };
 pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;
+pub use iova::{IovaAllocator, IovaCounters, IovaReplay};
 pub use owner_memory::OwnerMemory;
 pub use sanitizer::{
     DriverCall, EventClock, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer, SanitizerBounds,

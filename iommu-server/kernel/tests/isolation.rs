@@ -112,7 +112,9 @@ fn i5_a_source_is_attached_to_one_domain_at_most() {
     let mut tenant = Tenant::new(&kernel, 1, 48);
     let buffer = tenant.buffer(1);
     tenant.map(0x1000, buffer.base(), 1);
-    let mut second = kernel.create_domain(&tenant.account, DomainOptions::new(Protection::Strict).with_width(39)).expect("domain");
+    let mut second = kernel
+        .create_domain(&tenant.account, DomainOptions::new(Protection::Strict).with_width(39))
+        .expect("domain");
     let attach = catch_unwind(AssertUnwindSafe(|| kernel.attach(tenant.source, &mut second)));
     assert!(attach.is_err(), "attached twice");
 }
@@ -127,7 +129,9 @@ fn i5_a_detached_source_reaches_nothing_until_it_is_attached_again() {
     let _quiet = kernel.detach(tenant.source, &mut tenant.domain).wait_blocking();
     let fault = tenant.device_reads(Iova::new(0x1000), 8).expect_err("detached");
     assert_eq!(fault.reason, Ok(FaultReason::CONTEXT_NOT_PRESENT));
-    let mut empty = kernel.create_domain(&tenant.account, DomainOptions::new(Protection::Strict).with_width(57)).expect("domain");
+    let mut empty = kernel
+        .create_domain(&tenant.account, DomainOptions::new(Protection::Strict).with_width(57))
+        .expect("domain");
     kernel.attach(tenant.source, &mut empty).expect("attach");
     let fault = tenant.device_reads(Iova::new(0x1000), 8).expect_err("another domain");
     assert_eq!(fault.reason, Ok(FaultReason::READ_DENIED));
@@ -144,14 +148,17 @@ fn i7_an_owner_cannot_use_up_what_others_may_have() {
     let reached = |limit: &str, allowed| LimitReached { limit: limit.to_owned(), allowed };
     let error = greedy.memory.allocate(&kernel, 65 * PAGE).expect_err("over the limit");
     assert_eq!(error, AllocateError::LimitReached(reached("memory_bytes_per_owner", 64 * PAGE)));
-    let _second = kernel.create_domain(&greedy.account, DomainOptions::new(Protection::Strict)).expect("domain");
-    let error = kernel.create_domain(&greedy.account, DomainOptions::new(Protection::Strict)).expect_err("over the limit");
+    let _second =
+        kernel.create_domain(&greedy.account, DomainOptions::new(Protection::Strict)).expect("domain");
+    let error = kernel
+        .create_domain(&greedy.account, DomainOptions::new(Protection::Strict))
+        .expect_err("over the limit");
     assert_eq!(error, CreateDomainError::LimitReached(reached("domains_per_owner", 2)));
     // Sparse mappings: a page here and there costs tables, and those are counted, too.
     let buffer = greedy.buffer(1);
     let refused = (1..1000u64).find_map(|n| {
         let request = fixed(n << 39, buffer.base(), 1);
-        greedy.domain.map(&kernel, &greedy.memory, request).err()
+        greedy.domain.map(&kernel, &greedy.memory, request, NOW).err()
     });
     assert_eq!(
         refused.map(|error| error.to_string()).as_deref(),
@@ -197,7 +204,7 @@ fn an_unmap_that_nobody_finishes_is_taken_over_by_unmap_all() {
     tenant.map(0x1000, buffer.base(), 1);
     let lost = tenant.domain.unmap(&kernel, iova_range(Iova::new(0x1000), PAGE), NOW).expect("unmapped");
     let (drain, late) = lost.split();
-    let pending = tenant.domain.unmap_all(&kernel);
+    let pending = tenant.domain.unmap_all(&kernel, NOW);
     assert_eq!(pending.undone.unmapped_bytes(), PAGE);
     tenant.finish(pending);
     // The late ticket must not finish what came after it.
@@ -219,7 +226,8 @@ fn everything_comes_back_when_a_tenant_leaves_and_identifiers_are_used_again_onl
     let before = held(&kernel, &account);
     for round in 0..20 {
         let mut tenant = Tenant::new(&kernel, 1, [39, 48, 57][round % 3]);
-        let create = || kernel.create_domain(&account, DomainOptions::new(Protection::Strict)).expect("domain");
+        let create =
+            || kernel.create_domain(&account, DomainOptions::new(Protection::Strict)).expect("domain");
         let destroyed = create();
         let id = destroyed.id();
         let mut pending = kernel.destroy_domain(destroyed);

@@ -8,7 +8,8 @@ use iommu_kernel::{DmaFunction, DmaMap, DmaSync, DmaUnmap, PendingUnmap, Tick};
 use iommu_types::errors::{DmaMapError, DmaSyncError, DmaUnmapError, MapError};
 use iommu_types::{
     BouncePool, Deferral, Direction, DmaAttributes, DmaLimits, DomainOptions, FaultReason, GpaRange, Iova,
-    IovaAllocation, MappingGranularity, PersistentQuota, Protection, RequestId, Rings, SyncFor, WalkCachePolicy,
+    IovaAllocation, MappingGranularity, PersistentQuota, Protection, RequestId, Rings, SyncFor,
+    WalkCachePolicy,
 };
 
 const FROM: Direction = Direction::FromDevice;
@@ -241,7 +242,12 @@ fn a_bounced_buffer_is_never_seen_by_the_device() {
     assert_eq!(tenant.device_reads(before, 1000).expect("slack"), [0; 1000], "slack is zeroed");
     tenant.device_writes(Iova::new(iova.get() + 10), &[0xbb; 50]).expect("mapped");
     assert_eq!(tenant.cpu_reads(mapped.base(), 200), [0xaa; 200], "nothing is copied before the unmap");
-    let sync = DmaSync { range: iova_range(Iova::new(iova.get() + 10), 20), direction: BOTH, target: SyncFor::Cpu, request_id: RequestId(1) };
+    let sync = DmaSync {
+        range: iova_range(Iova::new(iova.get() + 10), 20),
+        direction: BOTH,
+        target: SyncFor::Cpu,
+        request_id: RequestId(1),
+    };
     tenant.domain.dma_sync(&tenant.kernel, sync, NOW).expect("synced");
     let now = tenant.cpu_reads(mapped.base(), 200);
     assert_eq!((now[9], now[10], now[29], now[30]), (0xaa, 0xbb, 0xbb, 0xaa), "only what was synced");
@@ -368,14 +374,16 @@ fn a_ring_domain_says_what_it_does_not_take() {
     let mut tenant = tenant(Protection::Ring(Rings { count: 2, slots: 4 }));
     let buffer = buffer(&mut tenant, 1);
     let request = DmaMap { ring: 2, ..dma_map(buffer, FROM) };
-    let error = tenant.domain.dma_map(&tenant.kernel, &tenant.memory, request, NOW).expect_err("no such ring");
+    let error =
+        tenant.domain.dma_map(&tenant.kernel, &tenant.memory, request, NOW).expect_err("no such ring");
     assert!(matches!(error, DmaMapError::InvalidField(ref field) if field.field == "ring"), "{error:?}");
-    let error = tenant.domain.map(&tenant.kernel, &tenant.memory, fixed(1 << 30, buffer.base(), 1));
+    let error = tenant.domain.map(&tenant.kernel, &tenant.memory, fixed(1 << 30, buffer.base(), 1), NOW);
     assert!(matches!(error, Err(MapError::ModeRefuses(_))), "{error:?}");
     let limits = DmaLimits { mask_bits: 32, ..DmaLimits::default() };
     assert!(tenant.domain.set_limits(limits).is_err());
     let coherent = DmaMap::coherent(buffer, RequestId(3));
-    let iova = tenant.domain.dma_map(&tenant.kernel, &tenant.memory, coherent, NOW).expect("a ring of its own");
+    let iova =
+        tenant.domain.dma_map(&tenant.kernel, &tenant.memory, coherent, NOW).expect("a ring of its own");
     tenant.device_writes(iova, &[1]).expect("mapped");
     let request = DmaUnmap { function: DmaFunction::Coherent, ..unmap_request(iova_range(iova, PAGE), BOTH) };
     let pending = tenant.domain.dma_unmap(&tenant.kernel, request, NOW).expect("unmapped");
@@ -444,7 +452,8 @@ fn segments_keep_the_limits_of_the_device() {
     let mut tenant = tenant(Protection::Strict);
     let buffer = buffer(&mut tenant, 16);
     let page = |n: u64, pages: u64| gpa_range(buffer.base(), n * PAGE, pages * PAGE);
-    let limits = DmaLimits { segment_bytes_max: 2 * PAGE, segment_boundary_mask: 4 * PAGE - 1, mask_bits: 32 };
+    let limits =
+        DmaLimits { segment_bytes_max: 2 * PAGE, segment_boundary_mask: 4 * PAGE - 1, mask_bits: 32 };
     tenant.domain.set_limits(limits).expect("sound");
     let ranges = [page(0, 1), page(1, 1), page(2, 1), page(3, 2), page(5, 1)];
     let request = dma_map(buffer, TO);

@@ -153,8 +153,7 @@ impl Run {
     ) -> Result<(), TestCaseError> {
         let buffer = *buffer.get(&self.twin.buffers);
         let range = gpa_range(buffer.base(), offset % buffer.size_bytes(), size_bytes);
-        let request =
-            DmaMap::single(range, direction, RequestId(1));
+        let request = DmaMap::single(range, direction, RequestId(1));
         let result = self.tenant.domain.dma_map(&self.tenant.kernel, &self.tenant.memory, request, NOW);
         prop_assert_eq!(result.is_ok(), buffer.covers(range), "{:?}: {:?}", request, result);
         if let Ok(iova) = result {
@@ -200,7 +199,12 @@ impl Run {
         let live: Vec<Mapping> = self.twin.live.clone();
         let chosen: Vec<Mapping> =
             if live.is_empty() { vec![] } else { which.iter().map(|n| *n.get(&live)).collect() };
-        let request = |mapping: &Mapping| unmap_request(iova_range(mapping.iova, mapping.size_bytes), mapping.direction.unwrap_or(Direction::Bidirectional));
+        let request = |mapping: &Mapping| {
+            unmap_request(
+                iova_range(mapping.iova, mapping.size_bytes),
+                mapping.direction.unwrap_or(Direction::Bidirectional),
+            )
+        };
         let requests: Vec<_> = chosen.iter().map(request).collect();
         let (results, pending) = self.tenant.domain.dma_unmap_batch(&self.tenant.kernel, &requests, NOW);
         self.pending.push(pending);
@@ -224,7 +228,7 @@ impl Run {
         let buffer = *buffer.get(&self.twin.buffers);
         let range = iova_range(Iova::new(iova), pages * PAGE);
         let request = MapFixed { iova: range, gpa: buffer.base(), permissions, request_id: RequestId(2) };
-        let result = self.tenant.domain.map(&self.tenant.kernel, &self.tenant.memory, request);
+        let result = self.tenant.domain.map(&self.tenant.kernel, &self.tenant.memory, request, NOW);
         let mapping = Mapping {
             iova: range.base(),
             size_bytes: range.size_bytes(),
@@ -360,7 +364,7 @@ impl Run {
         for pending in std::mem::take(&mut self.pending) {
             self.tenant.finish(pending);
         }
-        let pending = self.tenant.domain.unmap_all(&kernel);
+        let pending = self.tenant.domain.unmap_all(&kernel, NOW);
         self.tenant.finish(pending);
         let account = std::sync::Arc::clone(&self.tenant.account);
         prop_assert_eq!((account.mappings(), account.mapped_bytes()), (0, 0));

@@ -7,6 +7,7 @@ pub mod devices;
 pub mod dma;
 pub mod domains;
 pub mod faults;
+pub mod memory;
 pub mod owners;
 pub mod placement;
 pub mod reclaim;

@@ -208,11 +208,11 @@ mod tests {
 
     const PAGES: u64 = 4;
 
-    fn map(host: &Host, owner: Owner, device: DeviceAddress) -> Option<DomainId> {
+    async fn map(host: &Host, owner: Owner, device: DeviceAddress) -> Option<DomainId> {
         let state = host.owners.get(owner).unwrap();
         let range = state.memory.write().allocate(&host.kernel, PAGES * PAGE_SIZE_BYTES).unwrap();
         let (direction, request_id) = (Direction::Bidirectional, RequestId(1));
-        host.dma_map(&state, device, DmaMap { range, direction, request_id, coherent: false }).unwrap();
+        host.dma_map(&state, device, DmaMap::single(range, direction, request_id)).await.unwrap();
         host.device_of(owner, device).unwrap().domain_id
     }
 
@@ -222,7 +222,7 @@ mod tests {
         let args = ServeArgs { insecure_plaintext: true, memory, ..ServeArgs::default() };
         let host = Host::start(Config::from_args(args).unwrap()).await.unwrap();
         let device = DeviceAddress::new(0, SourceId::new(8));
-        let scope = Scope::Domain(map(&host, Owner::Driver(0), device));
+        let scope = Scope::Domain(map(&host, Owner::Driver(0), device).await);
         let pages = || {
             let mut dump = Dump::new(Arc::clone(host.kernel.unit()), device.source_id, false);
             dump.resume(scope);
@@ -247,7 +247,7 @@ mod tests {
         let args = ServeArgs { insecure_plaintext: true, memory, ..ServeArgs::default() };
         let host = Host::start(Config::from_args(args).unwrap()).await.unwrap();
         let device = DeviceAddress::new(0, SourceId::new(8));
-        let scope = Scope::Domain(map(&host, Owner::Driver(0), device));
+        let scope = Scope::Domain(map(&host, Owner::Driver(0), device).await);
         let begun = || {
             let mut dump = Dump::new(Arc::clone(host.kernel.unit()), device.source_id, false);
             dump.resume(scope);
@@ -263,7 +263,7 @@ mod tests {
         let state = host.devices.get(device).unwrap();
         let owner = host.owners.get(Owner::Driver(1)).unwrap();
         host.give(&state, &owner, None).await.unwrap();
-        let now = map(&host, Owner::Driver(1), device);
+        let now = map(&host, Owner::Driver(1), device).await;
         dump.resume(Scope::Domain(now));
         assert_eq!(dump.count(), 0);
     }

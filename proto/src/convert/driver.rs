@@ -1,9 +1,11 @@
-//! `driver.proto`: what drivers ask for. The pipelined stream is in `stream.rs`.
+//! `driver.proto`: what drivers ask for. The DMA API is in `dma_api.rs`, its pipelined stream in `stream.rs`.
 
-use iommu_types::errors::{DmaMapError, DmaUnmapError, InvalidField, MapError, MemoryError, UnmapError};
+use iommu_types::errors::{
+    DmaMapError, DmaSyncError, DmaUnmapError, InvalidField, MapError, MemoryError, UnmapError,
+};
 use iommu_types::{
-    DeviceAddress, Direction, DomainId, Gpa, GpaRange, InvalidRange, Iova, IovaRange, Permissions,
-    Protection, RequestId,
+    DeviceAddress, DomainId, DomainOptions, Gpa, GpaRange, InvalidRange, Iova, IovaRange, Permissions,
+    RequestId,
 };
 
 use super::device::MmioAccess;
@@ -33,7 +35,7 @@ macro_rules! errors_of_requests {
         }
     )* };
 }
-errors_of_requests!(DmaMapError, DmaUnmapError, MapError, UnmapError, MemoryError);
+errors_of_requests!(DmaMapError, DmaUnmapError, DmaSyncError, MapError, UnmapError, MemoryError);
 
 fn check_header(header: &RequestHeader) -> Result<(), InvalidField> {
     if header.request_id.0 == 0 {
@@ -44,13 +46,6 @@ fn check_header(header: &RequestHeader) -> Result<(), InvalidField> {
         return Err(wrong_at("acknowledged_through", why));
     }
     Ok(())
-}
-
-fn check_domain(create: &CreateDomain) -> Result<(), InvalidField> {
-    match create.width_bits {
-        39 | 48 | 57 => Ok(()),
-        other => Err(wrong_at("width_bits", format!("{other} is not a width; use 39, 48 or 57"))),
-    }
 }
 
 fn check_size(size_bytes: u64) -> Result<(), InvalidField> {
@@ -126,11 +121,9 @@ messages! {
     CreateDomain as CreateDomainRequest {
         /// Names the request.
         header: RequestHeader,
-        /// How it trades protection for cost.
-        protection: Protection,
-        /// Address width in bits: 39, 48 or 57.
-        width_bits: u8,
-    } check check_domain;
+        /// What is chosen.
+        options: DomainOptions,
+    };
     /// A domain to destroy.
     DestroyDomain as DestroyDomainRequest {
         /// Names the request.
@@ -170,78 +163,6 @@ messages! {
         /// The vector with which it is delivered.
         vector: u8,
     };
-}
-
-/// A mapping to make with the DMA API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DmaMap {
-    /// Names the request.
-    pub header: RequestHeader,
-    /// For which device.
-    pub device: DeviceAddress,
-    /// The memory.
-    pub range: GpaRange,
-    /// Which way data flows.
-    pub direction: Direction,
-}
-
-impl TryFrom<pb::DmaMapRequest> for DmaMap {
-    type Error = InvalidRequest;
-    fn try_from(wire: pb::DmaMapRequest) -> Result<Self, InvalidRequest> {
-        Ok(Self {
-            header: parse("header", wire.header)?,
-            device: parse("device", wire.device)?,
-            range: GpaRange::new(Gpa::new(wire.gpa), wire.size_bytes)?,
-            direction: parse("direction", wire.direction)?,
-        })
-    }
-}
-impl From<DmaMap> for pb::DmaMapRequest {
-    fn from(map: DmaMap) -> Self {
-        Self {
-            header: map.header.write(),
-            device: map.device.write(),
-            gpa: map.range.base().get(),
-            size_bytes: map.range.size_bytes(),
-            direction: map.direction.write(),
-        }
-    }
-}
-
-/// A mapping to remove with the DMA API.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DmaUnmap {
-    /// Names the request.
-    pub header: RequestHeader,
-    /// For which device.
-    pub device: DeviceAddress,
-    /// The mapping, whole.
-    pub range: IovaRange,
-    /// As it was mapped.
-    pub direction: Direction,
-}
-
-impl TryFrom<pb::DmaUnmapRequest> for DmaUnmap {
-    type Error = InvalidRequest;
-    fn try_from(wire: pb::DmaUnmapRequest) -> Result<Self, InvalidRequest> {
-        Ok(Self {
-            header: parse("header", wire.header)?,
-            device: parse("device", wire.device)?,
-            range: IovaRange::new(Iova::new(wire.iova), wire.size_bytes)?,
-            direction: parse("direction", wire.direction)?,
-        })
-    }
-}
-impl From<DmaUnmap> for pb::DmaUnmapRequest {
-    fn from(unmap: DmaUnmap) -> Self {
-        Self {
-            header: unmap.header.write(),
-            device: unmap.device.write(),
-            iova: unmap.range.base().get(),
-            size_bytes: unmap.range.size_bytes(),
-            direction: unmap.direction.write(),
-        }
-    }
 }
 
 /// A mapping to make with the domain API, at a fixed address. Alignment is the domain's to check.

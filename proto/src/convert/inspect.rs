@@ -2,11 +2,12 @@
 
 use iommu_types::errors::InvalidField;
 use iommu_types::{
-    DeviceAddress, DomainId, Generation, Gpa, Hpa, Iova, Owner, PageSize, Permissions, Protection, RequestId,
+    DeviceAddress, DomainId, DomainOptions, Generation, Gpa, Hpa, Iova, Owner, PageSize, Permissions,
+    RequestId,
 };
 
 use super::explain::WalkStep;
-use super::{Field, messages, wrong};
+use super::{Field, messages, wrong, wrong_at};
 
 impl Field<u64> for PageSize {
     fn parse(wire: u64) -> Result<Self, InvalidField> {
@@ -15,6 +16,17 @@ impl Field<u64> for PageSize {
     }
     fn write(self) -> u64 {
         self.bytes()
+    }
+}
+
+fn check_extent(entry: &IotlbEntry) -> Result<(), InvalidField> {
+    match (entry.first_byte, entry.last_byte) {
+        (None, None) => Ok(()),
+        (Some(first), Some(last)) if first <= last && u64::from(last) < entry.page_bytes.bytes() => Ok(()),
+        (Some(first), Some(last)) => {
+            Err(wrong_at("last_byte", format!("{first} to {last} are no bytes of the page")))
+        }
+        _ => Err(wrong_at("last_byte", "comes with first_byte, and not without it")),
     }
 }
 
@@ -88,10 +100,8 @@ messages! {
         domain_id: DomainId,
         /// Whose.
         owner: Owner,
-        /// How it trades protection for cost.
-        protection: Protection,
-        /// Address width in bits.
-        width_bits: u8,
+        /// What was chosen when it was created.
+        options: DomainOptions,
         /// The devices attached to it.
         devices: Vec<DeviceAddress>,
         /// Live mappings.
@@ -104,6 +114,30 @@ messages! {
         maps: u64,
         /// Mappings ever removed.
         unmaps: u64,
+        /// Address ranges that are allocated.
+        live_iova_ranges: u64,
+        /// Address ranges that are free and kept in magazines.
+        cached_iova_ranges: u64,
+        /// Address ranges ever allocated.
+        iova_allocations: u64,
+        /// Nodes that these allocations visited.
+        iova_visits: u64,
+        /// Unmaps that are answered and wait for their invalidation.
+        pending_flushes: u64,
+        /// How long the oldest of them has waited, in microseconds; `None` when none waits.
+        oldest_pending_us: Option<u64>,
+        /// Flushes of waiting unmaps ever made.
+        flushes: u64,
+        /// Invalidations ever asked for.
+        invalidations: u64,
+        /// Mappings that are kept and that nobody uses.
+        idle_mappings: u64,
+        /// Bytes of shadow buffers.
+        shadow_bytes: u64,
+        /// Bytes ever copied to and from shadow buffers.
+        copied_bytes: u64,
+        /// Reports of the sanitizer so far, repeated ones included.
+        sanitizer_reports: u64,
     };
     /// Which mappings.
     ListMappings as ListMappingsRequest {
@@ -174,7 +208,11 @@ messages! {
         hpa: Hpa,
         /// What it allows.
         permissions: Permissions,
-    };
+        /// First byte of the page that is open, where not the whole page is; with `last_byte`.
+        first_byte: Option<u32>,
+        /// Last byte of the page that is open.
+        last_byte: Option<u32>,
+    } check check_extent;
     /// Whose counters.
     GetCounters as GetCountersRequest {
         /// Of the bare machine at this segment; `None` for the managed unit.
@@ -208,6 +246,24 @@ messages! {
         faults_suppressed: u64,
         /// Interrupts remapped.
         interrupts: u64,
+        /// The rIOMMU beside the unit, where there is one.
+        ring: Option<RingCounters>,
+    };
+    /// Counters of an rIOMMU.
+    #[derive(Copy, Default)]
+    RingCounters as RingCounters {
+        /// Accesses to the slot that the entry of the ring holds.
+        hits: u64,
+        /// Accesses to the next slot, which the entry held prefetched.
+        promotions: u64,
+        /// Accesses that walked the tables.
+        walks: u64,
+        /// Table entries read by walks.
+        walk_reads: u64,
+        /// Slots read ahead.
+        prefetch_reads: u64,
+        /// Invalidations carried out, one per ring.
+        invalidations: u64,
     };
     /// Counters of a cache.
     #[derive(Copy, Default)]

@@ -1,4 +1,4 @@
-//! From messages to the types that programs use, and back: one file per schema file (two for the large ones).
+//! From messages to the types that programs use, and back: one file per schema file (two or three for the large ones).
 //!
 //! Parsing happens once, on the receiving side. A field that is absent, out of its range or of an unknown kind gives an
 //! [`InvalidField`] with the path of the field, such as `records[2].device.segment`; sending cannot fail. Unknown fields are ignored.
@@ -6,11 +6,14 @@
 pub(crate) mod admin;
 pub(crate) mod bare;
 pub(crate) mod device;
+pub(crate) mod dma_api;
 pub(crate) mod driver;
 pub(crate) mod explain;
 pub(crate) mod fault;
 pub(crate) mod inspect;
 pub(crate) mod memory;
+pub(crate) mod options;
+pub(crate) mod sanitizer;
 pub(crate) mod session;
 pub(crate) mod stream;
 pub(crate) mod types;
@@ -231,3 +234,21 @@ pub(crate) fn known<E, M>(
     };
     known.ok().and_then(model).ok_or_else(absent_or_unknown)
 }
+
+/// Converts between enums with the same variants; the zero of the schema's is "not given".
+macro_rules! choices {
+    ($($model:ident as $wire:ident { $($variant:ident),* $(,)? })*) => { $(
+        impl crate::convert::Field<i32> for $model {
+            fn parse(wire: i32) -> Result<Self, InvalidField> {
+                crate::convert::known(wire, crate::pb::$wire::try_from(wire), |value| match value {
+                    crate::pb::$wire::Unspecified => None,
+                    $(crate::pb::$wire::$variant => Some(Self::$variant)),*
+                })
+            }
+            fn write(self) -> i32 {
+                match self { $(Self::$variant => crate::pb::$wire::$variant),* }.into()
+            }
+        }
+    )* };
+}
+pub(crate) use choices;

@@ -6,23 +6,28 @@
 use std::collections::HashMap;
 
 use iommu_types::errors::{DmaMapError, DmaUnmapError, InvalidField, LimitReached};
-use iommu_types::{Address, AddressRange, DeviceAddress, Direction, Gpa, InvalidRange, Iova, RequestId};
+use iommu_types::{
+    Address, AddressRange, DeviceAddress, Direction, DmaAttributes, Gpa, InvalidRange, Iova, RequestId,
+};
 
+use super::dma_api::{read_end_of_burst, write_end_of_burst};
 use super::driver::RequestHeader;
-use super::{absent, parse, within, wrong_at};
+use super::{Field, absent, parse, within, wrong_at};
 use crate::errors::{WireError, bounded};
 use crate::pb;
 
 /// What the address of a mapping that failed is on the wire (Linux `DMA_MAPPING_ERROR`).
 pub const DMA_MAPPING_ERROR: u64 = u64::MAX;
 
-/// Ranges of one batch, with one direction.
+/// Ranges of one batch, with one direction and the same attributes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RangeBatch<A> {
     bases: Vec<u64>,
     sizes: Vec<u32>,
     /// Which way data flows, for all.
     pub direction: Direction,
+    /// What else is said of all.
+    pub attributes: DmaAttributes,
     space: std::marker::PhantomData<A>,
 }
 
@@ -32,6 +37,7 @@ impl<A: Address> RangeBatch<A> {
         bases: Vec<u64>,
         sizes: Vec<u32>,
         direction: i32,
+        attributes: Option<pb::DmaAttributes>,
     ) -> Result<Self, InvalidField> {
         if sizes.len() != bases.len() && sizes.len() != 1 {
             let why = format!(
@@ -41,14 +47,17 @@ impl<A: Address> RangeBatch<A> {
             );
             return Err(wrong_at("size_bytes", why));
         }
-        Ok(Self { bases, sizes, direction: parse("direction", direction)?, space: std::marker::PhantomData })
+        let direction = parse("direction", direction)?;
+        let attributes = parse("attributes", attributes)?;
+        Ok(Self { bases, sizes, direction, attributes, space: std::marker::PhantomData })
     }
-    /// A batch of these ranges; `None` when one has more bytes than a batch can say (2^32 - 1).
+    /// A batch of these ranges without attributes; `None` when one has more bytes than a batch can say (2^32 - 1).
     pub fn new(ranges: &[AddressRange<A>], direction: Direction) -> Option<Self> {
         let bases = ranges.iter().map(|range| range.base().as_u64()).collect();
         let sizes =
             ranges.iter().map(|range| u32::try_from(range.size_bytes()).ok()).collect::<Option<_>>()?;
-        Some(Self { bases, sizes, direction, space: std::marker::PhantomData })
+        let attributes = DmaAttributes::NONE;
+        Some(Self { bases, sizes, direction, attributes, space: std::marker::PhantomData })
     }
     /// How many operations there are.
     pub fn len(&self) -> usize {
@@ -72,9 +81,19 @@ impl<A: Address> RangeBatch<A> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DmaStreamBatch {
     /// Mappings to make.
-    Map(RangeBatch<Gpa>),
+    Map {
+        /// The memory.
+        batch: RangeBatch<Gpa>,
+        /// In a ring domain the ring of all; else 0.
+        ring: u16,
+    },
     /// Mappings to remove.
-    Unmap(RangeBatch<Iova>),
+    Unmap {
+        /// The mappings, each whole.
+        batch: RangeBatch<Iova>,
+        /// Whether the burst of unmaps ends with the last of them; it never ends before.
+        end_of_burst: bool,
+    },
 }
 
 /// A message of the stream.
@@ -99,6 +118,22 @@ pub enum InvalidBatch {
     LimitReached(#[from] LimitReached),
 }
 
+/// A batch and how many operations it has.
+fn map_batch(wire: pb::DmaMapBatch) -> Result<(DmaStreamBatch, usize), InvalidField> {
+    let pb::DmaMapBatch { gpa, size_bytes, direction, attributes, ring } = wire;
+    let batch = RangeBatch::from_columns("gpa", gpa, size_bytes, direction, attributes)?;
+    let operations = batch.len();
+    Ok((DmaStreamBatch::Map { batch, ring: parse("ring", ring)? }, operations))
+}
+
+/// A batch and how many operations it has.
+fn unmap_batch(wire: pb::DmaUnmapBatch) -> Result<(DmaStreamBatch, usize), InvalidField> {
+    let pb::DmaUnmapBatch { iova, size_bytes, direction, attributes, end_of_burst } = wire;
+    let batch = RangeBatch::from_columns("iova", iova, size_bytes, direction, attributes)?;
+    let operations = batch.len();
+    Ok((DmaStreamBatch::Unmap { batch, end_of_burst: read_end_of_burst(end_of_burst) }, operations))
+}
+
 impl DmaStreamRequest {
     /// Parses a message that may have at most so many operations.
     pub fn parse(wire: pb::DmaStreamRequest, operations_max: u32) -> Result<Self, InvalidBatch> {
@@ -106,18 +141,8 @@ impl DmaStreamRequest {
         let header = parse("header", wire.header)?;
         let device = parse("device", wire.device)?;
         let (batch, operations) = match wire.batch.ok_or_else(|| within("batch", absent()))? {
-            Batch::Map(pb::DmaMapBatch { gpa, size_bytes, direction }) => {
-                let map = RangeBatch::from_columns("gpa", gpa, size_bytes, direction);
-                let map = map.map_err(|error| within("map", error))?;
-                let operations = map.len();
-                (DmaStreamBatch::Map(map), operations)
-            }
-            Batch::Unmap(pb::DmaUnmapBatch { iova, size_bytes, direction }) => {
-                let unmap = RangeBatch::from_columns("iova", iova, size_bytes, direction);
-                let unmap = unmap.map_err(|error| within("unmap", error))?;
-                let operations = unmap.len();
-                (DmaStreamBatch::Unmap(unmap), operations)
-            }
+            Batch::Map(wire) => map_batch(wire).map_err(|error| within("map", error))?,
+            Batch::Unmap(wire) => unmap_batch(wire).map_err(|error| within("unmap", error))?,
         };
         if operations > operations_max as usize {
             let limit = "batch_operations_max".to_owned();
@@ -131,15 +156,19 @@ impl From<DmaStreamRequest> for pb::DmaStreamRequest {
     fn from(DmaStreamRequest { header, device, batch }: DmaStreamRequest) -> Self {
         use pb::dma_stream_request::Batch;
         let batch = match batch {
-            DmaStreamBatch::Map(map) => Batch::Map(pb::DmaMapBatch {
-                direction: super::Field::write(map.direction),
-                size_bytes: map.sizes,
-                gpa: map.bases,
+            DmaStreamBatch::Map { batch, ring } => Batch::Map(pb::DmaMapBatch {
+                gpa: batch.bases,
+                size_bytes: batch.sizes,
+                direction: batch.direction.write(),
+                attributes: batch.attributes.write(),
+                ring: ring.write(),
             }),
-            DmaStreamBatch::Unmap(unmap) => Batch::Unmap(pb::DmaUnmapBatch {
-                direction: super::Field::write(unmap.direction),
-                size_bytes: unmap.sizes,
-                iova: unmap.bases,
+            DmaStreamBatch::Unmap { batch, end_of_burst } => Batch::Unmap(pb::DmaUnmapBatch {
+                iova: batch.bases,
+                size_bytes: batch.sizes,
+                direction: batch.direction.write(),
+                attributes: batch.attributes.write(),
+                end_of_burst: write_end_of_burst(end_of_burst),
             }),
         };
         Self { header: Some(header.into()), device: Some(device.into()), batch: Some(batch) }

@@ -1,12 +1,12 @@
-//! `types.proto`: the vocabulary that the services share.
+//! `types.proto`: the vocabulary that the services share. What is chosen for a domain is in `options.rs`.
 
 use iommu_types::errors::InvalidField;
 use iommu_types::{
     Access, AddressType, DeviceAddress, Direction, Fault, FaultRecord, InterruptFault, Owner, Permissions,
-    Protection, TranslationFault,
+    TranslationFault,
 };
 
-use super::{Field, absent, convert, known, message_field, messages, parse, within, wrong};
+use super::{Field, absent, choices, convert, message_field, messages, parse, within, wrong};
 use crate::pb;
 
 convert!(DeviceAddress as DeviceAddress { segment, source_id });
@@ -31,57 +31,9 @@ impl From<Owner> for pb::Owner {
 }
 message_field!(Owner, pb::Owner);
 
-impl Field<i32> for Access {
-    fn parse(wire: i32) -> Result<Self, InvalidField> {
-        known(wire, pb::Access::try_from(wire), |value| match value {
-            pb::Access::Unspecified => None,
-            pb::Access::Read => Some(Self::Read),
-            pb::Access::Write => Some(Self::Write),
-            pb::Access::Atomic => Some(Self::Atomic),
-        })
-    }
-    fn write(self) -> i32 {
-        match self {
-            Self::Read => pb::Access::Read,
-            Self::Write => pb::Access::Write,
-            Self::Atomic => pb::Access::Atomic,
-        }
-        .into()
-    }
-}
-
-impl Field<i32> for Direction {
-    fn parse(wire: i32) -> Result<Self, InvalidField> {
-        known(wire, pb::Direction::try_from(wire), |value| match value {
-            pb::Direction::Unspecified => None,
-            pb::Direction::Bidirectional => Some(Self::Bidirectional),
-            pb::Direction::ToDevice => Some(Self::ToDevice),
-            pb::Direction::FromDevice => Some(Self::FromDevice),
-        })
-    }
-    fn write(self) -> i32 {
-        match self {
-            Self::Bidirectional => pb::Direction::Bidirectional,
-            Self::ToDevice => pb::Direction::ToDevice,
-            Self::FromDevice => pb::Direction::FromDevice,
-        }
-        .into()
-    }
-}
-
-impl Field<i32> for Protection {
-    fn parse(wire: i32) -> Result<Self, InvalidField> {
-        known(wire, pb::Protection::try_from(wire), |value| match value {
-            pb::Protection::Unspecified => None,
-            pb::Protection::Strict => Some(Self::Strict),
-        })
-    }
-    fn write(self) -> i32 {
-        match self {
-            Self::Strict => pb::Protection::Strict,
-        }
-        .into()
-    }
+choices! {
+    Access as Access { Read, Write, Atomic }
+    Direction as Direction { Bidirectional, ToDevice, FromDevice }
 }
 
 impl TryFrom<pb::Permissions> for Permissions {

@@ -37,6 +37,85 @@ pub struct Permissions {
     #[prost(bool, tag = "2")]
     pub write: bool,
 }
+/// When a deferred domain invalidates.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Deferral {
+    /// So many unmaps are invalidated together at most: 1 to 32768.
+    #[prost(uint32, tag = "1")]
+    pub batch: u32,
+    /// No unmap waits longer than this, in milliseconds: 1 to 10000.
+    #[prost(uint32, tag = "2")]
+    pub interval_ms: u32,
+}
+/// How much a persistent domain keeps.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PersistentQuota {
+    /// Pages that are mapped at once at most, in use or not: 1 to 1048576.
+    #[prost(uint32, tag = "1")]
+    pub pages_max: u32,
+}
+/// How much a bounce domain may take for shadow buffers.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct BouncePool {
+    /// Bytes of shadow buffers at most: 1 MiB to 1 GiB.
+    #[prost(uint64, tag = "1")]
+    pub bytes_max: u64,
+}
+/// The rings of a device behind an rIOMMU.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Rings {
+    /// Rings for streaming mappings, numbered from 0: 1 to 256. One more, after them, holds coherent memory.
+    #[prost(uint32, tag = "1")]
+    pub count: u32,
+    /// Slots of each: 2 to 65536.
+    #[prost(uint32, tag = "2")]
+    pub slots: u32,
+}
+/// What is chosen when a domain is created; it never changes after that. Combinations without a meaning are refused: BYTE with PASSTHROUGH
+/// or BOUNCE, PAGE with RING.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DomainOptions {
+    /// The life of mappings.
+    #[prost(enumeration = "Protection", tag = "1")]
+    pub protection: i32,
+    /// The smallest piece that a mapping opens.
+    #[prost(enumeration = "MappingGranularity", tag = "2")]
+    pub granularity: i32,
+    /// How free addresses are found. Of no account where the mode allocates none.
+    #[prost(enumeration = "IovaAllocation", tag = "3")]
+    pub allocator: i32,
+    /// When cached page tables are forgotten.
+    #[prost(enumeration = "WalkCachePolicy", tag = "4")]
+    pub walk_cache: i32,
+    /// Width of addresses in bits: 39, 48 or 57; 0 in a request is the usual one, 48. The addresses of a ring domain have 64 whatever this says.
+    #[prost(uint32, tag = "5")]
+    pub width_bits: u32,
+    /// Whether the DMA sanitizer looks at the domain.
+    #[prost(bool, tag = "6")]
+    pub sanitizer: bool,
+    /// Parameters of the mode. Absent in a request for the usual ones of the mode; answers always have them. Those of another mode are refused.
+    #[prost(oneof = "domain_options::Parameters", tags = "7, 8, 9, 10")]
+    pub parameters: ::core::option::Option<domain_options::Parameters>,
+}
+/// Nested message and enum types in `DomainOptions`.
+pub mod domain_options {
+    /// Parameters of the mode. Absent in a request for the usual ones of the mode; answers always have them. Those of another mode are refused.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Parameters {
+        /// Of DEFERRED; usually 256 unmaps or 10 ms.
+        #[prost(message, tag = "7")]
+        Deferred(super::Deferral),
+        /// Of PERSISTENT; usually 4096 pages.
+        #[prost(message, tag = "8")]
+        Persistent(super::PersistentQuota),
+        /// Of BOUNCE; usually 16 MiB.
+        #[prost(message, tag = "9")]
+        Bounce(super::BouncePool),
+        /// Of RING; usually 2 rings of 1024 slots.
+        #[prost(message, tag = "10")]
+        Ring(super::Rings),
+    }
+}
 /// A DMA that translation refused.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TranslationFault {
@@ -211,8 +290,21 @@ impl Direction {
 pub enum Protection {
     /// Not given.
     Unspecified = 0,
-    /// Every unmap is answered after invalidation and drain; no stale window.
+    /// One DMA buffer, one mapping; every unmap is answered after invalidation and drain. No stale window.
     Strict = 1,
+    /// A direct map of all memory of the owner: what the owner has is always open, what others have never is.
+    Passthrough = 2,
+    /// An unmap is answered at once and a batch of them is invalidated together. Until then devices may use stale translations, and neither
+    /// address nor memory is used again.
+    Deferred = 3,
+    /// One mapping per page, counted: removed, invalidated and drained when its last user unmaps.
+    Shared = 4,
+    /// One mapping per page, kept after its last unmap for the next map, and evicted least recently used.
+    Persistent = 5,
+    /// The device sees only permanent shadow buffers; bytes are copied at map, unmap and sync.
+    Bounce = 6,
+    /// The flat tables of rIOMMU: a mapping is one slot of a ring, invalidated once per ring at the end of a burst.
+    Ring = 7,
 }
 impl Protection {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -223,6 +315,12 @@ impl Protection {
         match self {
             Self::Unspecified => "PROTECTION_UNSPECIFIED",
             Self::Strict => "PROTECTION_STRICT",
+            Self::Passthrough => "PROTECTION_PASSTHROUGH",
+            Self::Deferred => "PROTECTION_DEFERRED",
+            Self::Shared => "PROTECTION_SHARED",
+            Self::Persistent => "PROTECTION_PERSISTENT",
+            Self::Bounce => "PROTECTION_BOUNCE",
+            Self::Ring => "PROTECTION_RING",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -230,6 +328,111 @@ impl Protection {
         match value {
             "PROTECTION_UNSPECIFIED" => Some(Self::Unspecified),
             "PROTECTION_STRICT" => Some(Self::Strict),
+            "PROTECTION_PASSTHROUGH" => Some(Self::Passthrough),
+            "PROTECTION_DEFERRED" => Some(Self::Deferred),
+            "PROTECTION_SHARED" => Some(Self::Shared),
+            "PROTECTION_PERSISTENT" => Some(Self::Persistent),
+            "PROTECTION_BOUNCE" => Some(Self::Bounce),
+            "PROTECTION_RING" => Some(Self::Ring),
+            _ => None,
+        }
+    }
+}
+/// The smallest piece of memory that a mapping opens. Zero is a choice here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum MappingGranularity {
+    /// In a request the usual one of the mode: BYTE for RING, PAGE for all others. Answers never have it.
+    Unspecified = 0,
+    /// Whole 4 KiB pages: neighbours of a buffer on its pages are open too.
+    Page = 1,
+    /// Exactly the bytes that were mapped.
+    Byte = 2,
+}
+impl MappingGranularity {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "MAPPING_GRANULARITY_UNSPECIFIED",
+            Self::Page => "MAPPING_GRANULARITY_PAGE",
+            Self::Byte => "MAPPING_GRANULARITY_BYTE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "MAPPING_GRANULARITY_UNSPECIFIED" => Some(Self::Unspecified),
+            "MAPPING_GRANULARITY_PAGE" => Some(Self::Page),
+            "MAPPING_GRANULARITY_BYTE" => Some(Self::Byte),
+            _ => None,
+        }
+    }
+}
+/// How a domain finds free I/O virtual addresses. Zero is a choice here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum IovaAllocation {
+    /// In a request the usual one: CACHED. Answers never have it.
+    Unspecified = 0,
+    /// From the top down through a tree of what is allocated, with one cached node: linear in what is live.
+    Classic = 1,
+    /// Size classes with magazines in front of the tree: constant.
+    Cached = 2,
+}
+impl IovaAllocation {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "IOVA_ALLOCATION_UNSPECIFIED",
+            Self::Classic => "IOVA_ALLOCATION_CLASSIC",
+            Self::Cached => "IOVA_ALLOCATION_CACHED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "IOVA_ALLOCATION_UNSPECIFIED" => Some(Self::Unspecified),
+            "IOVA_ALLOCATION_CLASSIC" => Some(Self::Classic),
+            "IOVA_ALLOCATION_CACHED" => Some(Self::Cached),
+            _ => None,
+        }
+    }
+}
+/// When cached page tables are forgotten. Zero is a choice here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum WalkCachePolicy {
+    /// In a request the usual one: ON_RECLAIM. Answers never have it.
+    Unspecified = 0,
+    /// Only when a table is reclaimed, which is when it must be.
+    OnReclaim = 1,
+    /// With every invalidation of a mapping, as Linux does.
+    OnEveryUnmap = 2,
+}
+impl WalkCachePolicy {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "WALK_CACHE_POLICY_UNSPECIFIED",
+            Self::OnReclaim => "WALK_CACHE_POLICY_ON_RECLAIM",
+            Self::OnEveryUnmap => "WALK_CACHE_POLICY_ON_EVERY_UNMAP",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "WALK_CACHE_POLICY_UNSPECIFIED" => Some(Self::Unspecified),
+            "WALK_CACHE_POLICY_ON_RECLAIM" => Some(Self::OnReclaim),
+            "WALK_CACHE_POLICY_ON_EVERY_UNMAP" => Some(Self::OnEveryUnmap),
             _ => None,
         }
     }
@@ -277,6 +480,16 @@ pub struct FreeBufferRequest {
 /// Freed.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FreeBufferResponse {}
+/// Linux DMA attributes, those of them that have a meaning here.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DmaAttributes {
+    /// DMA_ATTR_SKIP_CPU_SYNC: no copy at map and unmap in a bounce domain; the driver calls DmaSync where it needs one. Nothing elsewhere.
+    #[prost(bool, tag = "1")]
+    pub skip_cpu_sync: bool,
+    /// Memory of a device (Linux dma_map_resource): never copied and never synced.
+    #[prost(bool, tag = "2")]
+    pub resource: bool,
+}
 /// A mapping to make.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DmaMapRequest {
@@ -295,11 +508,17 @@ pub struct DmaMapRequest {
     /// Which way data flows.
     #[prost(enumeration = "Direction", tag = "5")]
     pub direction: i32,
+    /// Absent for none.
+    #[prost(message, optional, tag = "6")]
+    pub attributes: ::core::option::Option<DmaAttributes>,
+    /// In a ring domain the ring, 0 to its count less 1; else 0.
+    #[prost(uint32, tag = "7")]
+    pub ring: u32,
 }
 /// The mapping.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DmaMapResponse {
-    /// The address to give to the device. It has the offset of `gpa` in its page.
+    /// The address to give to the device. It has the offset of `gpa` in its page, in all modes but RING.
     #[prost(fixed64, tag = "1")]
     pub iova: u64,
 }
@@ -321,10 +540,138 @@ pub struct DmaUnmapRequest {
     /// As given to DmaMap.
     #[prost(enumeration = "Direction", tag = "5")]
     pub direction: i32,
+    /// As given to DmaMap, but for `skip_cpu_sync`, which is chosen for each of the two. Absent for none.
+    #[prost(message, optional, tag = "6")]
+    pub attributes: ::core::option::Option<DmaAttributes>,
+    /// Whether the burst of unmaps ends here; absent is true. In a ring domain the ring is then invalidated; after false, up to 2 stale
+    /// translations of each ring remain until a later unmap ends the burst. Nothing in other modes.
+    #[prost(bool, optional, tag = "7")]
+    pub end_of_burst: ::core::option::Option<bool>,
 }
-/// Unmapped, invalidated and drained.
+/// Unmapped. In a strict domain invalidated and drained too.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DmaUnmapResponse {}
+/// Pieces of memory to map, in columns of equal length: 1 to Limits.batch_operations_max.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DmaMapSgRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// For which device.
+    #[prost(message, optional, tag = "2")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// First byte of each, at any offset.
+    #[prost(fixed64, repeated, tag = "3")]
+    pub gpa: ::prost::alloc::vec::Vec<u64>,
+    /// Size of each, at least 1.
+    #[prost(uint64, repeated, tag = "4")]
+    pub size_bytes: ::prost::alloc::vec::Vec<u64>,
+    /// Which way data flows, for all.
+    #[prost(enumeration = "Direction", tag = "5")]
+    pub direction: i32,
+    /// For all; absent for none.
+    #[prost(message, optional, tag = "6")]
+    pub attributes: ::core::option::Option<DmaAttributes>,
+    /// In a ring domain the ring, 0 to its count less 1; else 0.
+    #[prost(uint32, tag = "7")]
+    pub ring: u32,
+}
+/// The segments as the device is to see them, in order, in columns of equal length. Pieces that are adjacent for the device are merged within
+/// its limits, so there are at most as many segments as pieces.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DmaMapSgResponse {
+    /// First address of each.
+    #[prost(fixed64, repeated, tag = "1")]
+    pub iova: ::prost::alloc::vec::Vec<u64>,
+    /// Size of each.
+    #[prost(uint64, repeated, tag = "2")]
+    pub size_bytes: ::prost::alloc::vec::Vec<u64>,
+}
+/// What a DmaMapSg mapped, to unmap.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DmaUnmapSgRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// For which device.
+    #[prost(message, optional, tag = "2")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// First address of the first segment.
+    #[prost(fixed64, tag = "3")]
+    pub iova: u64,
+    /// How many pieces were given to DmaMapSg (not how many segments it returned).
+    #[prost(uint32, tag = "4")]
+    pub elements: u32,
+    /// As given to DmaMapSg.
+    #[prost(enumeration = "Direction", tag = "5")]
+    pub direction: i32,
+    /// As in DmaUnmapRequest.
+    #[prost(message, optional, tag = "6")]
+    pub attributes: ::core::option::Option<DmaAttributes>,
+    /// As in DmaUnmapRequest.
+    #[prost(bool, optional, tag = "7")]
+    pub end_of_burst: ::core::option::Option<bool>,
+}
+/// Unmapped. In a strict domain invalidated and drained too.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DmaUnmapSgResponse {}
+/// A mapping, or a part of it, to hand over.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DmaSyncRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// For which device.
+    #[prost(message, optional, tag = "2")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// First address; may lie inside a mapping or a segment.
+    #[prost(fixed64, tag = "3")]
+    pub iova: u64,
+    /// Size, at least 1; ends within the mapping or segment.
+    #[prost(uint64, tag = "4")]
+    pub size_bytes: u64,
+    /// As given to the map.
+    #[prost(enumeration = "Direction", tag = "5")]
+    pub direction: i32,
+    /// To whom.
+    #[prost(enumeration = "SyncFor", tag = "6")]
+    pub sync_for: i32,
+}
+/// Handed over.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DmaSyncResponse {}
+/// What is to change of a device's limits. They stay when the device is attached elsewhere, and go with its owner.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDmaLimitsRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// Which device.
+    #[prost(message, optional, tag = "2")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// Address bits that the device has, 12 to 64; absent to leave it. 64 until set (Linux: 32).
+    #[prost(uint32, optional, tag = "3")]
+    pub mask_bits: ::core::option::Option<u32>,
+    /// Longest segment in bytes, at least 1; absent to leave it. No limit until set (Linux: 64 KiB).
+    #[prost(uint64, optional, tag = "4")]
+    pub segment_bytes_max: ::core::option::Option<u64>,
+    /// No segment crosses a multiple of this plus 1. A power of two less 1, at least 0xfff; absent to leave it. All ones until set (Linux: 32 ones).
+    #[prost(uint64, optional, tag = "5")]
+    pub segment_boundary_mask: ::core::option::Option<u64>,
+}
+/// The limits in force.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDmaLimitsResponse {
+    /// Address bits.
+    #[prost(uint32, tag = "1")]
+    pub mask_bits: u32,
+    /// Longest segment in bytes.
+    #[prost(uint64, tag = "2")]
+    pub segment_bytes_max: u64,
+    /// No segment crosses a multiple of this plus 1.
+    #[prost(uint64, tag = "3")]
+    pub segment_boundary_mask: u64,
+}
 /// A batch of the pipelined stream. At most Limits.batch_operations_max operations.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DmaStreamRequest {
@@ -361,6 +708,12 @@ pub struct DmaMapBatch {
     /// Direction of all.
     #[prost(enumeration = "Direction", tag = "3")]
     pub direction: i32,
+    /// Of all; absent for none.
+    #[prost(message, optional, tag = "4")]
+    pub attributes: ::core::option::Option<DmaAttributes>,
+    /// Of all: in a ring domain the ring, 0 to its count less 1; else 0.
+    #[prost(uint32, tag = "5")]
+    pub ring: u32,
 }
 /// Mappings to remove, in columns of equal length (or exactly one element for all, in size_bytes).
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -374,6 +727,12 @@ pub struct DmaUnmapBatch {
     /// As given to the map.
     #[prost(enumeration = "Direction", tag = "3")]
     pub direction: i32,
+    /// As in DmaUnmapRequest, for all.
+    #[prost(message, optional, tag = "4")]
+    pub attributes: ::core::option::Option<DmaAttributes>,
+    /// As in DmaUnmapRequest, for the last of them; those before never end the burst.
+    #[prost(bool, optional, tag = "5")]
+    pub end_of_burst: ::core::option::Option<bool>,
 }
 /// The answer to a batch, in the order of the batches.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -458,12 +817,9 @@ pub struct CreateDomainRequest {
     /// Names the request.
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<RequestHeader>,
-    /// How it trades protection for cost.
-    #[prost(enumeration = "Protection", tag = "2")]
-    pub protection: i32,
-    /// Address width in bits: 39, 48 or 57.
-    #[prost(uint32, tag = "3")]
-    pub width_bits: u32,
+    /// What is chosen.
+    #[prost(message, optional, tag = "2")]
+    pub options: ::core::option::Option<DomainOptions>,
 }
 /// The domain.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -644,6 +1000,39 @@ pub struct MmioWriteRequest {
 /// Taken by the device.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MmioWriteResponse {}
+/// Who is to see what the other wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum SyncFor {
+    /// Not given.
+    Unspecified = 0,
+    /// The CPU; the device leaves the memory alone until the next sync.
+    Cpu = 1,
+    /// The device; the CPU leaves the memory alone until the next sync.
+    Device = 2,
+}
+impl SyncFor {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SYNC_FOR_UNSPECIFIED",
+            Self::Cpu => "SYNC_FOR_CPU",
+            Self::Device => "SYNC_FOR_DEVICE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SYNC_FOR_UNSPECIFIED" => Some(Self::Unspecified),
+            "SYNC_FOR_CPU" => Some(Self::Cpu),
+            "SYNC_FOR_DEVICE" => Some(Self::Device),
+            _ => None,
+        }
+    }
+}
 /// Generated client implementations.
 pub mod driver_service_client {
     #![allow(
@@ -787,8 +1176,9 @@ pub mod driver_service_client {
                 .insert(GrpcMethod::new("iommu.v1.DriverService", "FreeBuffer"));
             self.inner.unary(req, path, codec).await
         }
-        /// DMA API (Linux dma_map_single): any offset and size; the server chooses the address and returns it.
-        /// Errors: INVALID_RANGE, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, NOT_OWNED, IOVA_EXHAUSTED, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// DMA API (Linux dma_map_single, dma_map_page and dma_map_resource): any offset and size; the server chooses the address and returns it.
+        /// Errors: INVALID_RANGE, INVALID_FIELD, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, NOT_OWNED, IOVA_EXHAUSTED, OUT_OF_MEMORY, LIMIT_REACHED,
+        /// RING_OVERFLOW, NOT_CONTIGUOUS, SEGMENT_OVER_LIMIT, BEYOND_MASK, BEYOND_WIDTH, MODE_REFUSES.
         pub async fn dma_map(
             &mut self,
             request: impl tonic::IntoRequest<super::DmaMapRequest>,
@@ -810,8 +1200,9 @@ pub mod driver_service_client {
                 .insert(GrpcMethod::new("iommu.v1.DriverService", "DmaMap"));
             self.inner.unary(req, path, codec).await
         }
-        /// DMA API (Linux dma_unmap_single): exactly what was mapped. Answered after invalidation and drain (I1).
-        /// Errors: NOT_MAPPED, SIZE_MISMATCH, DIRECTION_MISMATCH, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED.
+        /// DMA API (Linux dma_unmap_single): exactly what was mapped. In a strict domain answered after invalidation and drain (I1); what other modes
+        /// promise is said at Protection. Errors: NOT_MAPPED, SIZE_MISMATCH, DIRECTION_MISMATCH, WRONG_FUNCTION, UNKNOWN_DEVICE, NOT_YOURS,
+        /// NOT_ATTACHED.
         pub async fn dma_unmap(
             &mut self,
             request: impl tonic::IntoRequest<super::DmaUnmapRequest>,
@@ -860,6 +1251,109 @@ pub mod driver_service_client {
             req.extensions_mut()
                 .insert(GrpcMethod::new("iommu.v1.DriverService", "DmaStream"));
             self.inner.streaming(req, path, codec).await
+        }
+        /// DMA API (Linux dma_map_sg): several pieces of memory in one call, all or none. Errors: as DmaMap.
+        pub async fn dma_map_sg(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DmaMapSgRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DmaMapSgResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.DriverService/DmaMapSg",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.DriverService", "DmaMapSg"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// DMA API (Linux dma_unmap_sg): all that one DmaMapSg mapped. Errors: as DmaUnmap.
+        pub async fn dma_unmap_sg(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DmaUnmapSgRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DmaUnmapSgResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.DriverService/DmaUnmapSg",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.DriverService", "DmaUnmapSg"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// DMA API (Linux dma_sync_single_for_cpu and dma_sync_single_for_device): hands a mapping, or a part of it, to one side while it stays mapped.
+        /// Copies in a bounce domain; elsewhere it is checked and changes nothing. Errors: INVALID_RANGE, NOT_MAPPED, OUTSIDE_MAPPING,
+        /// DIRECTION_MISMATCH, WRONG_FUNCTION, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED.
+        pub async fn dma_sync(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DmaSyncRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DmaSyncResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.DriverService/DmaSync",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.DriverService", "DmaSync"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// DMA API (Linux dma_set_mask, dma_set_max_seg_size and dma_set_seg_boundary): what the device can address and how long its segments may be,
+        /// for mappings made from now on. Errors: INVALID_FIELD, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, MODE_REFUSES.
+        pub async fn set_dma_limits(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetDmaLimitsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetDmaLimitsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.DriverService/SetDmaLimits",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.DriverService", "SetDmaLimits"));
+            self.inner.unary(req, path, codec).await
         }
         /// DMA API (Linux dma_alloc_coherent): a buffer and its mapping in one. Errors: as AllocateBuffer and DmaMap.
         pub async fn allocate_coherent(
@@ -1012,7 +1506,8 @@ pub mod driver_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Domain API (virtio-iommu MAP): fixed address, whole pages; mapping over any existing mapping is refused whole.
-        /// Errors: UNALIGNED, RANGE_OVERLAPS, BEYOND_WIDTH, RESERVED_RANGE, NOT_OWNED, UNKNOWN_DOMAIN, NOT_YOURS, INVALID_RANGE, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// Errors: UNALIGNED, RANGE_OVERLAPS, BEYOND_WIDTH, RESERVED_RANGE, NOT_OWNED, UNKNOWN_DOMAIN, NOT_YOURS, INVALID_RANGE, OUT_OF_MEMORY, LIMIT_REACHED,
+        /// MODE_REFUSES (the device's addresses are not the caller's to choose).
         pub async fn map(
             &mut self,
             request: impl tonic::IntoRequest<super::MapRequest>,
@@ -1190,14 +1685,16 @@ pub mod driver_service_server {
             tonic::Response<super::FreeBufferResponse>,
             tonic::Status,
         >;
-        /// DMA API (Linux dma_map_single): any offset and size; the server chooses the address and returns it.
-        /// Errors: INVALID_RANGE, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, NOT_OWNED, IOVA_EXHAUSTED, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// DMA API (Linux dma_map_single, dma_map_page and dma_map_resource): any offset and size; the server chooses the address and returns it.
+        /// Errors: INVALID_RANGE, INVALID_FIELD, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, NOT_OWNED, IOVA_EXHAUSTED, OUT_OF_MEMORY, LIMIT_REACHED,
+        /// RING_OVERFLOW, NOT_CONTIGUOUS, SEGMENT_OVER_LIMIT, BEYOND_MASK, BEYOND_WIDTH, MODE_REFUSES.
         async fn dma_map(
             &self,
             request: tonic::Request<super::DmaMapRequest>,
         ) -> std::result::Result<tonic::Response<super::DmaMapResponse>, tonic::Status>;
-        /// DMA API (Linux dma_unmap_single): exactly what was mapped. Answered after invalidation and drain (I1).
-        /// Errors: NOT_MAPPED, SIZE_MISMATCH, DIRECTION_MISMATCH, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED.
+        /// DMA API (Linux dma_unmap_single): exactly what was mapped. In a strict domain answered after invalidation and drain (I1); what other modes
+        /// promise is said at Protection. Errors: NOT_MAPPED, SIZE_MISMATCH, DIRECTION_MISMATCH, WRONG_FUNCTION, UNKNOWN_DEVICE, NOT_YOURS,
+        /// NOT_ATTACHED.
         async fn dma_unmap(
             &self,
             request: tonic::Request<super::DmaUnmapRequest>,
@@ -1216,6 +1713,38 @@ pub mod driver_service_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::DmaStreamRequest>>,
         ) -> std::result::Result<tonic::Response<Self::DmaStreamStream>, tonic::Status>;
+        /// DMA API (Linux dma_map_sg): several pieces of memory in one call, all or none. Errors: as DmaMap.
+        async fn dma_map_sg(
+            &self,
+            request: tonic::Request<super::DmaMapSgRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DmaMapSgResponse>,
+            tonic::Status,
+        >;
+        /// DMA API (Linux dma_unmap_sg): all that one DmaMapSg mapped. Errors: as DmaUnmap.
+        async fn dma_unmap_sg(
+            &self,
+            request: tonic::Request<super::DmaUnmapSgRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DmaUnmapSgResponse>,
+            tonic::Status,
+        >;
+        /// DMA API (Linux dma_sync_single_for_cpu and dma_sync_single_for_device): hands a mapping, or a part of it, to one side while it stays mapped.
+        /// Copies in a bounce domain; elsewhere it is checked and changes nothing. Errors: INVALID_RANGE, NOT_MAPPED, OUTSIDE_MAPPING,
+        /// DIRECTION_MISMATCH, WRONG_FUNCTION, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED.
+        async fn dma_sync(
+            &self,
+            request: tonic::Request<super::DmaSyncRequest>,
+        ) -> std::result::Result<tonic::Response<super::DmaSyncResponse>, tonic::Status>;
+        /// DMA API (Linux dma_set_mask, dma_set_max_seg_size and dma_set_seg_boundary): what the device can address and how long its segments may be,
+        /// for mappings made from now on. Errors: INVALID_FIELD, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, MODE_REFUSES.
+        async fn set_dma_limits(
+            &self,
+            request: tonic::Request<super::SetDmaLimitsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetDmaLimitsResponse>,
+            tonic::Status,
+        >;
         /// DMA API (Linux dma_alloc_coherent): a buffer and its mapping in one. Errors: as AllocateBuffer and DmaMap.
         async fn allocate_coherent(
             &self,
@@ -1265,7 +1794,8 @@ pub mod driver_service_server {
             tonic::Status,
         >;
         /// Domain API (virtio-iommu MAP): fixed address, whole pages; mapping over any existing mapping is refused whole.
-        /// Errors: UNALIGNED, RANGE_OVERLAPS, BEYOND_WIDTH, RESERVED_RANGE, NOT_OWNED, UNKNOWN_DOMAIN, NOT_YOURS, INVALID_RANGE, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// Errors: UNALIGNED, RANGE_OVERLAPS, BEYOND_WIDTH, RESERVED_RANGE, NOT_OWNED, UNKNOWN_DOMAIN, NOT_YOURS, INVALID_RANGE, OUT_OF_MEMORY, LIMIT_REACHED,
+        /// MODE_REFUSES (the device's addresses are not the caller's to choose).
         async fn map(
             &self,
             request: tonic::Request<super::MapRequest>,
@@ -1617,6 +2147,186 @@ pub mod driver_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.DriverService/DmaMapSg" => {
+                    #[allow(non_camel_case_types)]
+                    struct DmaMapSgSvc<T: DriverService>(pub Arc<T>);
+                    impl<
+                        T: DriverService,
+                    > tonic::server::UnaryService<super::DmaMapSgRequest>
+                    for DmaMapSgSvc<T> {
+                        type Response = super::DmaMapSgResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DmaMapSgRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DriverService>::dma_map_sg(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DmaMapSgSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.DriverService/DmaUnmapSg" => {
+                    #[allow(non_camel_case_types)]
+                    struct DmaUnmapSgSvc<T: DriverService>(pub Arc<T>);
+                    impl<
+                        T: DriverService,
+                    > tonic::server::UnaryService<super::DmaUnmapSgRequest>
+                    for DmaUnmapSgSvc<T> {
+                        type Response = super::DmaUnmapSgResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DmaUnmapSgRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DriverService>::dma_unmap_sg(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DmaUnmapSgSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.DriverService/DmaSync" => {
+                    #[allow(non_camel_case_types)]
+                    struct DmaSyncSvc<T: DriverService>(pub Arc<T>);
+                    impl<
+                        T: DriverService,
+                    > tonic::server::UnaryService<super::DmaSyncRequest>
+                    for DmaSyncSvc<T> {
+                        type Response = super::DmaSyncResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DmaSyncRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DriverService>::dma_sync(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DmaSyncSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.DriverService/SetDmaLimits" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetDmaLimitsSvc<T: DriverService>(pub Arc<T>);
+                    impl<
+                        T: DriverService,
+                    > tonic::server::UnaryService<super::SetDmaLimitsRequest>
+                    for SetDmaLimitsSvc<T> {
+                        type Response = super::SetDmaLimitsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetDmaLimitsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DriverService>::set_dma_limits(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetDmaLimitsSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -5467,30 +6177,63 @@ pub struct DomainState {
     /// Whose.
     #[prost(message, optional, tag = "2")]
     pub owner: ::core::option::Option<Owner>,
-    /// How it trades protection for cost.
-    #[prost(enumeration = "Protection", tag = "3")]
-    pub protection: i32,
-    /// Address width in bits.
-    #[prost(uint32, tag = "4")]
-    pub width_bits: u32,
+    /// What was chosen when it was created, with every choice and parameter set.
+    #[prost(message, optional, tag = "3")]
+    pub options: ::core::option::Option<DomainOptions>,
     /// The devices attached to it.
-    #[prost(message, repeated, tag = "5")]
+    #[prost(message, repeated, tag = "4")]
     pub devices: ::prost::alloc::vec::Vec<DeviceAddress>,
     /// Live mappings.
-    #[prost(uint64, tag = "6")]
+    #[prost(uint64, tag = "5")]
     pub mappings: u64,
     /// Bytes mapped.
-    #[prost(uint64, tag = "7")]
+    #[prost(uint64, tag = "6")]
     pub mapped_bytes: u64,
     /// Bytes of its page tables.
-    #[prost(uint64, tag = "8")]
+    #[prost(uint64, tag = "7")]
     pub table_bytes: u64,
     /// Mappings ever made.
-    #[prost(uint64, tag = "9")]
+    #[prost(uint64, tag = "8")]
     pub maps: u64,
     /// Mappings ever removed.
-    #[prost(uint64, tag = "10")]
+    #[prost(uint64, tag = "9")]
     pub unmaps: u64,
+    /// Address ranges that are allocated.
+    #[prost(uint64, tag = "10")]
+    pub live_iova_ranges: u64,
+    /// Address ranges that are free and kept in magazines for the next map.
+    #[prost(uint64, tag = "11")]
+    pub cached_iova_ranges: u64,
+    /// Address ranges ever allocated.
+    #[prost(uint64, tag = "12")]
+    pub iova_allocations: u64,
+    /// Nodes that these allocations visited.
+    #[prost(uint64, tag = "13")]
+    pub iova_visits: u64,
+    /// Unmaps that are answered and wait for their invalidation; deferred domains.
+    #[prost(uint64, tag = "14")]
+    pub pending_flushes: u64,
+    /// How long the oldest of them has waited, in microseconds; absent when none waits.
+    #[prost(uint64, optional, tag = "15")]
+    pub oldest_pending_us: ::core::option::Option<u64>,
+    /// Flushes of waiting unmaps ever made.
+    #[prost(uint64, tag = "16")]
+    pub flushes: u64,
+    /// Invalidations ever asked for.
+    #[prost(uint64, tag = "17")]
+    pub invalidations: u64,
+    /// Mappings that are kept and that nobody uses; persistent domains.
+    #[prost(uint64, tag = "18")]
+    pub idle_mappings: u64,
+    /// Bytes of shadow buffers; bounce domains.
+    #[prost(uint64, tag = "19")]
+    pub shadow_bytes: u64,
+    /// Bytes ever copied to and from shadow buffers; bounce domains.
+    #[prost(uint64, tag = "20")]
+    pub copied_bytes: u64,
+    /// Reports of the sanitizer so far, repeated ones included.
+    #[prost(uint64, tag = "21")]
+    pub sanitizer_reports: u64,
 }
 /// Which mappings.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -5560,7 +6303,7 @@ pub struct WalkStep {
     /// Level of a second-stage table, 5 to 1; else 0.
     #[prost(uint32, tag = "2")]
     pub level: u32,
-    /// Index of the entry in its table.
+    /// Index of the entry in its table; 65,535 also for slots beyond it.
     #[prost(uint32, tag = "3")]
     pub index: u32,
     /// Physical address of the entry.
@@ -5569,10 +6312,10 @@ pub struct WalkStep {
     /// Bits 63:0; absent when memory could not be read.
     #[prost(fixed64, optional, tag = "5")]
     pub low: ::core::option::Option<u64>,
-    /// Bits 127:64 of root and context entries.
+    /// Bits 127:64 of entries of 16 bytes: all but page-table entries.
     #[prost(fixed64, optional, tag = "6")]
     pub high: ::core::option::Option<u64>,
-    /// Permissions left after this entry; for page-table entries.
+    /// Permissions left after this entry; for page-table entries and slots of rings.
     #[prost(message, optional, tag = "7")]
     pub permissions: ::core::option::Option<Permissions>,
     /// In words.
@@ -5623,6 +6366,12 @@ pub struct IotlbEntry {
     /// What it allows.
     #[prost(message, optional, tag = "5")]
     pub permissions: ::core::option::Option<Permissions>,
+    /// First byte of the page that is open, where not the whole page is; with `last_byte`.
+    #[prost(uint32, optional, tag = "6")]
+    pub first_byte: ::core::option::Option<u32>,
+    /// Last byte of the page that is open.
+    #[prost(uint32, optional, tag = "7")]
+    pub last_byte: ::core::option::Option<u32>,
 }
 /// Nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -5673,6 +6422,31 @@ pub struct GetCountersResponse {
     /// Interrupts remapped.
     #[prost(uint64, tag = "13")]
     pub interrupts: u64,
+    /// The rIOMMU beside the unit; absent for a bare machine, which has none.
+    #[prost(message, optional, tag = "14")]
+    pub ring: ::core::option::Option<RingCounters>,
+}
+/// Counters of an rIOMMU.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RingCounters {
+    /// Accesses to the slot that the entry of the ring holds.
+    #[prost(uint64, tag = "1")]
+    pub hits: u64,
+    /// Accesses to the next slot, which the entry held prefetched: no memory was read for the translation.
+    #[prost(uint64, tag = "2")]
+    pub promotions: u64,
+    /// Accesses that walked the tables.
+    #[prost(uint64, tag = "3")]
+    pub walks: u64,
+    /// Table entries read by walks.
+    #[prost(uint64, tag = "4")]
+    pub walk_reads: u64,
+    /// Slots read ahead.
+    #[prost(uint64, tag = "5")]
+    pub prefetch_reads: u64,
+    /// Invalidations carried out, one per ring.
+    #[prost(uint64, tag = "6")]
+    pub invalidations: u64,
 }
 /// Counters of a cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -5821,6 +6595,14 @@ pub enum Structure {
     Context = 2,
     /// Second-stage table; `level` says which.
     SecondStage = 3,
+    /// Root of the ring unit, for a device behind rings.
+    RingRoot = 5,
+    /// rDEVICE: device table of the ring unit.
+    RingDevice = 6,
+    /// rRING: a ring of a device.
+    Ring = 7,
+    /// rPTE: a slot of a ring.
+    RingSlot = 8,
 }
 impl Structure {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -5833,6 +6615,10 @@ impl Structure {
             Self::Root => "STRUCTURE_ROOT",
             Self::Context => "STRUCTURE_CONTEXT",
             Self::SecondStage => "STRUCTURE_SECOND_STAGE",
+            Self::RingRoot => "STRUCTURE_RING_ROOT",
+            Self::RingDevice => "STRUCTURE_RING_DEVICE",
+            Self::Ring => "STRUCTURE_RING",
+            Self::RingSlot => "STRUCTURE_RING_SLOT",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -5842,6 +6628,10 @@ impl Structure {
             "STRUCTURE_ROOT" => Some(Self::Root),
             "STRUCTURE_CONTEXT" => Some(Self::Context),
             "STRUCTURE_SECOND_STAGE" => Some(Self::SecondStage),
+            "STRUCTURE_RING_ROOT" => Some(Self::RingRoot),
+            "STRUCTURE_RING_DEVICE" => Some(Self::RingDevice),
+            "STRUCTURE_RING" => Some(Self::Ring),
+            "STRUCTURE_RING_SLOT" => Some(Self::RingSlot),
             _ => None,
         }
     }
@@ -7206,6 +7996,728 @@ pub mod memory_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "iommu.v1.MemoryService";
     impl<T> tonic::server::NamedService for MemoryServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// Which reports.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SanitizerFilter {
+    /// On this owner's domains. Drivers leave it out or name themselves.
+    #[prost(message, optional, tag = "1")]
+    pub owner: ::core::option::Option<Owner>,
+    /// On this domain. 16 bits.
+    #[prost(uint32, optional, tag = "2")]
+    pub domain_id: ::core::option::Option<u32>,
+    /// About this device.
+    #[prost(message, optional, tag = "3")]
+    pub device: ::core::option::Option<DeviceAddress>,
+}
+/// Reports to list.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListReportsRequest {
+    /// Which; absent for all that the caller may see.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<SanitizerFilter>,
+    /// Only reports with a larger sequence; where they are more than `limit`, the oldest of them, so that one can page on. Absent for all; where
+    /// they are more than `limit`, the newest. Sequences count per owner.
+    #[prost(uint64, optional, tag = "2")]
+    pub after_sequence: ::core::option::Option<u64>,
+    /// At most so many; 0 for as many as fit one message.
+    #[prost(uint32, tag = "3")]
+    pub limit: u32,
+}
+/// The reports.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListReportsResponse {
+    /// Oldest first.
+    #[prost(message, repeated, tag = "1")]
+    pub reports: ::prost::alloc::vec::Vec<SanitizerReport>,
+    /// Reports that the logs of these owners have lost to overflow since the server started.
+    #[prost(uint64, tag = "2")]
+    pub overwritten_count: u64,
+    /// Give this to Watch to go on after all reports that were there, listed or not.
+    #[prost(string, tag = "3")]
+    pub resume_token: ::prost::alloc::string::String,
+}
+/// A subscription.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WatchReportsRequest {
+    /// Which; absent for all that the caller may see.
+    #[prost(message, optional, tag = "1")]
+    pub filter: ::core::option::Option<SanitizerFilter>,
+    /// From a ListReports or an earlier Watch; empty to start with what comes from now on.
+    #[prost(string, tag = "2")]
+    pub resume_token: ::prost::alloc::string::String,
+}
+/// New reports.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WatchReportsResponse {
+    /// Oldest first; empty in the first message, which says that the subscription stands.
+    #[prost(message, repeated, tag = "1")]
+    pub reports: ::prost::alloc::vec::Vec<SanitizerReport>,
+    /// Reports lost to overflow between the last message and this one.
+    #[prost(uint64, tag = "2")]
+    pub missed_count: u64,
+    /// Give this to Watch to go on after these reports.
+    #[prost(string, tag = "3")]
+    pub resume_token: ::prost::alloc::string::String,
+}
+/// A DMA as it was seen.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SeenAccess {
+    /// Its first address.
+    #[prost(fixed64, tag = "1")]
+    pub iova: u64,
+    /// Bytes asked for.
+    #[prost(uint32, tag = "2")]
+    pub size_bytes: u32,
+    /// Bytes done.
+    #[prost(uint32, tag = "3")]
+    pub done_bytes: u32,
+    /// What was asked.
+    #[prost(enumeration = "Access", tag = "4")]
+    pub access: i32,
+    /// Fault reason (as TranslationFault.reason) with which the hardware refused it; absent when it let it through.
+    #[prost(uint32, optional, tag = "5")]
+    pub refused: ::core::option::Option<u32>,
+}
+/// Birth and death of a mapping.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MappingLife {
+    /// First address.
+    #[prost(fixed64, tag = "1")]
+    pub iova: u64,
+    /// Bytes mapped.
+    #[prost(uint64, tag = "2")]
+    pub size_bytes: u64,
+    /// Memory behind it.
+    #[prost(fixed64, tag = "3")]
+    pub gpa: u64,
+    /// Which way data was to flow.
+    #[prost(enumeration = "Direction", tag = "4")]
+    pub direction: i32,
+    /// Whether it is coherent memory.
+    #[prost(bool, tag = "5")]
+    pub coherent: bool,
+    /// When it was mapped, in microseconds since the UNIX epoch.
+    #[prost(uint64, tag = "6")]
+    pub born_at_us: u64,
+    /// By which request of its owner.
+    #[prost(uint64, tag = "7")]
+    pub born_by: u64,
+    /// Its unmap; absent while it lives.
+    #[prost(message, optional, tag = "8")]
+    pub death: ::core::option::Option<mapping_life::Death>,
+}
+/// Nested message and enum types in `MappingLife`.
+pub mod mapping_life {
+    /// The end of a mapping.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Death {
+        /// When it was unmapped, in microseconds since the UNIX epoch.
+        #[prost(uint64, tag = "1")]
+        pub at_us: u64,
+        /// By which request of its owner.
+        #[prost(uint64, tag = "2")]
+        pub by: u64,
+    }
+}
+/// One report. Equal ones in a row are counted and not repeated.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SanitizerReport {
+    /// Its number in the log of its owner; starts at 1.
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    /// When it was seen, in microseconds since the UNIX epoch.
+    #[prost(uint64, tag = "2")]
+    pub at_us: u64,
+    /// Whose domain.
+    #[prost(message, optional, tag = "3")]
+    pub owner: ::core::option::Option<Owner>,
+    /// The domain. 16 bits.
+    #[prost(uint32, tag = "4")]
+    pub domain_id: u32,
+    /// The device; absent where none is involved.
+    #[prost(message, optional, tag = "5")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// What went wrong.
+    #[prost(enumeration = "ReportClass", tag = "6")]
+    pub class: i32,
+    /// V1, V2 or V3, where that can be known.
+    #[prost(enumeration = "Violation", tag = "7")]
+    pub violation: i32,
+    /// Who is to blame.
+    #[prost(enumeration = "Blame", tag = "8")]
+    pub blame: i32,
+    /// The DMA, for reports about one.
+    #[prost(message, optional, tag = "9")]
+    pub access: ::core::option::Option<SeenAccess>,
+    /// The mapping concerned, where there is one.
+    #[prost(message, optional, tag = "10")]
+    pub mapping: ::core::option::Option<MappingLife>,
+    /// The request concerned, for reports about one.
+    #[prost(uint64, optional, tag = "11")]
+    pub request_id: ::core::option::Option<u64>,
+    /// How long after the unmap, in microseconds, for a use after it.
+    #[prost(uint64, optional, tag = "12")]
+    pub age_us: ::core::option::Option<u64>,
+    /// Further equal reports that this one stands for.
+    #[prost(uint32, tag = "13")]
+    pub repeats: u32,
+}
+/// What went wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ReportClass {
+    /// Not given.
+    Unspecified = 0,
+    /// A device used a mapping after its unmap: through a stale translation, a shadow buffer or a direct map, or refused.
+    UseAfterUnmap = 1,
+    /// A device used an address that no mapping covers.
+    StrayAccess = 2,
+    /// A device's access left the mapping that it began in: on the same page, or into what lies behind it.
+    Overrun = 3,
+    /// A device wrote what was mapped for reading only, or read what was mapped for writing only.
+    WrongDirection = 4,
+    /// An unmap of something that was never mapped.
+    FreeOfUnmapped = 5,
+    /// An unmap of what was unmapped already.
+    DoubleUnmap = 6,
+    /// An unmap with another size than that of the mapping.
+    SizeMismatch = 7,
+    /// An unmap with another direction than that of the mapping.
+    DirectionMismatch = 8,
+    /// An unmap with the function for another kind of mapping (single, scatter-gather, coherent).
+    WrongFree = 9,
+    /// A sync of something that is not mapped.
+    SyncOfUnmapped = 10,
+    /// A sync that leaves the mapping.
+    SyncOutside = 11,
+    /// A sync against the direction of the mapping.
+    SyncDirection = 12,
+    /// A mapping that was still there when its device or driver let go.
+    Leak = 13,
+    /// Memory mapped twice at once where one of the two lets the device write.
+    Overlap = 14,
+    /// A segment longer than the device takes, or across its boundary.
+    SegmentOverLimit = 15,
+    /// The error value of a failed map (all ones) was given to the device or used by it.
+    ErrorNeverChecked = 16,
+    /// Memory was to be freed while it was mapped.
+    ReleasedWhileMapped = 17,
+}
+impl ReportClass {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "REPORT_CLASS_UNSPECIFIED",
+            Self::UseAfterUnmap => "REPORT_CLASS_USE_AFTER_UNMAP",
+            Self::StrayAccess => "REPORT_CLASS_STRAY_ACCESS",
+            Self::Overrun => "REPORT_CLASS_OVERRUN",
+            Self::WrongDirection => "REPORT_CLASS_WRONG_DIRECTION",
+            Self::FreeOfUnmapped => "REPORT_CLASS_FREE_OF_UNMAPPED",
+            Self::DoubleUnmap => "REPORT_CLASS_DOUBLE_UNMAP",
+            Self::SizeMismatch => "REPORT_CLASS_SIZE_MISMATCH",
+            Self::DirectionMismatch => "REPORT_CLASS_DIRECTION_MISMATCH",
+            Self::WrongFree => "REPORT_CLASS_WRONG_FREE",
+            Self::SyncOfUnmapped => "REPORT_CLASS_SYNC_OF_UNMAPPED",
+            Self::SyncOutside => "REPORT_CLASS_SYNC_OUTSIDE",
+            Self::SyncDirection => "REPORT_CLASS_SYNC_DIRECTION",
+            Self::Leak => "REPORT_CLASS_LEAK",
+            Self::Overlap => "REPORT_CLASS_OVERLAP",
+            Self::SegmentOverLimit => "REPORT_CLASS_SEGMENT_OVER_LIMIT",
+            Self::ErrorNeverChecked => "REPORT_CLASS_ERROR_NEVER_CHECKED",
+            Self::ReleasedWhileMapped => "REPORT_CLASS_RELEASED_WHILE_MAPPED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "REPORT_CLASS_UNSPECIFIED" => Some(Self::Unspecified),
+            "REPORT_CLASS_USE_AFTER_UNMAP" => Some(Self::UseAfterUnmap),
+            "REPORT_CLASS_STRAY_ACCESS" => Some(Self::StrayAccess),
+            "REPORT_CLASS_OVERRUN" => Some(Self::Overrun),
+            "REPORT_CLASS_WRONG_DIRECTION" => Some(Self::WrongDirection),
+            "REPORT_CLASS_FREE_OF_UNMAPPED" => Some(Self::FreeOfUnmapped),
+            "REPORT_CLASS_DOUBLE_UNMAP" => Some(Self::DoubleUnmap),
+            "REPORT_CLASS_SIZE_MISMATCH" => Some(Self::SizeMismatch),
+            "REPORT_CLASS_DIRECTION_MISMATCH" => Some(Self::DirectionMismatch),
+            "REPORT_CLASS_WRONG_FREE" => Some(Self::WrongFree),
+            "REPORT_CLASS_SYNC_OF_UNMAPPED" => Some(Self::SyncOfUnmapped),
+            "REPORT_CLASS_SYNC_OUTSIDE" => Some(Self::SyncOutside),
+            "REPORT_CLASS_SYNC_DIRECTION" => Some(Self::SyncDirection),
+            "REPORT_CLASS_LEAK" => Some(Self::Leak),
+            "REPORT_CLASS_OVERLAP" => Some(Self::Overlap),
+            "REPORT_CLASS_SEGMENT_OVER_LIMIT" => Some(Self::SegmentOverLimit),
+            "REPORT_CLASS_ERROR_NEVER_CHECKED" => Some(Self::ErrorNeverChecked),
+            "REPORT_CLASS_RELEASED_WHILE_MAPPED" => Some(Self::ReleasedWhileMapped),
+            _ => None,
+        }
+    }
+}
+/// The kinds of fault of Willmann, Rixner and Cox (USENIX ATC 2008). Zero is a choice here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Violation {
+    /// It cannot be told.
+    Unspecified = 0,
+    /// V1: the driver gave a wrong address.
+    BadAddress = 1,
+    /// V2: the device made a wrong access by itself.
+    BadDevice = 2,
+    /// V3: memory is used by a device after it was repurposed, or before.
+    InvalidUse = 3,
+}
+impl Violation {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "VIOLATION_UNSPECIFIED",
+            Self::BadAddress => "VIOLATION_BAD_ADDRESS",
+            Self::BadDevice => "VIOLATION_BAD_DEVICE",
+            Self::InvalidUse => "VIOLATION_INVALID_USE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "VIOLATION_UNSPECIFIED" => Some(Self::Unspecified),
+            "VIOLATION_BAD_ADDRESS" => Some(Self::BadAddress),
+            "VIOLATION_BAD_DEVICE" => Some(Self::BadDevice),
+            "VIOLATION_INVALID_USE" => Some(Self::InvalidUse),
+            _ => None,
+        }
+    }
+}
+/// Who is to blame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Blame {
+    /// Not given.
+    Unspecified = 0,
+    /// The driver: it asked for it, or gave the device the address.
+    Driver = 1,
+    /// The device: the driver never gave it the address.
+    Device = 2,
+    /// It cannot be told: the set of addresses given has lost entries, or what was given leaves it open.
+    Unknown = 3,
+}
+impl Blame {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "BLAME_UNSPECIFIED",
+            Self::Driver => "BLAME_DRIVER",
+            Self::Device => "BLAME_DEVICE",
+            Self::Unknown => "BLAME_UNKNOWN",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "BLAME_UNSPECIFIED" => Some(Self::Unspecified),
+            "BLAME_DRIVER" => Some(Self::Driver),
+            "BLAME_DEVICE" => Some(Self::Device),
+            "BLAME_UNKNOWN" => Some(Self::Unknown),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+pub mod sanitizer_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// For everybody: a driver sees the reports on its own domains, observers and operators see all of them. Only domains that were created with
+    /// `DomainOptions.sanitizer` are looked at.
+    #[derive(Debug, Clone)]
+    pub struct SanitizerServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl SanitizerServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> SanitizerServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> SanitizerServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            SanitizerServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Reports that are kept, oldest first. Errors: NOT_YOURS, UNKNOWN_DOMAIN, INVALID_FIELD.
+        pub async fn list_reports(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListReportsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListReportsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.SanitizerService/ListReports",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.SanitizerService", "ListReports"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Reports kept after the resume token, then new ones as they come. The server never waits for a slow reader: a report that was overwritten
+        /// before it could be sent is counted in `missed_count`. Errors: NOT_YOURS, UNKNOWN_DOMAIN, BAD_RESUME_TOKEN, LIMIT_REACHED.
+        pub async fn watch(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WatchReportsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::WatchReportsResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.SanitizerService/Watch",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.SanitizerService", "Watch"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod sanitizer_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with SanitizerServiceServer.
+    #[async_trait]
+    pub trait SanitizerService: std::marker::Send + std::marker::Sync + 'static {
+        /// Reports that are kept, oldest first. Errors: NOT_YOURS, UNKNOWN_DOMAIN, INVALID_FIELD.
+        async fn list_reports(
+            &self,
+            request: tonic::Request<super::ListReportsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListReportsResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the Watch method.
+        type WatchStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::WatchReportsResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Reports kept after the resume token, then new ones as they come. The server never waits for a slow reader: a report that was overwritten
+        /// before it could be sent is counted in `missed_count`. Errors: NOT_YOURS, UNKNOWN_DOMAIN, BAD_RESUME_TOKEN, LIMIT_REACHED.
+        async fn watch(
+            &self,
+            request: tonic::Request<super::WatchReportsRequest>,
+        ) -> std::result::Result<tonic::Response<Self::WatchStream>, tonic::Status>;
+    }
+    /// For everybody: a driver sees the reports on its own domains, observers and operators see all of them. Only domains that were created with
+    /// `DomainOptions.sanitizer` are looked at.
+    #[derive(Debug)]
+    pub struct SanitizerServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> SanitizerServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for SanitizerServiceServer<T>
+    where
+        T: SanitizerService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/iommu.v1.SanitizerService/ListReports" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListReportsSvc<T: SanitizerService>(pub Arc<T>);
+                    impl<
+                        T: SanitizerService,
+                    > tonic::server::UnaryService<super::ListReportsRequest>
+                    for ListReportsSvc<T> {
+                        type Response = super::ListReportsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListReportsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as SanitizerService>::list_reports(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListReportsSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.SanitizerService/Watch" => {
+                    #[allow(non_camel_case_types)]
+                    struct WatchSvc<T: SanitizerService>(pub Arc<T>);
+                    impl<
+                        T: SanitizerService,
+                    > tonic::server::ServerStreamingService<super::WatchReportsRequest>
+                    for WatchSvc<T> {
+                        type Response = super::WatchReportsResponse;
+                        type ResponseStream = T::WatchStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::WatchReportsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as SanitizerService>::watch(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WatchSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for SanitizerServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "iommu.v1.SanitizerService";
+    impl<T> tonic::server::NamedService for SanitizerServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

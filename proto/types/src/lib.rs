@@ -22,8 +22,10 @@ mod sanitizer;
 pub use access::{Access, AddressType, AtomicOperation, Direction, Permissions};
 pub use address::{Address, Gpa, Hpa, Iova, PAGE_SIZE_BYTES, PageSize};
 pub use bare::{AddressWidths, Capabilities, InvalidCapabilities};
-pub use dma::{DmaAttributes, DmaLimits, SyncFor};
 pub use device::{DeviceAddress, DomainId, ParseAddressError, Pasid, SourceId};
+pub use dma::{
+    DMA_MASK_BITS_MAX, DMA_MASK_BITS_MIN, DmaAttributes, DmaLimits, SEGMENT_BOUNDARY_MASK_MIN, SyncFor,
+};
 pub use explain::{CacheState, Explanation, Outcome, Step, Structure, Translation};
 pub use fault::{DmaFault, Fault, FaultReason, FaultRecord, InterruptFault, Refusal, TranslationFault};
 pub use identity::{Generation, Identity, Owner, ParseOwnerError, RequestId, Role};

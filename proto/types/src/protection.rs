@@ -148,6 +148,9 @@ pub const RING_SLOTS_MIN: u32 = 2;
 /// A ring is one contiguous table: 1 MiB.
 pub const RING_SLOTS_MAX: u32 = 1 << 16;
 
+/// Widths of 3, 4 and 5 levels of tables.
+const WIDTHS: [u8; 3] = [39, 48, 57];
+
 fn refused(field: &str, why: impl Into<String>) -> InvalidField {
     InvalidField { field: field.to_owned(), why: why.into() }
 }
@@ -273,6 +276,10 @@ impl DomainOptions {
     pub fn check(&self) -> Result<(), InvalidField> {
         use MappingGranularity::{Byte, Page};
         self.protection.check()?;
+        if !WIDTHS.contains(&self.width_bits) {
+            let why = format!("{} is not a width; use 39, 48 or 57", self.width_bits);
+            return Err(refused("width_bits", why));
+        }
         match (self.protection, self.granularity) {
             (Protection::Passthrough, Byte) => Err(refused(
                 "granularity",
@@ -321,6 +328,14 @@ mod tests {
         ] {
             check(DomainOptions::new(protection).with_granularity(Byte), byte);
             check(DomainOptions::new(protection).with_granularity(Page), page);
+        }
+    }
+
+    #[test]
+    fn widths_are_those_of_whole_levels() {
+        for width_bits in 0..=u8::MAX {
+            let refused = (![39, 48, 57].contains(&width_bits)).then_some("width_bits");
+            check(DomainOptions::new(Protection::Strict).with_width(width_bits), refused);
         }
     }
 

@@ -63,7 +63,11 @@ impl ReportClass {
         (Self::Leak, "leak", "the mapping was still there when its device or driver let go"),
         (Self::Overlap, "overlap", "memory is mapped twice at once and a device may write it"),
         (Self::SegmentOverLimit, "segment-over-limit", "a segment is longer than the device takes"),
-        (Self::ErrorNeverChecked, "error-never-checked", "the error value of a failed map reached the device"),
+        (
+            Self::ErrorNeverChecked,
+            "error-never-checked",
+            "the error value of a failed map reached the device",
+        ),
         (Self::ReleasedWhileMapped, "released-while-mapped", "memory was to be freed while it was mapped"),
     ];
 

@@ -54,6 +54,23 @@ fn every_fact_shows_itself_with_its_facts() {
             }),
             &["iova:0x3000", "to-device", "to-device"],
         ),
+        (
+            shown(WrongFunction {
+                iova: Iova::new(0x3000),
+                made_as: "coherent".to_owned(),
+                asked_as: text(),
+            }),
+            &["iova:0x3000", "coherent", "the given text"],
+        ),
+        (
+            shown(OutsideMapping { iova: Iova::new(0x3000), size_bytes: 7654 }),
+            &["iova:0x3000", "7654|0x1de6"],
+        ),
+        (shown(RingOverflow { ring: 3, slots: 321 }), &["ring 3", "321"]),
+        (shown(NotContiguous { gpa: Gpa::new(0x2000) }), &["gpa:0x2000"]),
+        (shown(SegmentOverLimit { size_bytes: 7654, allowed_bytes: 4321 }), &["7654|0x1de6", "4321|0x10e1"]),
+        (shown(BeyondMask { iova: Iova::new(0x3000), mask_bits: 32 }), &["iova:0x3000", "32"]),
+        (shown(ModeRefuses { mode: "ring".to_owned(), why: text() }), &["ring", "the given text"]),
         (shown(BeyondWidth { iova: Iova::new(0x3000), width_bits: 48 }), &["iova:0x3000", "48"]),
         (shown(ReservedRange { iova: Iova::new(0x3000) }), &["iova:0x3000"]),
         (shown(IovaExhausted { size_bytes: 7654 }), &["7654|0x1de6"]),

@@ -6,7 +6,9 @@ use anyhow::{Context, ensure};
 use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::{Port, UnitConfig};
-use iommu_kernel::{DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory, Tick};
+use iommu_kernel::{
+    DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory, Tick,
+};
 use iommu_types::{Capabilities, Direction, DomainOptions, Gpa, GpaRange, IovaRange, Owner, PAGE_SIZE_BYTES};
 use iommu_types::{Protection, RequestId, SourceId};
 
@@ -65,7 +67,9 @@ impl Host {
 
     /// A strict domain of 48 bits.
     pub(super) fn domain(&self) -> anyhow::Result<Domain> {
-        self.kernel.create_domain(&self.account, DomainOptions::new(Protection::Strict)).context("create a domain")
+        self.kernel
+            .create_domain(&self.account, DomainOptions::new(Protection::Strict))
+            .context("create a domain")
     }
 
     /// A device in the domain.
@@ -101,7 +105,8 @@ impl Pages {
 pub(super) fn map(host: &Host, domain: &mut Domain, pages: &mut Pages) -> IovaRange {
     let range = pages.draw();
     let request = DmaMap::single(range, Direction::Bidirectional, RequestId(pages.next));
-    let iova = domain.dma_map(&host.kernel, &host.memory, request, Tick(0)).expect("the buffer can be mapped");
+    let iova =
+        domain.dma_map(&host.kernel, &host.memory, request, Tick(0)).expect("the buffer can be mapped");
     IovaRange::new(iova, PAGE_SIZE_BYTES).expect("what was mapped does not wrap")
 }
 

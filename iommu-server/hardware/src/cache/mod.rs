@@ -15,6 +15,7 @@
 mod context;
 mod iotlb;
 mod paging;
+mod sequence;
 mod set;
 mod spans;
 mod words;
@@ -27,6 +28,7 @@ mod tests;
 pub use context::{CachedContext, ContextCache, ContextTranslation};
 pub use iotlb::{Iotlb, IotlbEntry};
 pub use paging::{PagingEntry, PagingStructureCache};
+pub(crate) use sequence::Sequence;
 pub(crate) use words::EXTENT_HOST_WIDTH_BITS_MAX;
 
 /// How many entries a cache holds, and how they are arranged.

@@ -17,6 +17,23 @@ pub struct CacheCounters {
     pub outdated_fills: u64,
 }
 
+/// Counters of the ring unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingCounters {
+    /// Requests that the slot in use answered.
+    pub hits: u64,
+    /// Requests that the prefetched slot answered.
+    pub promotions: u64,
+    /// Walks of ring tables begun.
+    pub walks: u64,
+    /// Entries that walks read while a request waited.
+    pub walk_reads: u64,
+    /// Entries that were read for a slot that nobody had asked for yet.
+    pub prefetch_reads: u64,
+    /// Invalidations of rings and of devices; a part of the unit's.
+    pub invalidations: u64,
+}
+
 /// Counters of a unit since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -56,6 +73,8 @@ pub struct Counters {
     pub faults_suppressed: u64,
     /// Interrupts delivered.
     pub interrupts: u64,
+    /// Rings.
+    pub ring: RingCounters,
 }
 
 /// What invalidators count: several threads at a time, and never a device.
@@ -80,11 +99,11 @@ impl InvalidationTally {
 
 /// A count that one thread moves and any thread reads: a load and a store, never a locked instruction.
 #[derive(Debug, Default)]
-pub(super) struct Count(AtomicU64);
+pub(crate) struct Count(AtomicU64);
 
 impl Count {
     #[inline]
-    pub(super) fn add(&self, more: u64) {
+    pub(crate) fn add(&self, more: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
     }
     fn get(&self) -> u64 {
@@ -121,6 +140,26 @@ impl CacheTally {
     }
 }
 
+/// What a port counts behind rings.
+#[derive(Debug, Default)]
+pub(crate) struct RingTally {
+    pub(crate) hits: Count,
+    pub(crate) promotions: Count,
+    pub(crate) walks: Count,
+    pub(crate) walk_reads: Count,
+    pub(crate) prefetch_reads: Count,
+}
+
+impl RingTally {
+    pub(crate) fn add_to(&self, sum: &mut RingCounters) {
+        sum.hits += self.hits.get();
+        sum.promotions += self.promotions.get();
+        sum.walks += self.walks.get();
+        sum.walk_reads += self.walk_reads.get();
+        sum.prefetch_reads += self.prefetch_reads.get();
+    }
+}
+
 /// Everything that the ports of one slot have counted. A slot outlives its ports, so nothing is lost when one is dropped.
 #[derive(Debug, Default)]
 pub(super) struct SlotTally {
@@ -133,6 +172,7 @@ pub(super) struct SlotTally {
     pub(super) table_reads: [Count; 5],
     pub(super) extent_reads: Count,
     pub(super) interrupts: Count,
+    pub(super) ring: RingTally,
 }
 
 impl SlotTally {
@@ -145,5 +185,6 @@ impl SlotTally {
         sum.table_reads.iter_mut().zip(&self.table_reads).for_each(|(sum, count)| *sum += count.get());
         sum.extent_reads += self.extent_reads.get();
         sum.interrupts += self.interrupts.get();
+        self.ring.add_to(&mut sum.ring);
     }
 }

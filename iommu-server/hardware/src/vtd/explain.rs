@@ -16,6 +16,7 @@ use super::spec::pte::SecondStageEntry;
 use super::unit::Unit;
 use super::walk::{Leaf, NoTrace, StepCollector, WalkFault, check_table_mode, reading, walk_context};
 use crate::cache::{CachedContext, ContextTranslation, IotlbEntry, PagingEntry};
+use crate::riommu;
 
 /// How an access ends, before it is put into words.
 enum End {
@@ -40,6 +41,11 @@ impl Unit {
         let in_page_bytes = size_bytes.min((PAGE_SIZE_BYTES - iova.page_offset()) as u32);
         let address_type = AddressType::Untranslated;
         let request = Request { iova, size_bytes: in_page_bytes, access, pasid, address_type };
+        if let Some(cache) = self.rings.cache_of(source)
+            && !request.is_in_interrupt_range()
+        {
+            return riommu::explain(&self.rings_of(source, &cache), &Request { size_bytes, ..request });
+        }
         let mut steps = StepCollector::new(self.table_rules());
         let (end, context) = self.end_by_tables(source, &request, &mut steps);
         let asks_caches = self.is_translating() && !request.is_in_interrupt_range() && pasid.is_none();

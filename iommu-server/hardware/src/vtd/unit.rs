@@ -29,6 +29,7 @@ use crate::cache::{
 };
 use crate::drain::{Drains, PendingDrain, Scope, SlotIndex};
 use crate::memory::PhysicalMemory;
+use crate::riommu::{RingCache, RingEntryState, RingUnit, Rings};
 
 /// The choices of a unit.
 #[derive(Clone, Debug)]
@@ -79,6 +80,8 @@ pub struct Unit {
     pub(super) paging: PagingStructureCache,
     latches: Latches,
     pub(super) faults: FaultLog,
+    /// The ring unit beside this one: other tables and another cache, the same slots, drains and fault log.
+    pub(crate) rings: RingUnit,
     tallies: Box<[CachePadded<SlotTally>]>,
     /// Which source sits behind a slot; the scope of a device-selective invalidation.
     sources: Mutex<Box<[Option<SourceId>]>>,
@@ -116,6 +119,7 @@ impl Unit {
                 interrupt_table: AtomicU64::new(0),
             },
             faults: FaultLog::new(config.capabilities.fault_records),
+            rings: RingUnit::default(),
             tallies: (0..slots).map(|_| CachePadded::default()).collect(),
             sources: Mutex::new(vec![None; slots].into_boxed_slice()),
             invalidations: CachePadded::default(),
@@ -230,10 +234,34 @@ impl Unit {
         })
     }
 
-    /// stub
-    pub fn invalidate_ring(&self, _s: SourceId, _r: u16) -> PendingDrain { PendingDrain::none() }
-    /// stub
-    pub fn invalidate_ring_device(&self, _s: SourceId) -> PendingDrain { PendingDrain::none() }
+    // === rings ===
+
+    /// Latches the root of the ring unit, a page. Entries stay: invalidate the devices afterwards.
+    pub fn set_ring_root(&self, root: Hpa) {
+        self.rings.root().set(root);
+    }
+    /// Puts a source behind the ring unit, with entries for so many rings, or back behind VT-d. When the drain completes, no DMA
+    /// of the source uses what was cached for it among rings before, or is translated the other way. What VT-d's caches hold for
+    /// it stays.
+    pub fn set_behind_rings(&self, source: SourceId, rings: Option<u16>) -> PendingDrain {
+        self.rings.put(source, rings);
+        self.drain_slots_of(|known| known == source)
+    }
+    /// Forgets a ring. When the drain completes, no DMA uses what was forgotten (I1); only the source's own DMA is waited for.
+    pub fn invalidate_ring(&self, source: SourceId, ring: u16) -> PendingDrain {
+        self.rings.forget(source, Some(ring));
+        self.counted(self.drain_slots_of(|known| known == source))
+    }
+    /// Forgets all rings of a source, as [`invalidate_ring`](Self::invalidate_ring) does one.
+    pub fn invalidate_ring_device(&self, source: SourceId) -> PendingDrain {
+        self.rings.forget(source, None);
+        self.counted(self.drain_slots_of(|known| known == source))
+    }
+    /// What is cached for the rings of a source, by ring. Nothing for a source that is not behind the ring unit.
+    pub fn ring_entries(&self, source: SourceId) -> Vec<RingEntryState> {
+        self.rings.cache_of(source).map_or_else(Vec::new, |cache| cache.states())
+    }
+
     // === faults ===
 
     /// Hands out (and clears) the recording registers, oldest first, and clears the overflow mark.
@@ -260,6 +288,7 @@ impl Unit {
         let mut sum = Counters::default();
         self.invalidations.add_to(&mut sum);
         self.tallies.iter().for_each(|tally| tally.add_to(&mut sum));
+        sum.ring.invalidations = self.rings.invalidations();
         self.faults.add_to(&mut sum);
         sum
     }
@@ -293,6 +322,21 @@ impl Unit {
                 entries_log2: register.size() + 1,
                 extended_mode: register.extended_mode(),
             }),
+        }
+    }
+    /// The ring tables of a source and its entries.
+    #[inline]
+    pub(super) fn rings_of<'a>(
+        &'a self,
+        source: SourceId,
+        cache: &'a RingCache,
+    ) -> Rings<'a, PhysicalMemory> {
+        Rings {
+            memory: &*self.memory,
+            root: self.rings.root(),
+            cache,
+            source,
+            zero_length_read: self.config.capabilities.zero_length_read,
         }
     }
     /// Records a refusal, or counts it where FPD suppresses the record (I6).
@@ -346,23 +390,26 @@ impl Unit {
         clear();
         self.counted(invalidating.drain())
     }
-    /// Forgets contexts of sources and drains every slot of such a source. A port that comes later looks its context up
-    /// after the clearing, because both go through the lock of the sources.
+    /// Forgets contexts of sources and drains every slot of such a source.
     fn forget_contexts_of(&self, target: SourceId, mask: FunctionMask) -> PendingDrain {
         let invalidating = self.drains.move_context_generation(Scope::Everything);
         self.contexts.invalidate_device(target, mask);
         // The drains below are narrower than the scope named above, which only the drain of `invalidating` would use.
         drop(invalidating);
+        self.counted(self.drain_slots_of(|source| mask.matches(target, source)))
+    }
+    /// Drains every slot of the sources that are meant. A port that comes later looks everything up after what the caller
+    /// cleared, because both go through the lock of the sources.
+    fn drain_slots_of(&self, is_meant: impl Fn(SourceId) -> bool) -> PendingDrain {
         let meant: Vec<SlotIndex> = (0u16..)
             .zip(self.lock_sources().iter())
-            .filter(|(_, source)| source.is_some_and(|source| mask.matches(target, source)))
+            .filter(|(_, source)| source.is_some_and(&is_meant))
             .map(|(slot, _)| SlotIndex(slot))
             .collect();
-        let pending = meant
+        meant
             .into_iter()
             .map(|slot| self.drains.drain(Scope::Slot(slot)))
-            .fold(PendingDrain::none(), PendingDrain::and);
-        self.counted(pending)
+            .fold(PendingDrain::none(), PendingDrain::and)
     }
     fn counted(&self, pending: PendingDrain) -> PendingDrain {
         self.invalidations.all.fetch_add(1, Ordering::Relaxed);

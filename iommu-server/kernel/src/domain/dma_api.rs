@@ -25,10 +25,12 @@ impl Domain {
         kernel: &Kernel,
         memory: &OwnerMemory,
         request: DmaMap,
-        _now: Tick,
+        now: Tick,
     ) -> Result<Iova, DmaMapError> {
         assert!(memory.owner() == self.owner(), "a domain maps memory of its owner");
-        self.map_one(kernel, memory, &request)
+        let outcome = self.map_one(kernel, memory, &request);
+        self.tell_mapped(&request, &outcome, now);
+        outcome
     }
     /// Maps one buffer as the mode does.
     pub(super) fn map_one(
@@ -95,12 +97,16 @@ impl Domain {
     }
     /// The last page that the device can address.
     pub(super) fn limit_page(&self) -> u64 {
-        last_address(self.limits.mask_bits) / PAGE_SIZE_BYTES
+        self.limits.last_address() / PAGE_SIZE_BYTES
     }
     /// Whether the device can address all of a mapping at addresses that are not chosen for it.
     pub(super) fn check_mask(&self, last: u64) -> Result<(), BeyondMask> {
         let mask_bits = self.limits.mask_bits;
-        if last <= last_address(mask_bits) { Ok(()) } else { Err(BeyondMask { iova: Iova::new(last), mask_bits }) }
+        if last <= self.limits.last_address() {
+            Ok(())
+        } else {
+            Err(BeyondMask { iova: Iova::new(last), mask_bits })
+        }
     }
     /// The record of a mapping.
     pub(super) fn record_of(&self, request: &DmaMap, iova: Iova) -> MappingRecord {
@@ -123,18 +129,26 @@ impl Domain {
         request: DmaUnmap,
         now: Tick,
     ) -> Result<PendingUnmap, DmaUnmapError> {
-        if let Mode::Ring(_) = self.mode {
-            let (mut results, pending) = self.unmap_slots(kernel, &[request], now);
-            return results.pop().unwrap_or(Ok(())).map(|()| pending);
-        }
-        let mut remains = self.unfinished.fresh();
-        let result = self.revoke_dma(kernel, &request, &mut remains);
-        let pending = self.settle_for(kernel, remains, request.function, now);
-        result.map(|()| pending)
+        let (mut results, pending) = self.dma_unmap_batch(kernel, &[request], now);
+        results.pop().expect("one operation has one result").map(|()| pending)
     }
     /// Unmaps many buffers with one invalidation and one drain. Results are per operation, in order; one that fails
     /// changes nothing and stops none of the others.
     pub fn dma_unmap_batch(
+        &mut self,
+        kernel: &Kernel,
+        requests: &[DmaUnmap],
+        now: Tick,
+    ) -> (Vec<Result<(), DmaUnmapError>>, PendingUnmap) {
+        let (results, pending) = self.unmap_untold(kernel, requests, now);
+        if self.sanitizer.is_some() {
+            std::iter::zip(requests, &results).for_each(|(request, result)| {
+                self.tell_unmapped(request, result, now);
+            });
+        }
+        (results, pending)
+    }
+    fn unmap_untold(
         &mut self,
         kernel: &Kernel,
         requests: &[DmaUnmap],
@@ -147,18 +161,17 @@ impl Domain {
         let revoke = |request: &DmaUnmap| self.revoke_dma(kernel, request, &mut remains);
         let results = requests.iter().map(revoke).collect();
         let is_coherent = requests.iter().any(|request| request.function == DmaFunction::Coherent);
-        let function = if is_coherent { DmaFunction::Coherent } else { DmaFunction::Single };
-        (results, self.settle_for(kernel, remains, function, now))
+        (results, self.settle_for(kernel, remains, is_coherent, now))
     }
     /// Settles what was revoked. Coherent memory is freed right after its unmap, so its invalidation is not deferred.
     fn settle_for(
         &mut self,
         kernel: &Kernel,
         remains: Remains,
-        function: DmaFunction,
+        is_coherent: bool,
         now: Tick,
     ) -> PendingUnmap {
-        if function == DmaFunction::Coherent { self.invalidate_now(kernel, remains) } else { self.settle(kernel, remains, now) }
+        if is_coherent { self.invalidate_now(kernel, remains) } else { self.settle(kernel, remains, now) }
     }
     fn revoke_dma(
         &mut self,
@@ -207,11 +220,6 @@ impl Domain {
             _ => {}
         }
     }
-}
-
-/// The last address of a mask.
-fn last_address(mask_bits: u8) -> u64 {
-    if mask_bits >= 64 { u64::MAX } else { (1 << mask_bits) - 1 }
 }
 
 /// The 4 KiB pages that a mapping touches.

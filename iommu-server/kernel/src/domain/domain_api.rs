@@ -7,15 +7,16 @@
 
 use iommu_hardware::memory::MappingRecord;
 use iommu_types::errors::{
-    BeyondWidth, InvalidField, MapError, ModeRefuses, RangeOverlaps, ReservedRange, SplitsMapping, Unaligned, UnmapError,
+    BeyondWidth, InvalidField, MapError, ModeRefuses, RangeOverlaps, ReservedRange, SplitsMapping, Unaligned,
+    UnmapError,
 };
 use iommu_types::{
     Capabilities, Gpa, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, Protection,
     RequestId,
 };
 
-use super::table::Extent;
 use super::request::Tick;
+use super::table::Extent;
 use super::undone::{IovaUse, PendingUnmap, Revoked};
 use super::{Domain, Mode, RangeMapping};
 use crate::boot::Kernel;
@@ -51,9 +52,17 @@ pub struct MappingState {
 
 impl Domain {
     /// Maps memory at a fixed address. All or nothing.
-    pub fn map(&mut self, kernel: &Kernel, memory: &OwnerMemory, request: MapFixed) -> Result<(), MapError> {
+    pub fn map(
+        &mut self,
+        kernel: &Kernel,
+        memory: &OwnerMemory,
+        request: MapFixed,
+        now: Tick,
+    ) -> Result<(), MapError> {
         self.check_mode()?;
-        self.map_as(kernel, memory, request, MappingRecord::KIND_DOMAIN_API)
+        let record = self.map_as(kernel, memory, request, MappingRecord::KIND_DOMAIN_API)?;
+        self.tell_fixed(&record, now, true);
+        Ok(())
     }
     /// Opens a buffer in a direct map.
     pub(super) fn map_direct(
@@ -62,7 +71,7 @@ impl Domain {
         memory: &OwnerMemory,
         request: MapFixed,
     ) -> Result<(), MapError> {
-        self.map_as(kernel, memory, request, MappingRecord::KIND_DIRECT)
+        self.map_as(kernel, memory, request, MappingRecord::KIND_DIRECT).map(|_| ())
     }
     /// Which modes have addresses to choose.
     fn check_mode(&self) -> Result<(), ModeRefuses> {
@@ -81,7 +90,7 @@ impl Domain {
         memory: &OwnerMemory,
         request: MapFixed,
         kind: u8,
-    ) -> Result<(), MapError> {
+    ) -> Result<MappingRecord, MapError> {
         assert!(memory.owner() == self.owner(), "a domain maps memory of its owner");
         self.check_map(&request)?;
         let first = request.iova.base().page_number();
@@ -108,7 +117,7 @@ impl Domain {
         };
         let index = self.grant(kernel, &record).inspect_err(|_| self.iovas.free_exact(first, pages))?;
         self.ranges.insert(first, RangeMapping { pages, record: index, is_fixed: true });
-        Ok(())
+        Ok(record)
     }
     fn check_map(&self, request: &MapFixed) -> Result<(), MapError> {
         let iova = request.iova;
@@ -198,13 +207,21 @@ impl Domain {
         }
         let inside: Vec<_> = inside.map(|(page, mapping)| (*page, *mapping)).collect();
         let mut remains = self.unfinished.fresh();
+        let records: Vec<_> = match self.sanitizer() {
+            Some(_) => {
+                inside.iter().map(|(_, mapping)| kernel.records.records().get(mapping.record).1).collect()
+            }
+            None => Vec::new(),
+        };
         for (first, RangeMapping { pages, record, .. }) in inside {
             self.ranges.remove(&first);
             let size_bytes = pages * PAGE_SIZE_BYTES;
             let iova = IovaUse::Fixed;
             self.revoke(kernel, Revoked { first, pages, record, size_bytes, iova }, &mut remains);
         }
-        Ok(self.settle(kernel, remains, now))
+        let pending = self.settle(kernel, remains, now);
+        records.iter().for_each(|record| self.tell_fixed(record, now, false));
+        Ok(pending)
     }
     /// The protection as records keep it.
     pub(super) fn protection_code(&self) -> u8 {

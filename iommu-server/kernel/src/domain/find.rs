@@ -56,7 +56,8 @@ impl Domain {
         let in_tree = in_tree.map(|mapping| (mapping.record, Place::Range));
         let in_ledger = self.ledger.at(iova).map(|record| (record, Place::Ledger));
         let all = in_ring.into_iter().chain(in_slot).chain(in_tree).chain(in_ledger);
-        let with_facts = |(record, place)| Found { record, facts: kernel.records.records().get(record).1, place };
+        let with_facts =
+            |(record, place)| Found { record, facts: kernel.records.records().get(record).1, place };
         all.map(with_facts).filter(move |found| found.facts.iova == iova.get())
     }
     /// The records of those.
@@ -71,7 +72,9 @@ impl Domain {
     pub(super) fn find_covering(&self, kernel: &Kernel, iova: Iova) -> Option<Found> {
         let page = iova.page_number();
         let in_ring = match &self.mode {
-            Mode::Ring(rings) => rings.live_covering(iova).map(|(place, record)| (record, Place::Ring(place))),
+            Mode::Ring(rings) => {
+                rings.live_covering(iova).map(|(place, record)| (record, Place::Ring(place)))
+            }
             _ => None,
         };
         let in_slot = self.tables.slot_up_to(page).map(|record| (record, Place::Slot));
@@ -80,7 +83,8 @@ impl Domain {
         let in_tree = in_tree.map(|(_, mapping)| (mapping.record, Place::Range));
         let in_ledger = self.ledger.up_to(iova).map(|record| (record, Place::Ledger));
         let all = in_ring.into_iter().chain(in_slot).chain(in_tree).chain(in_ledger);
-        let with_facts = |(record, place)| Found { record, facts: kernel.records.records().get(record).1, place };
+        let with_facts =
+            |(record, place)| Found { record, facts: kernel.records.records().get(record).1, place };
         let covers = |found: &Found| {
             let record = &found.facts;
             (record.iova..=record.iova + (record.size_bytes - 1)).contains(&iova.get())

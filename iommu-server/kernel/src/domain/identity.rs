@@ -13,9 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use iommu_hardware::memory::MappingRecord;
 use iommu_hardware::vtd::spec::extent::ByteExtent;
 use iommu_types::errors::{BeyondWidth, DmaMapError, LimitReached};
-use iommu_types::{
-    GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, PersistentQuota,
-};
+use iommu_types::{GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, PersistentQuota};
 
 use super::dma_api::pages_of;
 use super::request::DmaMap;
@@ -206,7 +204,9 @@ impl Domain {
     pub(super) fn leave_pages(&mut self, kernel: &Kernel, record: &MappingRecord, remains: &mut Remains) {
         let first = record.iova / PAGE_SIZE_BYTES;
         for page in first..first + pages_of(record) {
-            let Mode::Identity(pages) = &mut self.mode else { unreachable!("only identity domains open pages") };
+            let Mode::Identity(pages) = &mut self.mode else {
+                unreachable!("only identity domains open pages")
+            };
             if pages.leave(page) {
                 self.close_page(kernel, page, remains);
             }
@@ -221,12 +221,7 @@ impl Domain {
     pub(super) fn evict_idle(&mut self, kernel: &Kernel) -> PendingUnmap {
         self.evict_pages(kernel, usize::MAX, |_| true)
     }
-    fn evict_pages(
-        &mut self,
-        kernel: &Kernel,
-        limit: usize,
-        is_meant: impl Fn(u64) -> bool,
-    ) -> PendingUnmap {
+    fn evict_pages(&mut self, kernel: &Kernel, limit: usize, is_meant: impl Fn(u64) -> bool) -> PendingUnmap {
         let Mode::Identity(pages) = &mut self.mode else { unreachable!("only identity domains open pages") };
         let evicted = pages.evict(limit, is_meant);
         self.counters.evictions += evicted.len() as u64;
@@ -241,7 +236,8 @@ impl Domain {
 /// Adds a page to extents, joined with the one before when addresses and frames go on.
 fn push_page(extents: &mut Vec<Extent>, iova: Iova, page: Extent) {
     let goes_on = |last: &&mut Extent| {
-        last.iova.page_number() + last.pages == iova.page_number() && frame_at(last.hpa, last.pages) == page.hpa
+        last.iova.page_number() + last.pages == iova.page_number()
+            && frame_at(last.hpa, last.pages) == page.hpa
     };
     match extents.last_mut().filter(|last| goes_on(last)) {
         Some(last) => last.pages += 1,

@@ -42,6 +42,8 @@ impl Ledger {
     }
     /// Takes all of them out.
     pub(super) fn take_all(&mut self) -> impl Iterator<Item = (Iova, RecordIndex)> {
-        std::mem::take(&mut self.mappings).into_iter().map(|(iova, record)| (Iova::new(iova), RecordIndex(record)))
+        std::mem::take(&mut self.mappings)
+            .into_iter()
+            .map(|(iova, record)| (Iova::new(iova), RecordIndex(record)))
     }
 }

@@ -14,6 +14,7 @@ use super::bounce::Shadows;
 use super::flush::FlushQueue;
 use super::identity::IdentityPages;
 use super::ledger::Ledger;
+use super::request::Tick;
 use super::ring::RingTables;
 use super::scatter::Groups;
 use super::table::Tables;
@@ -42,7 +43,7 @@ impl Kernel {
                 Shortage::Memory(memory) => memory.into(),
             }
         })?;
-        Ok(Domain {
+        let mut domain = Domain {
             id,
             account: Arc::clone(account),
             options,
@@ -59,8 +60,13 @@ impl Kernel {
             counters: DomainCounters::default(),
             extents: Vec::new(),
             invalidated: Vec::new(),
+            sanitizer: None,
             ring_sources: Vec::new(),
-        })
+        };
+        if options.sanitizer {
+            domain.make_sanitizer();
+        }
+        Ok(domain)
     }
     fn make_mode(
         &self,
@@ -87,7 +93,7 @@ impl Kernel {
     /// only then may another domain get the identifier.
     pub fn destroy_domain(&self, domain: Domain) -> PendingDestroy {
         let mut domain = domain;
-        let (drain, undone) = domain.unmap_all(self).split();
+        let (drain, undone) = domain.revoke_all(self).split();
         let flush = self.unit().invalidate(Invalidation::IotlbDomain(domain.id));
         PendingDestroy { drain: drain.and(flush), domain, undone }
     }
@@ -139,7 +145,12 @@ impl PendingDestroy {
 impl Domain {
     /// Removes every mapping, and takes over every unmap that was begun and not finished. Finishing one of those later does
     /// nothing.
-    pub fn unmap_all(&mut self, kernel: &Kernel) -> PendingUnmap {
+    pub fn unmap_all(&mut self, kernel: &Kernel, now: Tick) -> PendingUnmap {
+        let pending = self.revoke_all(kernel);
+        self.tell_all_unmapped(now);
+        pending
+    }
+    fn revoke_all(&mut self, kernel: &Kernel) -> PendingUnmap {
         let mut remains = self.unfinished.fresh();
         self.revoke_groups(kernel, &mut remains);
         for (first, mapping) in std::mem::take(&mut self.ranges) {

@@ -33,15 +33,16 @@ mod scatter;
 mod sync;
 mod table;
 mod undone;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use iommu_hardware::memory::RecordIndex;
-use iommu_types::errors::{DmaLimitsError, InvalidField, LimitReached, ModeRefuses, OutOfMemory};
+use iommu_types::errors::{DmaLimitsError, LimitReached, ModeRefuses, OutOfMemory};
 use iommu_types::{
     DmaLimits, DomainId, DomainOptions, Gpa, Hpa, Iova, IovaRange, Owner, Permissions, Protection, RequestId,
-    PAGE_SIZE_BYTES, SourceId,
+    SourceId,
 };
 
 pub use domain_api::{MapFixed, MappingState};
@@ -51,6 +52,7 @@ pub use request::{DmaFunction, DmaMap, DmaUnmap, Segment, Tick};
 pub use scatter::DmaUnmapSg;
 pub use sync::DmaSync;
 pub use undone::{PendingUnmap, Undone};
+pub use watch::SanitizerHandle;
 
 use crate::account::OwnerAccount;
 use crate::boot::Kernel;
@@ -90,6 +92,8 @@ pub struct Domain {
     extents: Vec<Extent>,
     /// What the unmap at work invalidates. Kept for its memory only.
     invalidated: Vec<IovaRange>,
+    /// Looks for misuse; only in domains that were created so.
+    sanitizer: Option<SanitizerHandle>,
     /// The sources behind the ring unit that use the domain's rings.
     ring_sources: Vec<SourceId>,
 }
@@ -181,23 +185,10 @@ impl Domain {
     }
     /// Says what its devices can address; holds for mappings from now on.
     pub fn set_limits(&mut self, limits: DmaLimits) -> Result<(), DmaLimitsError> {
-        let refuse = |field: &str, why: &str| {
-            Err(InvalidField { field: field.to_owned(), why: why.to_owned() }.into())
-        };
-        if !(12..=64).contains(&limits.mask_bits) {
-            return refuse("mask_bits", "must be between 12 and 64");
-        }
-        if limits.segment_bytes_max == 0 {
-            return refuse("segment_bytes_max", "must be at least 1");
-        }
-        if !limits.segment_boundary_mask.wrapping_add(1).is_power_of_two() && limits.segment_boundary_mask != u64::MAX {
-            return refuse("segment_boundary_mask", "must be a power of two less one, such as 0xffff_ffff");
-        }
-        if limits.segment_boundary_mask < PAGE_SIZE_BYTES - 1 {
-            return refuse("segment_boundary_mask", "must be at least 0xfff: segments are laid out in pages");
-        }
+        limits.check()?;
         if matches!(self.mode, Mode::Ring(_)) && limits.mask_bits < 64 {
-            let why = "has addresses of 64 bits: give the device a mask of 64, or use another mode".to_owned();
+            let why =
+                "has addresses of 64 bits: give the device a mask of 64, or use another mode".to_owned();
             return Err(ModeRefuses { mode: self.protection().name().to_owned(), why }.into());
         }
         self.limits = limits;

@@ -12,11 +12,11 @@
 
 use iommu_hardware::drain::PendingDrain;
 use iommu_hardware::memory::{PhysicalMemory, RecordIndex};
-use iommu_hardware::riommu::spec::{self, Ring as RingEntry, RingIova, RingPte};
+use iommu_hardware::riommu::spec::{self, Ring as RingEntry, RingIova, RingPte, SLOT_BYTES_MAX};
 use iommu_types::errors::{
     DmaMapError, DmaUnmapError, InvalidField, NotContiguous, RingOverflow, SegmentOverLimit,
 };
-use iommu_types::{Gpa, Hpa, Iova, PAGE_SIZE_BYTES, Permissions, Rings, SourceId};
+use iommu_types::{Gpa, Hpa, Iova, PAGE_SIZE_BYTES, Rings, SourceId};
 
 use super::find::Place;
 use super::flush::Waiting;
@@ -31,8 +31,6 @@ use crate::owner_memory::OwnerMemory;
 
 /// Slots of the ring for coherent memory: descriptor rings and the like, of which a device has few.
 const COHERENT_SLOTS: u32 = 256;
-/// The largest size that a slot holds: 30 bits.
-const SLOT_BYTES_MAX: u64 = (1 << 30) - 1;
 
 /// Which slot of which ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +81,7 @@ impl RingTables {
         let array = take_run(kernel, account, array_bytes)?;
         let mut tables = Self { array, rings: Vec::new() };
         for slots in sizes {
-            match take_run(kernel, account, u64::from(slots) * spec::PTE_BYTES) {
+            match take_run(kernel, account, u64::from(slots) * spec::ENTRY_BYTES) {
                 Ok(table) => tables.rings.push(Ring::new(table, slots)),
                 Err(shortage) => {
                     tables.destroy(kernel, account);
@@ -130,7 +128,9 @@ impl RingTables {
     }
     /// The mappings at an address or after it, as (page, record), by address.
     pub(super) fn live_from(&self, from: Iova) -> impl Iterator<Item = (u64, RecordIndex)> {
-        self.live().filter(move |(place, _)| place.iova() >= from).map(|(place, record)| (place.iova().page_number(), record))
+        self.live()
+            .filter(move |(place, _)| place.iova() >= from)
+            .map(|(place, record)| (place.iova().page_number(), record))
     }
     fn live(&self) -> impl Iterator<Item = (SlotPlace, RecordIndex)> {
         (0u16..).zip(&self.rings).flat_map(|(number, ring)| {
@@ -144,20 +144,15 @@ impl RingTables {
     fn publish(&self, memory: &PhysicalMemory, number: usize) {
         let ring = &self.rings[number];
         let at = spec::ring_address(self.array.base, number as u16).expect("ring tables lie in memory");
-        let entry = RingEntry {
-            base: ring.table.base,
-            size: ring.slots.len() as u32,
-            tail: ring.tail,
-            nmapped: ring.mapped,
-        };
-        for (word, value) in (0..).zip(entry.into_words()) {
-            let at = at.checked_add(word * 8).expect("ring tables lie in memory");
-            memory.store_u64(at, value).expect("ring tables lie in memory");
-        }
+        let size = ring.slots.len() as u32;
+        let entry = RingEntry::with_slots_at(ring.table.base, size).with_tail(ring.tail);
+        memory.store_u128(at, entry.into_bits()).expect("ring tables lie in memory");
+        let at = at.checked_add(spec::RING_MAPPED_OFFSET_BYTES).expect("ring tables lie in memory");
+        memory.store_u32(at, ring.mapped).expect("ring tables lie in memory");
     }
     fn pte_address(&self, place: SlotPlace) -> Hpa {
         let base = self.rings[usize::from(place.ring)].table.base;
-        spec::pte_address(base, place.slot).expect("ring tables lie in memory")
+        spec::entry_address(base, place.slot).expect("ring tables lie in memory")
     }
     /// A slot for a mapping: at the tail, or for coherent memory the first free one from there.
     fn find_slot(&self, number: u16, anywhere: bool) -> Result<u32, RingOverflow> {
@@ -221,8 +216,8 @@ impl Domain {
         request: &DmaMap,
     ) -> Result<Iova, DmaMapError> {
         let size_bytes = request.range.size_bytes();
-        if size_bytes > SLOT_BYTES_MAX {
-            return Err(SegmentOverLimit { size_bytes, allowed_bytes: SLOT_BYTES_MAX }.into());
+        if size_bytes > SLOT_BYTES_MAX.into() {
+            return Err(SegmentOverLimit { size_bytes, allowed_bytes: SLOT_BYTES_MAX.into() }.into());
         }
         let is_coherent = request.function == DmaFunction::Coherent;
         let rings = rings_of(&mut self.mode);
@@ -240,7 +235,7 @@ impl Domain {
         let record = self.record_of(request, place.iova());
         self.pin_frames(kernel)?;
         let permissions = request.direction.permissions();
-        let pte = RingPte::mapped(address, size_bytes as u32, permissions);
+        let pte = RingPte::valid(address, size_bytes as u32, permissions);
         let noted = self.note(kernel, &record, |domain| {
             let at = rings_of(&mut domain.mode).pte_address(place);
             write_pte(kernel.memory(), at, pte);
@@ -312,7 +307,7 @@ impl Domain {
         let mut waiting = std::mem::take(&mut ring.waiting);
         self.revoke_record(kernel, record, size_bytes, &mut waiting);
         append(&mut waiting.frames, frames_of(read_pte(kernel.memory(), at)));
-        write_pte(kernel.memory(), at, RingPte::default());
+        write_pte(kernel.memory(), at, RingPte::new());
         self.counters.entry_writes += 1;
         waiting.slots.push(place);
         let rings = rings_of(&mut self.mode);

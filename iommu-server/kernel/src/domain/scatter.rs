@@ -12,7 +12,9 @@ use iommu_hardware::memory::RecordIndex;
 use iommu_types::errors::{
     DmaMapError, DmaUnmapError, InvalidField, IovaExhausted, NotMapped, SegmentOverLimit,
 };
-use iommu_types::{Direction, DmaAttributes, DmaLimits, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, RequestId};
+use iommu_types::{
+    Direction, DmaAttributes, DmaLimits, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, RequestId,
+};
 
 use super::find::{Found, direction_of};
 use super::request::{DmaFunction, DmaMap, DmaUnmap, Segment, Tick};
@@ -30,6 +32,8 @@ pub(super) type Groups = HashMap<u64, Vec<Group>>;
 pub(super) struct Group {
     elements: Vec<(Iova, RecordIndex)>,
     direction: Direction,
+    /// As the sanitizer knows them; empty without one.
+    segments: Vec<Segment>,
     /// First page and pages of the block that they lie in.
     block: Option<(u64, u64)>,
 }
@@ -64,7 +68,8 @@ fn add_segment(segments: &mut Vec<Segment>, limits: &DmaLimits, element: Segment
     if let Some(last) = segments.last_mut() {
         let meets = last.iova.checked_add(last.size_bytes) == Some(element.iova);
         let merged = last.size_bytes.saturating_add(element.size_bytes);
-        if meets && merged <= limits.segment_bytes_max && is_within_boundary(limits, last.iova.get(), merged) {
+        if meets && merged <= limits.segment_bytes_max && is_within_boundary(limits, last.iova.get(), merged)
+        {
             last.size_bytes = merged;
             return;
         }
@@ -103,7 +108,18 @@ impl Domain {
         memory: &OwnerMemory,
         ranges: &[GpaRange],
         request: DmaMap,
-        _now: Tick,
+        now: Tick,
+    ) -> Result<Vec<Segment>, DmaMapError> {
+        let outcome = self.map_sg_untold(kernel, memory, ranges, request);
+        self.tell_mapped_sg(&request, ranges, &outcome, now);
+        outcome
+    }
+    fn map_sg_untold(
+        &mut self,
+        kernel: &Kernel,
+        memory: &OwnerMemory,
+        ranges: &[GpaRange],
+        request: DmaMap,
     ) -> Result<Vec<Segment>, DmaMapError> {
         assert!(memory.owner() == self.owner(), "a domain maps memory of its owner");
         if ranges.is_empty() {
@@ -115,7 +131,9 @@ impl Domain {
         if let Some(range) = ranges.iter().find(|range| range.size_bytes() > allowed_bytes) {
             return Err(SegmentOverLimit { size_bytes: range.size_bytes(), allowed_bytes }.into());
         }
-        let group = if matches!(self.mode, Mode::Strict | Mode::Deferred(_)) {
+        // Before anything is laid out, so that what is added up is bounded by the owner's memory.
+        ranges.iter().try_for_each(|range| memory.resolve(*range, |_| {}))?;
+        let mut group = if matches!(self.mode, Mode::Strict | Mode::Deferred(_)) {
             self.map_block(kernel, memory, ranges, &request)?
         } else {
             self.map_elements(kernel, memory, ranges, &request)?
@@ -124,6 +142,9 @@ impl Domain {
         for ((iova, _), range) in group.elements.iter().zip(ranges) {
             let element = Segment { iova: *iova, size_bytes: range.size_bytes() };
             add_segment(&mut segments, &self.limits, element);
+        }
+        if self.sanitizer.is_some() {
+            group.segments.clone_from(&segments);
         }
         self.groups.entry(group.elements[0].0.get()).or_default().push(group);
         Ok(segments)
@@ -145,7 +166,8 @@ impl Domain {
         let first = self.iovas.allocate(pages, limit, request.client);
         let first = first.ok_or(IovaExhausted { size_bytes: pages.saturating_mul(PAGE_SIZE_BYTES) })?;
         let block = Some((first, pages));
-        let mut group = Group { elements: Vec::new(), direction: request.direction, block };
+        let mut group =
+            Group { elements: Vec::new(), direction: request.direction, segments: Vec::new(), block };
         for (range, place) in ranges.iter().zip(&places) {
             let element = DmaMap { range: *range, ..*request };
             match self.map_element(kernel, memory, &element, first + place, pages) {
@@ -187,7 +209,8 @@ impl Domain {
         ranges: &[GpaRange],
         request: &DmaMap,
     ) -> Result<Group, DmaMapError> {
-        let mut group = Group { elements: Vec::new(), direction: request.direction, block: None };
+        let mut group =
+            Group { elements: Vec::new(), direction: request.direction, segments: Vec::new(), block: None };
         for range in ranges {
             let element = DmaMap { range: *range, ..*request };
             let mapped = self.map_one(kernel, memory, &element).and_then(|iova| {
@@ -213,13 +236,13 @@ impl Domain {
         here.into_iter().find(noted).expect("a mapping that was made is found")
     }
     fn is_grouped(&self, iova: Iova, record: RecordIndex) -> bool {
-        self.groups.get(&iova.get()).is_some_and(|groups| {
-            groups.iter().any(|group| group.elements.contains(&(iova, record)))
-        })
+        self.groups
+            .get(&iova.get())
+            .is_some_and(|groups| groups.iter().any(|group| group.elements.contains(&(iova, record))))
     }
     /// Removes what a map that failed had mapped; the rest of it is for the caller to settle.
     fn take_back(&mut self, kernel: &Kernel, group: Group) {
-        let pending = self.revoke_group(kernel, group, true, true, 0);
+        let pending = self.revoke_group(kernel, &group, true, true, 0);
         self.evicted.push(pending);
     }
     /// Unmaps all elements of a scatter-gather mapping (Linux `dma_unmap_sg`). On an error nothing changes.
@@ -229,14 +252,20 @@ impl Domain {
         request: DmaUnmapSg,
         now: Tick,
     ) -> Result<PendingUnmap, DmaUnmapError> {
-        let group = self.take_group(&request)?;
-        let copies = !request.attributes.skip_cpu_sync;
-        if let Mode::Ring(_) = self.mode {
-            return Ok(self.revoke_group(kernel, group, copies, request.end_of_burst, request.client));
-        }
-        let mut remains = self.unfinished.fresh();
-        self.revoke_elements(kernel, &group, copies, request.client, &mut remains);
-        Ok(self.settle(kernel, remains, now))
+        let group = self.take_group(&request).inspect_err(|error| {
+            self.tell_unmapped_sg(request.iova, Err(error), request.request_id, now);
+        })?;
+        let (copies, client) = (!request.attributes.skip_cpu_sync, request.client);
+        let pending = if let Mode::Ring(_) = self.mode {
+            self.revoke_group(kernel, &group, copies, request.end_of_burst, client)
+        } else {
+            let mut remains = self.unfinished.fresh();
+            self.revoke_elements(kernel, &group, copies, client, &mut remains);
+            self.settle(kernel, remains, now)
+        };
+        let gone = Ok((group.segments.as_slice(), group.direction));
+        self.tell_unmapped_sg(request.iova, gone, request.request_id, now);
+        Ok(pending)
     }
     fn take_group(&mut self, request: &DmaUnmapSg) -> Result<Group, DmaUnmapError> {
         let iova = request.iova;
@@ -262,7 +291,7 @@ impl Domain {
     fn revoke_group(
         &mut self,
         kernel: &Kernel,
-        group: Group,
+        group: &Group,
         copies: bool,
         end_of_burst: bool,
         client: u8,
@@ -275,7 +304,7 @@ impl Domain {
             return pending;
         }
         let mut remains = self.unfinished.fresh();
-        self.revoke_elements(kernel, &group, copies, client, &mut remains);
+        self.revoke_elements(kernel, group, copies, client, &mut remains);
         self.invalidate_now(kernel, remains)
     }
     fn unmap_of(&self, kernel: &Kernel, element: &(Iova, RecordIndex), end_of_burst: bool) -> DmaUnmap {
@@ -296,7 +325,8 @@ impl Domain {
     ) {
         let iova_use = if group.block.is_some() { IovaUse::Kept } else { IovaUse::Allocated(client) };
         for (iova, record) in &group.elements {
-            let found: Found = self.found_at(kernel, *iova, *record).expect("the elements of a group are mapped");
+            let found: Found =
+                self.found_at(kernel, *iova, *record).expect("the elements of a group are mapped");
             self.revoke_found(kernel, &found, iova_use, copies, remains);
         }
         if let Some((first, pages)) = group.block {

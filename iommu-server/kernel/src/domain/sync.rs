@@ -26,7 +26,12 @@ pub struct DmaSync {
 
 impl Domain {
     /// Syncs a part of a mapping (Linux `dma_sync_single_range_for_cpu`, `…_for_device`). On an error nothing changes.
-    pub fn dma_sync(&mut self, kernel: &Kernel, request: DmaSync, _now: Tick) -> Result<(), DmaSyncError> {
+    pub fn dma_sync(&mut self, kernel: &Kernel, request: DmaSync, now: Tick) -> Result<(), DmaSyncError> {
+        let outcome = self.sync_untold(kernel, request);
+        self.tell_synced(&request, &outcome, now);
+        outcome
+    }
+    fn sync_untold(&mut self, kernel: &Kernel, request: DmaSync) -> Result<(), DmaSyncError> {
         let DmaSync { range, direction, target, .. } = request;
         let (iova, size_bytes) = (range.base(), range.size_bytes());
         let found = self.find_covering(kernel, iova).ok_or(NotMapped { iova })?;

@@ -167,15 +167,12 @@ impl Tables {
     pub(super) fn counters(&self) -> TableCounters {
         self.counters
     }
-    /// Whether mappings open exactly their bytes.
-    pub(super) fn has_extents(&self) -> bool {
-        self.has_extents
-    }
     pub(super) fn top(&self) -> (Hpa, u8) {
         (self.top, self.levels)
     }
     pub(super) fn bytes(&self) -> u64 {
-        let leaves = if self.has_extents { self.nodes.keys().filter(|key| level_of(**key) == 1).count() } else { 0 };
+        let leaves =
+            if self.has_extents { self.nodes.keys().filter(|key| level_of(**key) == 1).count() } else { 0 };
         ((self.nodes.len() + leaves) as u64 + self.spare.frames()) * PAGE_SIZE_BYTES
     }
     /// Whether a table stands below the entry that a page of `size` at `iova` would take.
@@ -190,8 +187,7 @@ impl Tables {
         extents: &[Extent],
     ) -> Result<(), Shortage> {
         let missing = self.missing(extents);
-        let is_stocked =
-            missing.single <= self.spare.single.len() && missing.pairs <= self.spare.pairs.len();
+        let is_stocked = missing.single <= self.spare.single.len() && missing.pairs <= self.spare.pairs.len();
         if is_stocked { Ok(()) } else { self.stock_up(kernel, account, missing) }
     }
     fn stock_up(&mut self, kernel: &Kernel, account: &OwnerAccount, wanted: Missing) -> Result<(), Shortage> {

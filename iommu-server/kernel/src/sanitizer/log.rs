@@ -51,6 +51,10 @@ impl Log {
         let skip = usize::try_from(after.saturating_sub(before_oldest)).unwrap_or(usize::MAX);
         (self.reports.iter().skip(skip).take(limit).copied().collect(), overwritten)
     }
+    /// Takes out what is there.
+    pub(super) fn drain(&mut self) -> Vec<SanitizerReport> {
+        self.reports.drain(..).collect()
+    }
     pub(super) fn latest(&self) -> u64 {
         self.latest
     }

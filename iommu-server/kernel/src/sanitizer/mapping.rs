@@ -56,6 +56,8 @@ pub(super) struct Mapping {
     /// Order of its death.
     pub(super) died: Option<u64>,
     pub(super) life: MappingLife,
+    /// Bytes of memory that lie behind each other from the first.
+    memory_bytes: u64,
 }
 
 impl Mapping {
@@ -71,7 +73,11 @@ impl Mapping {
             born_by,
             death: None,
         };
-        Self { number, kind, died: None, life }
+        Self { number, kind, died: None, life, memory_bytes: range.size_bytes() }
+    }
+    /// The same, where only so many bytes lie behind each other in memory.
+    pub(super) fn with_memory(self, memory_bytes: u64) -> Self {
+        Self { memory_bytes, ..self }
     }
     /// First address.
     pub(super) fn first(&self) -> u64 {
@@ -85,9 +91,11 @@ impl Mapping {
     pub(super) fn contains(&self, address: u64) -> bool {
         (self.first()..=self.last()).contains(&address)
     }
-    /// First and last byte of memory behind `first..=last`, of which the first address lies inside.
+    /// First and last byte of memory behind `first..=last`, of which the first address lies inside; no further than is known.
     pub(super) fn memory(&self, first: u64, last: u64) -> (u64, u64) {
-        let at = |address: u64| self.life.gpa.get().saturating_add(address.saturating_sub(self.first()));
+        let end = self.memory_bytes.saturating_sub(1);
+        let offset = |address: u64| address.saturating_sub(self.first()).min(end);
+        let at = |address: u64| self.life.gpa.get().saturating_add(offset(address));
         (at(first), at(last))
     }
     pub(super) fn lets_device_write(&self) -> bool {

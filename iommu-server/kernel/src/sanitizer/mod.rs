@@ -155,8 +155,14 @@ impl Sanitizer {
     /// Something was mapped. To be told before the map is answered. Where streaming memory is mapped already, in the same cache lines, and
     /// either mapping lets the device write, that is reported.
     pub fn mapped(&mut self, call: DriverCall, new: NewMapping) {
+        self.mapped_in_pieces(call, new, new.range.size_bytes());
+    }
+    /// As [`mapped`](Self::mapped), where only the first `memory_bytes` are known to lie behind each other in memory: the segments of
+    /// scatter-gather are merged by their addresses.
+    pub fn mapped_in_pieces(&mut self, call: DriverCall, new: NewMapping, memory_bytes: u64) {
         self.births += 1;
-        let mapping = Mapping::new(self.births, new, call.at.at_us, call.request_id);
+        let mapping =
+            Mapping::new(self.births, new, call.at.at_us, call.request_id).with_memory(memory_bytes);
         if let Some(other) = self.overlapped(&mapping) {
             self.report_call(call, ReportClass::Overlap, None, Some(other));
         }
@@ -185,6 +191,22 @@ impl Sanitizer {
         mapping.life.death = Some((call.at.at_us, call.request_id));
         self.devices.mapping_died(&mapping);
         self.dead.bury(mapping);
+    }
+    /// Every mapping was unmapped at once, by nobody's request.
+    pub fn unmapped_all(&mut self, at: Moment) {
+        let mut all: Vec<Mapping> = self.live.iter().copied().collect();
+        all.sort_unstable_by_key(|mapping| mapping.number);
+        for mut mapping in all {
+            self.live.remove(&mapping);
+            mapping.died = Some(at.order);
+            mapping.life.death = Some((at.at_us, RequestId(0)));
+            self.devices.mapping_died(&mapping);
+            self.dead.bury(mapping);
+        }
+    }
+    /// Takes out the reports that were not taken, oldest first. The next report is a new one, even when it equals the last of these.
+    pub fn drain_reports(&mut self) -> Vec<SanitizerReport> {
+        self.log.drain()
     }
     /// Reports with a sequence number after `after`, oldest first and `limit` at most, with how many between were overwritten.
     pub fn reports(&self, after: u64, limit: usize) -> (Vec<SanitizerReport>, u64) {
