@@ -117,7 +117,7 @@ impl RingTables {
     }
     /// The mapping whose slot an address names with offset 0.
     pub(super) fn live_at(&self, iova: Iova) -> Option<(SlotPlace, RecordIndex)> {
-        self.live_covering(iova).filter(|(place, _)| place.iova() == iova)
+        self.live_covering(iova).filter(|_| RingIova::unpack(iova).offset == 0)
     }
     /// The mapping whose slot an address names.
     pub(super) fn live_covering(&self, iova: Iova) -> Option<(SlotPlace, RecordIndex)> {
@@ -342,13 +342,13 @@ impl Domain {
         if ring.waiting.records.is_empty() {
             ring.waiting_since = now;
         }
-        let mut waiting = std::mem::take(&mut ring.waiting);
-        rings.publish_use(kernel.memory(), place.ring.into());
-        self.revoke_record(kernel, record, size_bytes, &mut waiting);
+        self.counters.revoked(size_bytes);
+        self.counters.entry_writes += 1;
+        let waiting = &mut ring.waiting;
+        waiting.take_record(kernel, record, size_bytes);
         append(&mut waiting.frames, frames_of(address, size_bytes));
         waiting.slots.push(place);
-        self.counters.entry_writes += 1;
-        rings_of(&mut self.mode).rings[usize::from(place.ring)].waiting = waiting;
+        rings.publish_use(kernel.memory(), place.ring.into());
     }
     /// Ends the bursts of all rings.
     pub(super) fn end_bursts(&mut self, kernel: &Kernel) -> PendingUnmap {
