@@ -31,6 +31,8 @@ fn while_held(port: Port, request: Request, act: impl FnOnce()) -> Port {
             port
         });
         inside.recv().expect("the DMA reaches its copy");
+        // In here, so that a failed claim of `act` lets the DMA go.
+        let release = release;
         act();
         release.send(()).expect("the DMA waits for it");
         held.join().expect("the DMA ends well")

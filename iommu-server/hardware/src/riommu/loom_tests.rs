@@ -168,6 +168,21 @@ fn i4_a_promotion_that_an_invalidation_overtook_is_dropped() {
 }
 
 #[test]
+fn i4_a_prefetch_that_an_invalidation_overtook_is_not_promoted_into_a_later_entry() {
+    explore(3, || {
+        let machine = Machine::in_use(0);
+        let walker = spawn(&machine, |machine| drop(machine.translate(1)));
+        machine.unmap(&[2], 0);
+        // Slot 1 is the next one again, and what the walker has prefetched is gone.
+        assert!(machine.translate(0));
+        walker.join().expect("the walker ends");
+        let states = machine.cache.states();
+        let [state] = states[..] else { panic!("one entry: {states:?}") };
+        assert!(state.current.slot != 2 && state.next.is_none_or(|next| next.slot != 2), "{state:?}");
+    });
+}
+
+#[test]
 fn i4_two_walks_of_one_ring_are_both_dropped_or_cleared() {
     // With more preemptions, loom lets the two wait for the lock in turns without end.
     explore(1, || {
