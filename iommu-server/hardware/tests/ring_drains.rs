@@ -60,6 +60,7 @@ fn i1_an_end_of_burst_stays_unanswered_while_a_dma_is_inside_its_copy() {
     check_pending(|world| world.unit().set_behind_rings(DEVICE, None), true);
     // Only the source's own DMA is waited for.
     check_pending(|world| world.unit().invalidate_ring(OTHER, 1), false);
+    check_pending(|world| world.unit().invalidate_ring_device(OTHER), false);
     check_pending(|world| world.unit().set_behind_rings(OTHER, Some(1)), false);
     check_pending(|world| world.unit().invalidate(Invalidation::IotlbDomain(DOMAIN)), false);
     check_pending(|world| world.unit().invalidate(Invalidation::IotlbGlobal), true);

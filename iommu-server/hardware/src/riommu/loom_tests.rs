@@ -139,7 +139,10 @@ impl Machine {
     }
 }
 
-fn spawn(machine: &Arc<Machine>, act: impl FnOnce(&Machine) + 'static) -> thread::JoinHandle<()> {
+fn spawn<R: 'static>(
+    machine: &Arc<Machine>,
+    act: impl FnOnce(&Machine) -> R + 'static,
+) -> thread::JoinHandle<R> {
     let machine = Arc::clone(machine);
     thread::spawn(move || act(&machine))
 }
@@ -149,7 +152,7 @@ fn i4_a_fill_that_an_invalidation_overtook_is_dropped() {
     explore(3, || {
         let machine = Machine::new(0);
         // The slot after the one in use is filled with it, and closed as well.
-        let walker = spawn(&machine, |machine| drop(machine.translate(0)));
+        let walker = spawn(&machine, |machine| machine.translate(0));
         machine.unmap(&[0, 1], 0);
         walker.join().expect("the walker ends");
         assert_eq!(machine.cache.states(), []);
@@ -160,7 +163,7 @@ fn i4_a_fill_that_an_invalidation_overtook_is_dropped() {
 fn i4_a_promotion_that_an_invalidation_overtook_is_dropped() {
     explore(3, || {
         let machine = Machine::in_use(0);
-        let walker = spawn(&machine, |machine| drop(machine.translate(1)));
+        let walker = spawn(&machine, |machine| machine.translate(1));
         machine.unmap(&[0, 1, 2], 0);
         walker.join().expect("the walker ends");
         assert_eq!(machine.cache.states(), []);
@@ -171,7 +174,7 @@ fn i4_a_promotion_that_an_invalidation_overtook_is_dropped() {
 fn i4_a_prefetch_that_an_invalidation_overtook_is_not_promoted_into_a_later_entry() {
     explore(3, || {
         let machine = Machine::in_use(0);
-        let walker = spawn(&machine, |machine| drop(machine.translate(1)));
+        let walker = spawn(&machine, |machine| machine.translate(1));
         machine.unmap(&[2], 0);
         // Slot 1 is the next one again, and what the walker has prefetched is gone.
         assert!(machine.translate(0));
@@ -187,7 +190,7 @@ fn i4_two_walks_of_one_ring_are_both_dropped_or_cleared() {
     // With more preemptions, loom lets the two wait for the lock in turns without end.
     explore(1, || {
         let machine = Machine::in_use(0);
-        let walkers = [1, 2].map(|slot| spawn(&machine, move |machine| drop(machine.translate(slot))));
+        let walkers = [1, 2].map(|slot| spawn(&machine, move |machine| machine.translate(slot)));
         machine.unmap(&[0, 1, 2], 0);
         for walker in walkers {
             walker.join().expect("the walker ends");
