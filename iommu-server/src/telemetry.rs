@@ -4,9 +4,11 @@
 //! `method`, `reason`); ERROR means that a person must look.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use iommu_kernel::Tick;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::prelude::*;
 
@@ -35,6 +37,16 @@ pub fn start(filter: &str, format: LogFormat) -> Result<(), ConfigError> {
 /// Milliseconds since the UNIX epoch.
 pub fn now_unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+/// The time as the kernel floor takes it: since the UNIX epoch, and never backwards, whatever is done to the system's clock.
+pub fn now() -> Tick {
+    static START: OnceLock<(Instant, u64)> = OnceLock::new();
+    let (start, unix_us) = START.get_or_init(|| {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        (Instant::now(), since.map_or(0, |since| since.as_micros() as u64))
+    });
+    Tick(unix_us.saturating_add(start.elapsed().as_micros() as u64))
 }
 
 /// Lets a bounded number of lines through each second and counts the rest.

@@ -9,9 +9,12 @@ use tokio_stream::StreamExt as _;
 use tonic::Status;
 
 async fn domain(driver: &Driver, width_bits: u32) -> Result<u32, Status> {
-    let protection = pb::Protection::Strict.into();
-    let request = pb::CreateDomainRequest { header: driver.header(), protection, width_bits };
-    driver.client().create_domain(request).await.map(|created| created.into_inner().domain_id)
+    let options = pb::DomainOptions {
+        protection: pb::Protection::Strict.into(),
+        width_bits,
+        ..pb::DomainOptions::default()
+    };
+    driver.create_domain(options).await
 }
 
 async fn map_fixed(
@@ -31,27 +34,6 @@ async fn unmap_fixed(driver: &Driver, domain_id: u32, iova: u64, size_bytes: u64
     driver.client().unmap(request).await.map(|unmapped| unmapped.into_inner().unmapped_bytes)
 }
 
-async fn attach(driver: &Driver, source: u32, domain_id: Option<u32>) -> Result<u32, Status> {
-    let request =
-        pb::AttachDeviceRequest { header: driver.header(), device: Some(device(source)), domain_id };
-    driver.client().attach_device(request).await.map(|attached| attached.into_inner().domain_id)
-}
-
-async fn detach(driver: &Driver, source: u32) -> Result<(), Status> {
-    let request = pb::DetachDeviceRequest { header: driver.header(), device: Some(device(source)) };
-    driver.client().detach_device(request).await.map(|_| ())
-}
-
-async fn free(driver: &Driver, gpa: u64) -> Result<(), Status> {
-    let request = pb::FreeBufferRequest { header: driver.header(), gpa };
-    driver.client().free_buffer(request).await.map(|_| ())
-}
-
-async fn destroy(driver: &Driver, domain_id: u32) -> Result<(), Status> {
-    let request = pb::DestroyDomainRequest { header: driver.header(), domain_id };
-    driver.client().destroy_domain(request).await.map(|_| ())
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_dma_api_answers_each_error_of_its_table() {
     let server = server().await;
@@ -65,7 +47,7 @@ async fn the_dma_api_answers_each_error_of_its_table() {
     assert_eq!(refused(driver.map(ENGINE0, gpa + 2 * PAGE, 1).await), "NOT_OWNED");
     let iova = driver.map(ENGINE0, gpa + 5, PAGE).await.unwrap();
     assert_eq!(iova % PAGE, 5, "any offset, and it is kept");
-    assert_eq!(refused(free(&driver, gpa).await), "STILL_MAPPED");
+    assert_eq!(refused(driver.free(gpa).await), "STILL_MAPPED");
     assert_eq!(refused(driver.unmap(ENGINE0, iova + PAGE, PAGE).await), "NOT_MAPPED");
     assert_eq!(refused(driver.unmap(ENGINE0, iova, PAGE - 1).await), "SIZE_MISMATCH");
     let other_direction = pb::DmaUnmapRequest {
@@ -74,17 +56,19 @@ async fn the_dma_api_answers_each_error_of_its_table() {
         iova,
         size_bytes: PAGE,
         direction: pb::Direction::ToDevice.into(),
+        attributes: None,
+        end_of_burst: None,
     };
     assert_eq!(refused(driver.client().dma_unmap(other_direction).await), "DIRECTION_MISMATCH");
     driver.unmap(ENGINE0, iova, PAGE).await.unwrap();
     assert_eq!(refused(driver.unmap(ENGINE0, iova, PAGE).await), "NOT_MAPPED");
-    assert_eq!(refused(free(&driver, gpa + PAGE).await), "NOT_ALLOCATED");
-    free(&driver, gpa).await.unwrap();
-    detach(&driver, ENGINE0).await.unwrap();
+    assert_eq!(refused(driver.free(gpa + PAGE).await), "NOT_ALLOCATED");
+    driver.free(gpa).await.unwrap();
+    driver.detach(ENGINE0).await.unwrap();
     let gpa = driver.buffer(1).await;
     assert_eq!(refused(driver.map(ENGINE0, gpa, 1).await), "NOT_ATTACHED");
-    assert_eq!(refused(detach(&driver, ENGINE0).await), "NOT_ATTACHED");
-    attach(&driver, ENGINE0, None).await.unwrap();
+    assert_eq!(refused(driver.detach(ENGINE0).await), "NOT_ATTACHED");
+    driver.attach(ENGINE0, None).await.unwrap();
     driver.map(ENGINE0, gpa, 1).await.unwrap();
 }
 
@@ -123,27 +107,27 @@ async fn the_domain_api_answers_each_error_of_its_table() {
     assert_eq!(refused(unmap_fixed(&driver, id, 0x10_0000, PAGE).await), "SPLITS_MAPPING");
     assert_eq!(refused(unmap_fixed(&driver, id, 0x10_0001, PAGE).await), "UNALIGNED");
     assert_eq!(refused(unmap_fixed(&stranger, id, 0x10_0000, PAGE).await), "NOT_YOURS");
-    assert_eq!(attach(&driver, ENGINE0, Some(id)).await.unwrap(), id);
-    assert_eq!(refused(attach(&stranger, ENGINE1, Some(id)).await), "NOT_YOURS");
-    assert_eq!(refused(attach(&driver, ENGINE1, Some(id)).await), "NOT_YOURS");
-    assert_eq!(refused(attach(&driver, ENGINE0, Some(999)).await), "UNKNOWN_DOMAIN");
-    assert_eq!(refused(destroy(&driver, id).await), "DOMAIN_IN_USE");
-    assert_eq!(refused(destroy(&stranger, id).await), "NOT_YOURS");
-    let mut agent = Agent::attach(&server, ENGINE0).await;
+    assert_eq!(driver.attach(ENGINE0, Some(id)).await.unwrap(), id);
+    assert_eq!(refused(stranger.attach(ENGINE1, Some(id)).await), "NOT_YOURS");
+    assert_eq!(refused(driver.attach(ENGINE1, Some(id)).await), "NOT_YOURS");
+    assert_eq!(refused(driver.attach(ENGINE0, Some(999)).await), "UNKNOWN_DOMAIN");
+    assert_eq!(refused(driver.destroy(id).await), "DOMAIN_IN_USE");
+    assert_eq!(refused(stranger.destroy(id).await), "NOT_YOURS");
+    let mut agent = Agent::server.attach(ENGINE0).await;
     driver.write(gpa, b"fixed").await;
     assert_eq!(agent.read(0x10_0000, 5).await.unwrap(), "fixed");
     assert_eq!(unmap_fixed(&driver, id, 0x10_0000, 16 * PAGE).await.unwrap(), 4 * PAGE);
     assert!(agent.read(0x10_0000, 5).await.is_err());
-    attach(&driver, ENGINE0, None).await.unwrap();
-    destroy(&driver, id).await.unwrap();
-    assert_eq!(refused(destroy(&driver, id).await), "UNKNOWN_DOMAIN");
+    driver.attach(ENGINE0, None).await.unwrap();
+    driver.destroy(id).await.unwrap();
+    assert_eq!(refused(driver.destroy(id).await), "UNKNOWN_DOMAIN");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn coherent_memory_comes_and_goes_as_one() {
     let server = server().await;
     let driver = Driver::open(&server, 0).await;
-    let mut agent = Agent::attach(&server, ENGINE0).await;
+    let mut agent = Agent::server.attach(ENGINE0).await;
     let ask = pb::AllocateCoherentRequest {
         header: driver.header(),
         device: Some(device(ENGINE0)),
@@ -185,14 +169,14 @@ async fn a_retry_is_answered_again_and_does_nothing_again() {
 
 fn map_batch(header: Option<pb::RequestHeader>, gpa: Vec<u64>) -> pb::DmaStreamRequest {
     let direction = pb::Direction::Bidirectional.into();
-    let map = pb::DmaMapBatch { gpa, size_bytes: vec![PAGE as u32], direction };
+    let map = pb::DmaMapBatch { gpa, size_bytes: vec![PAGE as u32], direction, ..Default::default() };
     let batch = Some(pb::dma_stream_request::Batch::Map(map));
     pb::DmaStreamRequest { header, device: Some(device(ENGINE0)), batch }
 }
 
 fn unmap_batch(header: Option<pb::RequestHeader>, iova: Vec<u64>) -> pb::DmaStreamRequest {
     let direction = pb::Direction::Bidirectional.into();
-    let unmap = pb::DmaUnmapBatch { iova, size_bytes: vec![PAGE as u32], direction };
+    let unmap = pb::DmaUnmapBatch { iova, size_bytes: vec![PAGE as u32], direction, ..Default::default() };
     let batch = Some(pb::dma_stream_request::Batch::Unmap(unmap));
     pb::DmaStreamRequest { header, device: Some(device(ENGINE0)), batch }
 }
@@ -222,7 +206,7 @@ async fn a_stream_of_batches_is_answered_in_order_and_operation_by_operation() {
     let unmapped = answers.message().await.unwrap().unwrap();
     assert_eq!(unmapped.errors.len(), 1);
     assert_eq!((unmapped.errors[0].index, unmapped.errors[0].reason.as_str()), (3, "NOT_MAPPED"));
-    free(&driver, gpa).await.unwrap();
+    driver.free(gpa).await.unwrap();
     // A batch that does not parse ends the stream, typed.
     up.send(map_batch(driver.header(), vec![gpa; 2000])).await.unwrap();
     assert_eq!(refused(answers.message().await), "LIMIT_REACHED");
@@ -233,7 +217,7 @@ async fn i1_unmaps_of_a_stream_under_dma_load_are_settled_before_they_are_answer
     let server = server().await;
     let driver = Driver::open(&server, 0).await;
     let gpa = driver.buffer(16 * PAGE).await;
-    let mut agent = Agent::attach(&server, ENGINE0).await;
+    let mut agent = Agent::server.attach(ENGINE0).await;
     let stop = tokio_util::sync::CancellationToken::new();
     let target = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(PAGE));
     let load = tokio::spawn({
@@ -258,7 +242,7 @@ async fn i1_unmaps_of_a_stream_under_dma_load_are_settled_before_they_are_answer
         assert!(answers.message().await.unwrap().unwrap().errors.is_empty());
         // Nothing is pinned any more: the buffer could be freed.
     }
-    free(&driver, gpa).await.unwrap();
+    driver.free(gpa).await.unwrap();
     stop.cancel();
     load.await.unwrap();
 }

@@ -97,15 +97,9 @@ async fn what_nobody_comes_back_for_is_reclaimed_after_the_grace() {
     let operator = operator(&server).await;
     let free_before = topology(&operator).await.memory_free_bytes;
     let (driver, mut agent, gpa, iova) = mapped(&server, 64).await;
-    let protection = pb::Protection::Strict.into();
-    let create = pb::CreateDomainRequest { header: driver.header(), protection, width_bits: 48 };
-    let domain_id = driver.client().create_domain(create).await.unwrap().into_inner().domain_id;
-    let attach = pb::AttachDeviceRequest {
-        header: driver.header(),
-        device: Some(device(ENGINE0)),
-        domain_id: Some(domain_id),
-    };
-    driver.client().attach_device(attach).await.unwrap();
+    let strict = pb::DomainOptions { protection: pb::Protection::Strict.into(), ..Default::default() };
+    let domain_id = driver.create_domain(strict).await.unwrap();
+    driver.attach(ENGINE0, Some(domain_id)).await.unwrap();
     let map = pb::MapRequest {
         header: driver.header(),
         domain_id,

@@ -78,6 +78,10 @@ pub(crate) fn step(step: &Step) -> Value {
         Structure::Root => ("root", None),
         Structure::Context => ("context", None),
         Structure::SecondStage { level } => ("second_stage", Some(level)),
+        Structure::RingRoot => ("ring_root", None),
+        Structure::RingDevice => ("ring_device", None),
+        Structure::Ring => ("ring", None),
+        Structure::RingSlot => ("ring_slot", None),
     };
     json!({
         "structure": structure,

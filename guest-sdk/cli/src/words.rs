@@ -113,6 +113,10 @@ pub(crate) fn step_line(step: &Step) -> String {
         Structure::Root => "root".to_owned(),
         Structure::Context => "context".to_owned(),
         Structure::SecondStage { level } => format!("level {level}"),
+        Structure::RingRoot => "rroot".to_owned(),
+        Structure::RingDevice => "rdevice".to_owned(),
+        Structure::Ring => "rring".to_owned(),
+        Structure::RingSlot => "rpte".to_owned(),
     };
     let raw = match (step.low, step.high) {
         (None, _) => "unreadable".to_owned(),

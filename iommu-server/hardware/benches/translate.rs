@@ -42,7 +42,9 @@ fn port(sets: u32, paging_sets: u32) -> Port {
         iotlb: geometry(sets),
         context_cache: geometry(16),
         paging_structure_cache: geometry(paging_sets),
+        iotlb_partitions: 1,
         ports_max: 4,
+        byte_extents: true,
     };
     let unit = Unit::new(config, Arc::new(memory), Arc::new(NoEvents)).expect("sound");
     unit.set_root_table(RootTable { base: ROOT, mode: RootMode::Legacy });

@@ -55,7 +55,10 @@ impl BareMachine {
             iotlb: IOTLB,
             context_cache: CONTEXT_CACHE,
             paging_structure_cache: PAGING_STRUCTURE_CACHE,
+            iotlb_partitions: 1,
             ports_max,
+            // Bit 52 is ignored here, as the specification demands.
+            byte_extents: false,
         };
         let unit = Unit::new(config, memory, events)?;
         Ok(Self { registers: RegisterFile::new(Arc::clone(&unit)), unit })

@@ -163,9 +163,15 @@ impl<'p> Run<'p> {
         }
         let request =
             Request { iova, size_bytes, access: Access::Atomic, pasid, address_type: self.address_type };
-        self.reach(request, |memory, hpa| memory.atomic(hpa, operation))
-            .map(Done::Old)
-            .map_err(at_start(iova))
+        // A slot of a ring begins at any byte, and memory knows aligned atomics only.
+        let old = self.reach(request, |memory, hpa| match hpa.is_aligned(u64::from(size_bytes)) {
+            true => memory.atomic(hpa, operation).map(Some),
+            false => Ok(None),
+        });
+        match old.map_err(at_start(iova))? {
+            Some(old) => Ok(Done::Old(old)),
+            None => Err(at_start(iova)(Err(Refusal::Malformed))),
+        }
     }
 
     /// Translates one request and lets `op` reach the memory behind it, inside the epoch.

@@ -1,5 +1,5 @@
-//! What silicon does: physical memory, the VT-d remapping unit with its tables and caches, fault recording, invalidation,
-//! interrupt remapping.
+//! What silicon does: physical memory, the VT-d remapping unit with its tables and caches, the ring unit beside it, fault
+//! recording, invalidation, interrupt remapping.
 //!
 //! This floor has no I/O, no clock and no runtime: it is a function of its arguments and of the memory it is given. State is
 //! shared through atomics, so any number of devices translate at once. The unit has two front ends over the same typed operations: direct
@@ -12,4 +12,5 @@ pub mod cache;
 pub mod dma;
 pub mod drain;
 pub mod memory;
+pub mod riommu;
 pub mod vtd;

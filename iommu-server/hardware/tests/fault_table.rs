@@ -394,7 +394,8 @@ fn every_row_of_dma_faults_ends_in_its_register_bits() {
 fn every_dma_reason_that_is_built_has_a_row() {
     let rows: Vec<Row> = root_rows().into_iter().chain(context_rows()).chain(table_rows()).collect();
     for reason in FaultReason::KNOWN {
-        let elsewhere = (0x20..=0x28).contains(&reason.0);
+        // Interrupts have rows of their own; a bare machine has none of our extensions (`walk_faults` holds byte extents).
+        let elsewhere = (0x20..=0x28).contains(&reason.0) || reason.0 >= 0xe0;
         let has_row = rows.iter().any(|row| row.reason == *reason);
         assert!(has_row || elsewhere, "{reason:?} has no row");
     }

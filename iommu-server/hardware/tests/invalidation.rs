@@ -301,11 +301,13 @@ fn many_pages_go_with_one_invalidation() {
     let scene = Scene::cached();
     scene.change_leaves();
     let range = |base| IovaRange::new(Iova::new(base), 4096).expect("a page");
-    let before = scene.machine.bare.unit().counters().invalidations;
+    let before = scene.machine.bare.unit().counters();
     let pending = scene.machine.bare.unit().invalidate_pages(DOMAIN, &[range(NEAR), range(FAR)], true);
     let _drained = pending.wait_blocking();
     assert_eq!(scene.seen(), [NEW, NEW, NEW, OLD]);
-    assert_eq!(scene.machine.bare.unit().counters().invalidations, before + 1);
+    let now = scene.machine.bare.unit().counters();
+    assert_eq!(now.invalidations, before.invalidations + 1);
+    assert_eq!(now.invalidated_ranges, before.invalidated_ranges + 2);
 }
 
 #[test]
@@ -318,6 +320,7 @@ fn hits_and_misses_are_counted_and_outlive_the_port() {
     let counters = machine.bare.unit().counters();
     assert_eq!((counters.iotlb.hits, counters.iotlb.misses, counters.iotlb.fills), (3, 1, 1));
     assert_eq!((counters.walks, counters.walk_reads), (1, 6), "root, context and four levels");
+    assert_eq!((counters.table_reads, counters.extent_reads), ([1, 1, 1, 1, 0], 0));
     assert_eq!(counters.paging_structure_cache.fills, 1, "the deepest table");
     // The first burst looks its context up twice: once to learn the domain, once more as a member of its list.
     assert_eq!((counters.context_cache.misses, counters.context_cache.hits), (1, 7));

@@ -549,7 +549,7 @@ fn tables_passed_are_reported_with_the_permissions_so_far() {
     let mut seen = Vec::new();
     let leaf = walk_second_stage(
         &world.memory,
-        &world.capabilities,
+        world.rules(),
         &context,
         None,
         world.iova,
@@ -564,7 +564,7 @@ fn tables_passed_are_reported_with_the_permissions_so_far() {
     for start in seen {
         let again = walk_second_stage(
             &world.memory,
-            &world.capabilities,
+            world.rules(),
             &context,
             Some(start),
             world.iova,
@@ -586,4 +586,167 @@ fn the_root_entry_is_that_of_the_bus_and_the_context_entry_that_of_device_and_fu
     assert_eq!(steps.len(), 6);
     assert_eq!(RootEntry::from_bits(u128::from(steps[0].low.unwrap())).context_table(), CONTEXT);
     assert_eq!(world.context().translation_type(), TranslationType::SECOND_STAGE);
+}
+
+/// The request is eight bytes from offset 0x40 on, of a page that is open from 0x40 to 0x4f.
+fn in_part(world: &mut World) {
+    world.byte_extents = true;
+    world.set_extent(world.iova, 0x40, 0x4f);
+    world.iova = world.iova.checked_add(0x40).expect("inside");
+}
+
+#[test]
+fn the_bytes_of_a_partial_page_are_checked_after_its_permissions() {
+    let rows: [Row; 9] = [
+        (
+            "a byte before",
+            |w| {
+                in_part(w);
+                w.iova = Iova::new(w.iova.get() - 1);
+            },
+            0xe8,
+            QUALIFIED,
+        ),
+        (
+            "a byte after",
+            |w| {
+                in_part(w);
+                ask(w, Access::Read, 17);
+            },
+            0xe8,
+            QUALIFIED,
+        ),
+        (
+            "an atomic over the end",
+            |w| {
+                in_part(w);
+                w.iova = Iova::new(w.iova.get() + 16);
+                ask(w, Access::Atomic, 8);
+            },
+            0xe8,
+            QUALIFIED,
+        ),
+        (
+            "nothing, read outside",
+            |w| {
+                in_part(w);
+                w.iova = Iova::new(w.iova.get() + 16);
+                ask(w, Access::Read, 0);
+            },
+            0xe8,
+            QUALIFIED,
+        ),
+        (
+            "outside, and no permission",
+            |w| {
+                in_part(w);
+                permit(w, 1, R);
+                ask(w, Access::Write, 64);
+            },
+            5,
+            QUALIFIED,
+        ),
+        (
+            "outside, and no permission to read",
+            |w| {
+                in_part(w);
+                permit(w, 2, W);
+                ask(w, Access::Read, 64);
+            },
+            6,
+            QUALIFIED,
+        ),
+        (
+            "the extent is not valid",
+            |w| {
+                in_part(w);
+                w.set_extent_word(w.iova, 0xfff << 12);
+            },
+            0xe8,
+            QUALIFIED,
+        ),
+        (
+            "the extent has a bit that means nothing",
+            |w| {
+                in_part(w);
+                w.set_extent_word(w.iova, 1 << 63 | 1 << 24 | 0xfff << 12);
+            },
+            0xe8,
+            QUALIFIED,
+        ),
+        (
+            "the extent has no memory",
+            |w| {
+                in_part(w);
+                let extents = w.entry_at(w.iova, 1).expect("mapped").get() + 4096;
+                w.memory.remove_frame(Hpa::new(extents));
+            },
+            7,
+            QUALIFIED,
+        ),
+    ];
+    check(4, &rows);
+    check(
+        4,
+        &[(
+            "a result in the interrupt range comes last",
+            |w| {
+                in_part(w);
+                let at = w.entry_at(w.iova, 1).expect("mapped");
+                w.memory.store(at, 1 << 52 | 0xfee0_0003);
+            },
+            0xe,
+            QUALIFIED,
+        )],
+    );
+}
+
+#[test]
+fn what_lies_inside_an_extent_passes_and_bit_52_means_nothing_elsewhere() {
+    check_passes(
+        4,
+        &[
+            ("the first bytes", in_part),
+            ("all of it", |w| {
+                in_part(w);
+                ask(w, Access::Write, 16);
+            }),
+            ("the last byte", |w| {
+                in_part(w);
+                w.iova = Iova::new(w.iova.get() + 15);
+                ask(w, Access::Write, 1);
+            }),
+            ("nothing, read at the last byte", |w| {
+                in_part(w);
+                w.iova = Iova::new(w.iova.get() + 15);
+                ask(w, Access::Read, 0);
+            }),
+            ("an atomic up to the end", |w| {
+                in_part(w);
+                w.iova = Iova::new(w.iova.get() + 8);
+                ask(w, Access::Atomic, 8);
+            }),
+            ("a unit without extents", |w| {
+                in_part(w);
+                w.byte_extents = false;
+                ask(w, Access::Write, 64);
+            }),
+            ("an extent without the mark", |w| {
+                in_part(w);
+                w.damage(1, 1 << 52);
+                ask(w, Access::Write, 64);
+            }),
+            ("the mark in a 2 MiB page", |w| {
+                in_part(w);
+                make_large(w, PageSize::Size2M, 0x4000_0000, Permissions::READ_WRITE);
+                w.damage(2, 1 << 52);
+                ask(w, Access::Write, 64);
+            }),
+            ("the mark in an entry that names a table", |w| {
+                w.byte_extents = true;
+                w.damage(2, 1 << 52);
+                ask(w, Access::Write, 64);
+            }),
+        ],
+    );
 }

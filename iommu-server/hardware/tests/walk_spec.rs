@@ -2,6 +2,7 @@
 
 mod table_world;
 
+use iommu_hardware::vtd::spec::extent::{ByteExtent, extent_address};
 use iommu_hardware::vtd::spec::invalidation::{Descriptor, QueueError, StatusWrite, masked_range};
 use iommu_hardware::vtd::spec::irte::{InterruptAddress, Irte};
 use iommu_hardware::vtd::spec::pte::SecondStageEntry;
@@ -62,6 +63,32 @@ fn second_stage_entries_have_their_golden_bits() {
     let partial =
         SecondStageEntry::leaf(hpa, PageSize::Size1G, Permissions::READ_WRITE).with_partial_page(true);
     assert_eq!(partial.into_bits(), 1 << 52 | 0x3f_4000_0083);
+}
+
+#[test]
+fn extents_have_their_golden_bits_and_nonsense_is_none() {
+    let check = |first, last, word: u64| {
+        let extent = ByteExtent::new(first, last).expect("in order");
+        assert_eq!(extent.into_word(), word, "{extent}");
+        assert_eq!(ByteExtent::from_word(word), Some(extent));
+        for bit in 24..64 {
+            assert_eq!(ByteExtent::from_word(word ^ 1 << bit), None, "bit {bit} of {word:#x}");
+        }
+    };
+    check(0, 0, 0x8000_0000_0000_0000);
+    check(0x041, 0x123, 0x8000_0000_0012_3041);
+    check(0, 0xfff, 0x8000_0000_00ff_f000);
+    check(0xfff, 0xfff, 0x8000_0000_00ff_ffff);
+    assert_eq!(0x8000_0000_0012_3041u64.to_le_bytes(), [0x41, 0x30, 0x12, 0, 0, 0, 0, 0x80]);
+    for (first, last) in [(1, 0), (0xfff, 0xffe), (0, 0x1000), (0x1000, 0x1000), (0, u16::MAX)] {
+        assert_eq!(ByteExtent::new(first, last), None, "{first} {last}");
+    }
+    for word in [0, 0x0012_3041, 1 << 63 | 1, u64::MAX] {
+        assert_eq!(ByteExtent::from_word(word), None, "{word:#x}");
+    }
+    let table = Hpa::new(0x7000);
+    assert_eq!(extent_address(table, Iova::new(0x12_3456_7fff)), Some(Hpa::new(0x8000 + 8 * 0x167)));
+    assert_eq!(extent_address(Hpa::new(!0xfff), Iova::new(0)), None);
 }
 
 #[test]

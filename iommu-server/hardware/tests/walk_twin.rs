@@ -6,6 +6,7 @@ mod table_world;
 use std::ops::ControlFlow;
 
 use iommu_hardware::cache::PagingEntry;
+use iommu_hardware::vtd::spec::extent::ByteExtent;
 use iommu_hardware::vtd::spec::pte::{SecondStageEntry, level_shift};
 use iommu_hardware::vtd::walk::{Leaf, NoTrace, RootMode, WalkFault, dump, walk_context, walk_second_stage};
 use iommu_types::{
@@ -21,6 +22,8 @@ const ACCESSES: [Access; 3] = [Access::Read, Access::Write, Access::Atomic];
 #[derive(Debug, Default)]
 struct FlatTwin {
     mappings: Vec<(IovaRange, Hpa, Permissions)>,
+    /// Partial pages, and what is open of them.
+    extents: Vec<(Iova, Option<ByteExtent>)>,
     /// Permissions taken from whatever lies in a range, by an entry above it.
     restrictions: Vec<(IovaRange, Permissions)>,
 }
@@ -46,6 +49,16 @@ impl FlatTwin {
             Access::Write | Access::Atomic if !writable => return Err(FaultReason::WRITE_DENIED),
             Access::Atomic if !readable => return Err(FaultReason::READ_DENIED),
             _ => {}
+        }
+        if let Some((_, extent)) = self.extents.iter().find(|(page, _)| *page == iova.page_base()) {
+            // Byte by byte, with the byte of a read of nothing.
+            let touched = iova.page_offset()..iova.page_offset() + u64::from(world.size_bytes.max(1));
+            let is_open = |byte: u64| {
+                extent.is_some_and(|open| (u64::from(open.first())..=u64::from(open.last())).contains(&byte))
+            };
+            if !touched.clone().all(is_open) {
+                return Err(FaultReason::BYTES_DENIED);
+            }
         }
         let (range, hpa, _) = mapped.expect("permissions come from a mapping");
         let result = hpa.get() + (iova.get() - range.base().get());
@@ -88,10 +101,33 @@ fn build(random: &mut Random) -> (World, FlatTwin) {
             twin.mappings.push((range, hpa, permissions));
         }
     }
+    // The marks are there in every world; only half of the units know them.
+    world.byte_extents = random.one_in(2);
+    let small = |range: &IovaRange| range.size_bytes() == PAGE_SIZE_BYTES;
+    for page in twin.mappings.iter().map(|(range, ..)| range).filter(|range| small(range)) {
+        if random.one_in(2) {
+            let word = random_extent_word(random);
+            world.set_extent_word(page.base(), word);
+            if world.byte_extents {
+                twin.extents.push((page.base(), ByteExtent::from_word(word)));
+            }
+        }
+    }
     for _ in 0..random.below(8) {
         restrict(random, &mut world, &mut twin);
     }
     (world, twin)
+}
+
+fn random_extent_word(random: &mut Random) -> u64 {
+    let (one, other) = (random.below(4096) as u16, random.below(4096) as u16);
+    let sound = ByteExtent::new(one.min(other), one.max(other)).expect("in order").into_word();
+    match random.below(6) {
+        0 => 0,
+        1 => random.next(),
+        2 => ByteExtent::new(0, 4095).expect("in order").into_word(),
+        _ => sound,
+    }
 }
 
 fn restrict(random: &mut Random, world: &mut World, twin: &mut FlatTwin) {
@@ -115,7 +151,11 @@ fn random_request(random: &mut Random, world: &mut World, twin: &FlatTwin) {
     } else {
         let (range, ..) = twin.mappings[random.below(twin.mappings.len() as u64) as usize];
         let inside = random.below(range.size_bytes());
-        let edge = random.pick(&[0, range.size_bytes() - 1, range.size_bytes(), inside]);
+        let open = twin.extents.iter().find(|(page, _)| *page == range.base()).and_then(|(_, open)| *open);
+        let first = open.map_or(inside, |open| u64::from(open.first()));
+        let last = open.map_or(inside, |open| u64::from(open.last()));
+        let edge =
+            random.pick(&[0, range.size_bytes() - 1, range.size_bytes(), inside, first, last, last + 1]);
         Iova::new(range.base().get() + edge)
     };
 }
@@ -131,7 +171,7 @@ fn walk_from_everywhere(world: &World) -> Result<Leaf, WalkFault> {
     let walk = |start: Option<PagingEntry>, seen: &mut Vec<PagingEntry>| {
         walk_second_stage(
             &world.memory,
-            &world.capabilities,
+            world.rules(),
             &context,
             start,
             world.iova,
@@ -153,7 +193,7 @@ fn walk_from_everywhere(world: &World) -> Result<Leaf, WalkFault> {
 
 #[test]
 fn i2_the_walk_agrees_with_the_flat_twin() {
-    let (mut translated, mut refused) = (0, 0);
+    let (mut translated, mut refused, mut partial, mut outside) = (0, 0, 0, 0);
     for seed in 0..SEEDS {
         let mut random = Random(seed);
         let (mut world, twin) = build(&mut random);
@@ -161,6 +201,7 @@ fn i2_the_walk_agrees_with_the_flat_twin() {
             random_request(&mut random, &mut world, &twin);
             let walked = walk_from_everywhere(&world)
                 .map(|leaf| {
+                    partial += u32::from(leaf.extent.is_some());
                     let offset = world.iova.get() & (leaf.size.bytes() - 1);
                     (Hpa::new(leaf.hpa.get() + offset), leaf.permissions)
                 })
@@ -171,10 +212,16 @@ fn i2_the_walk_agrees_with_the_flat_twin() {
                 "seed {seed}: {} at {}, {} bytes",
                 world.access, world.iova, world.size_bytes
             );
-            if walked.is_ok() { translated += 1 } else { refused += 1 }
+            if walked.is_ok() {
+                translated += 1
+            } else {
+                refused += 1
+            }
+            outside += u32::from(walked == Err(FaultReason::BYTES_DENIED));
         }
     }
     assert!(translated > 2_000 && refused > 2_000, "both outcomes are met: {translated} and {refused}");
+    assert!(partial > 400 && outside > 400, "on partial pages too: {partial} and {outside}");
 }
 
 /// The page handed out is right as a whole: a cache serves the rest of it from this one walk.
@@ -187,7 +234,13 @@ fn i2_every_address_of_a_leaf_translates_as_the_leaf_says() {
             random_request(&mut random, &mut world, &twin);
             let Ok(leaf) = world.walk() else { continue };
             let page = world.iova.get() & !(leaf.size.bytes() - 1);
-            let offset = random.below(leaf.size.bytes());
+            let offset = match leaf.extent {
+                None => random.below(leaf.size.bytes()),
+                Some(open) => {
+                    world.size_bytes = world.size_bytes.min(1);
+                    u64::from(open.first()) + random.below(u64::from(open.last() - open.first()) + 1)
+                }
+            };
             world.iova = Iova::new(page + offset);
             let expected = Ok((Hpa::new(leaf.hpa.get() + offset), leaf.permissions));
             assert_eq!(twin.translate(&world), expected, "seed {seed}: {leaf:?} + {offset:#x}");
@@ -237,6 +290,7 @@ fn nonsense(random: &mut Random) -> World {
     world.capabilities.host_width_bits = random.pick(&[32, 46, 46, 52]);
     world.capabilities.snoop_control = random.one_in(2);
     world.capabilities.pages_1g = random.one_in(2);
+    world.byte_extents = random.one_in(2);
     world
 }
 
@@ -275,7 +329,7 @@ fn nonsense_in_tables_ends_every_walk_and_explain_agrees() {
     }
     assert!(translated > 50, "some nonsense makes sense: {translated}");
     let reasons: Vec<u8> = reasons.into_iter().collect();
-    assert_eq!(reasons, [1, 2, 3, 4, 5, 6, 7, 8, 9, 0xa, 0xb, 0xc, 0x30], "every reason is met");
+    assert_eq!(reasons, [1, 2, 3, 4, 5, 6, 7, 8, 9, 0xa, 0xb, 0xc, 0x30, 0xe8], "every reason is met");
 }
 
 #[test]
@@ -285,21 +339,20 @@ fn a_dump_gives_every_present_entry_in_order_and_the_pages_that_are_mapped() {
         let (world, twin) = build(&mut random);
         let mut pages = Vec::new();
         let mut last = None;
-        let flow =
-            dump(&world.memory, &world.capabilities, world.root, world.source, false, &mut |step, iova| {
-                let Structure::SecondStage { level } = step.structure else {
-                    assert_eq!(iova, None, "root and context entries have no address");
-                    return ControlFlow::Continue(());
-                };
-                let iova = iova.expect("page-table entries have an address");
-                assert!(last <= Some(iova), "seed {seed}: {iova} after {last:?}");
-                last = Some(iova);
-                let entry = SecondStageEntry::from_bits(step.low.expect("in memory"));
-                if entry.is_leaf_at(level) {
-                    pages.push((iova, entry.address()));
-                }
-                ControlFlow::Continue(())
-            });
+        let flow = dump(&world.memory, world.rules(), world.root, world.source, false, &mut |step, iova| {
+            let Structure::SecondStage { level } = step.structure else {
+                assert_eq!(iova, None, "root and context entries have no address");
+                return ControlFlow::Continue(());
+            };
+            let iova = iova.expect("page-table entries have an address");
+            assert!(last <= Some(iova), "seed {seed}: {iova} after {last:?}");
+            last = Some(iova);
+            let entry = SecondStageEntry::from_bits(step.low.expect("in memory"));
+            if entry.is_leaf_at(level) {
+                pages.push((iova, entry.address()));
+            }
+            ControlFlow::Continue(())
+        });
         assert_eq!(flow, ControlFlow::Continue(()));
         let mut expected: Vec<_> = twin
             .mappings
@@ -328,7 +381,7 @@ fn a_dump_of_nonsense_goes_as_far_as_its_reader_wants() {
         let mut world = nonsense(&mut random);
         world.source = iommu_types::SourceId::new(0x0113);
         let mut count = 0;
-        let _ = dump(&world.memory, &world.capabilities, world.root, world.source, false, &mut |step, _| {
+        let _ = dump(&world.memory, world.rules(), world.root, world.source, false, &mut |step, _| {
             assert!(!step.reading.is_empty());
             count += 1;
             if count == 500 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -343,7 +396,7 @@ fn a_table_that_leads_to_itself_is_dumped_as_deep_as_there_are_levels() {
     let top = world.context().second_stage_table();
     world.memory.store(top, SecondStageEntry::table(top).into_bits());
     let mut levels = Vec::new();
-    let flow = dump(&world.memory, &world.capabilities, world.root, world.source, false, &mut |step, _| {
+    let flow = dump(&world.memory, world.rules(), world.root, world.source, false, &mut |step, _| {
         levels.push(step.structure);
         ControlFlow::Continue(())
     });
@@ -354,7 +407,7 @@ fn a_table_that_leads_to_itself_is_dumped_as_deep_as_there_are_levels() {
         .collect();
     assert_eq!(levels, expected);
     let mut steps = 0;
-    let _ = dump(&world.memory, &world.capabilities, world.root, world.source, true, &mut |_, _| {
+    let _ = dump(&world.memory, world.rules(), world.root, world.source, true, &mut |_, _| {
         steps += 1;
         ControlFlow::Continue(())
     });
@@ -367,7 +420,7 @@ fn an_entry_that_the_walk_refuses_is_dumped_but_not_followed() {
     let mut world = World::mapped(4);
     world.damage(3, 1 << 62);
     let mut readings = Vec::new();
-    let _ = dump(&world.memory, &world.capabilities, world.root, world.source, false, &mut |step, _| {
+    let _ = dump(&world.memory, world.rules(), world.root, world.source, false, &mut |step, _| {
         readings.push(step.reading);
         ControlFlow::Continue(())
     });
@@ -381,7 +434,7 @@ fn a_table_without_memory_is_dumped_as_one_unreadable_entry() {
     let level_1 = world.entry_at(world.iova, 1).expect("mapped");
     world.memory.remove_frame(level_1);
     let mut readings = Vec::new();
-    let _ = dump(&world.memory, &world.capabilities, world.root, world.source, false, &mut |step, _| {
+    let _ = dump(&world.memory, world.rules(), world.root, world.source, false, &mut |step, _| {
         readings.push(step.reading);
         ControlFlow::Continue(())
     });

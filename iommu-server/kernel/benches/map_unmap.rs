@@ -11,8 +11,11 @@ use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::{Port, UnitConfig};
 use iommu_kernel::{
     DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory, PendingUnmap,
+    Tick,
 };
-use iommu_types::{Capabilities, Direction, GpaRange, IovaRange, Owner, Protection, RequestId, SourceId};
+use iommu_types::{
+    Capabilities, Direction, DomainOptions, GpaRange, IovaRange, Owner, Protection, RequestId, SourceId,
+};
 
 const PAGE: u64 = 4096;
 
@@ -33,7 +36,9 @@ impl Host {
             iotlb: geometry(4096),
             context_cache: geometry(256),
             paging_structure_cache: geometry(256),
+            iotlb_partitions: 1,
             ports_max: 1024,
+            byte_extents: true,
         };
         let owner = OwnerLimits {
             domains: 1024,
@@ -51,9 +56,10 @@ impl Host {
     }
     /// A domain with a device that has used it, so that every drain looks at a slot.
     fn domain(&self, source: u16) -> (Domain, Port) {
-        let mut domain = self.kernel.create_domain(&self.account, Protection::Strict, 48).expect("domain");
+        let mut domain =
+            self.kernel.create_domain(&self.account, DomainOptions::new(Protection::Strict)).expect("domain");
         let source = SourceId::new(source);
-        self.kernel.attach(source, &domain).expect("attach");
+        self.kernel.attach(source, &mut domain).expect("attach");
         let mut port = self.kernel.unit().port(source).expect("port");
         let range = self.map(&mut domain, 0, PAGE);
         device_reads(&mut port, range);
@@ -63,14 +69,13 @@ impl Host {
     fn map(&self, domain: &mut Domain, page: u64, size_bytes: u64) -> IovaRange {
         let gpa = self.buffer.base().checked_add(page * PAGE).expect("inside");
         let range = GpaRange::new(gpa, size_bytes).expect("range");
-        let request =
-            DmaMap { range, direction: Direction::ToDevice, request_id: RequestId(1), coherent: false };
-        let iova = domain.dma_map(&self.kernel, &self.memory, request).expect("mapped");
+        let request = DmaMap::single(range, Direction::ToDevice, RequestId(1));
+        let iova = domain.dma_map(&self.kernel, &self.memory, request, Tick(0)).expect("mapped");
         IovaRange::new(iova, size_bytes).expect("range")
     }
     fn unmap(&self, domain: &mut Domain, range: IovaRange) {
-        let request = DmaUnmap { range, direction: Direction::ToDevice };
-        let pending = domain.dma_unmap(&self.kernel, request).expect("unmapped");
+        let request = DmaUnmap::single(range, Direction::ToDevice, RequestId(2));
+        let pending = domain.dma_unmap(&self.kernel, request, Tick(0)).expect("unmapped");
         self.finish(domain, pending);
     }
     fn finish(&self, domain: &mut Domain, pending: PendingUnmap) {
@@ -120,9 +125,9 @@ fn batches(c: &mut Criterion) {
             requests.clear();
             requests.extend((0..64).map(|page| {
                 let range = host.map(&mut domain, page, PAGE);
-                DmaUnmap { range, direction: Direction::ToDevice }
+                DmaUnmap::single(range, Direction::ToDevice, RequestId(2))
             }));
-            let (results, pending) = domain.dma_unmap_batch(&host.kernel, &requests);
+            let (results, pending) = domain.dma_unmap_batch(&host.kernel, &requests, Tick(0));
             assert!(results.iter().all(Result::is_ok));
             host.finish(&mut domain, pending);
         });
@@ -189,7 +194,8 @@ fn creation(c: &mut Criterion) {
         let _others: Vec<_> = (0..existing).map(|n| host.domain(n + 8)).collect();
         group.bench_function(BenchmarkId::from_parameter(existing), |b| {
             b.iter(|| {
-                let created = host.kernel.create_domain(&host.account, Protection::Strict, 48);
+                let created =
+                    host.kernel.create_domain(&host.account, DomainOptions::new(Protection::Strict));
                 let mut pending = host.kernel.destroy_domain(created.expect("domain"));
                 let drained = pending.take_drain().wait_blocking();
                 pending.finish(&host.kernel, drained);

@@ -81,11 +81,34 @@ impl FrameAllocator {
         self.hand_over(FrameRun { base, frames: 1 }, OWNER_NONE, OWNER_SERVER);
         Ok(base)
     }
+    /// Two neighbouring frames for tables of the server; zeroed.
+    pub(crate) fn allocate_table_pair(&self) -> Result<Hpa, OutOfMemory> {
+        let size_bytes = 2 * PAGE_SIZE_BYTES;
+        let number = self.lock().take_highest_pair().ok_or(OutOfMemory { size_bytes })?;
+        let base = Hpa::new(number * PAGE_SIZE_BYTES);
+        self.hand_over(FrameRun { base, frames: 2 }, OWNER_NONE, OWNER_SERVER);
+        Ok(base)
+    }
+    /// Neighbouring frames for a table of the server; zeroed.
+    pub(crate) fn allocate_table_run(&self, frames: u64) -> Result<FrameRun, OutOfMemory> {
+        self.allocate_run(frames, OWNER_SERVER)
+    }
+    /// Neighbouring frames for `tag`; zeroed.
+    pub(crate) fn allocate_run(&self, frames: u64, tag: u32) -> Result<FrameRun, OutOfMemory> {
+        let first = self.lock().take_run(frames);
+        let first = first.ok_or(OutOfMemory { size_bytes: frames.saturating_mul(PAGE_SIZE_BYTES) })?;
+        let run = FrameRun { base: Hpa::new(first * PAGE_SIZE_BYTES), frames };
+        self.hand_over(run, OWNER_NONE, tag);
+        Ok(run)
+    }
     /// Wipes the frames and makes them free. They must have no pins (I9).
     pub(crate) fn free(&self, run: FrameRun, tag: u32) {
         self.memory.zero(run.range()).expect("frames of ours lie in memory");
         self.hand_over(run, tag, OWNER_NONE);
         self.lock().give(run.base.page_number(), run.frames);
+    }
+    pub(crate) fn free_table_run(&self, run: FrameRun) {
+        self.free(run, OWNER_SERVER);
     }
     pub(crate) fn free_table(&self, table: Hpa) {
         self.free(FrameRun { base: table, frames: 1 }, OWNER_SERVER);
@@ -144,6 +167,24 @@ impl FreeFrames {
         let frame = word as u64 * 64 + u64::from(63 - self.words[word].leading_zeros());
         self.take(frame, 1);
         Some(frame)
+    }
+    /// The highest two free frames of which the first is even: then a pair lies in one word.
+    fn take_highest_pair(&mut self) -> Option<u64> {
+        const EVEN: u64 = 0x5555_5555_5555_5555;
+        let pairs = |word: u64| word & word >> 1 & EVEN;
+        let word = (self.lowest_word..self.words_end).rev().find(|word| pairs(self.words[*word]) != 0)?;
+        let frame = word as u64 * 64 + u64::from(63 - pairs(self.words[word]).leading_zeros());
+        self.take(frame, 2);
+        Some(frame)
+    }
+    /// One run of so many frames, the lowest that there is.
+    fn take_run(&mut self, frames: u64) -> Option<u64> {
+        if frames > self.count {
+            return None;
+        }
+        let first = self.first_run(frames, 1)?;
+        self.take(first, frames);
+        Some(first)
     }
     fn take_runs(&mut self, frames: u64) -> Option<Vec<FrameRun>> {
         if frames > self.count {
@@ -253,6 +294,14 @@ mod tests {
         check(&[(1, 2000)], 600, Some(&[(512, 600)]));
         check(&[(1, 1100)], 600, Some(&[(1, 600)]));
         check(&[(3, 1 << 19)], 1 << 18, Some(&[(1 << 18, 1 << 18)]));
+    }
+
+    #[test]
+    fn a_pair_is_two_neighbours_from_the_top() {
+        let mut free = free_frames(&[(5, 5), (126, 3)]);
+        let pairs: Vec<_> = std::iter::from_fn(|| free.take_highest_pair()).collect();
+        assert_eq!(pairs, [126, 8, 6], "128 and 5 have no even neighbour");
+        assert_eq!(free.count, 2);
     }
 
     #[test]

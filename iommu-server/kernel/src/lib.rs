@@ -24,14 +24,20 @@ mod interrupts;
 mod iova;
 mod owner_memory;
 mod records;
+mod sanitizer;
 mod topology;
 
 pub use account::{OwnerAccount, OwnerLimits};
 pub use boot::{BootError, Kernel, KernelConfig};
 pub use domain::{
-    DmaMap, DmaUnmap, Domain, DomainCounters, MapFixed, MappingState, PendingDestroy, PendingUnmap, Undone,
+    DmaFunction, DmaMap, DmaSync, DmaUnmap, DmaUnmapSg, Domain, DomainCounters, MapFixed, MappingState,
+    PendingDestroy, PendingUnmap, SanitizerHandle, Segment, Tick, Undone, Waiting,
 };
 pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;
+pub use iova::{IovaAllocator, IovaCounters, IovaReplay};
 pub use owner_memory::OwnerMemory;
+pub use sanitizer::{
+    DriverCall, EventClock, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer, SanitizerBounds,
+};
 pub use topology::{DeviceEntry, OwnerEntry, Topology};

@@ -2,7 +2,7 @@
 //!
 //! An owner names only its own memory, and only through this map (I2). Buffers begin at 0x1000 and go up; a page that is
 //! never memory lies behind each, so that running over the end of a buffer is refused instead of reaching the next one;
-//! addresses are not used again, so that a stale one names nothing. A buffer with pins is not freed (I9).
+//! addresses are not used again, so that a stale one names nothing. No buffer lies at FEEx_xxxx. A buffer with pins is not freed (I9).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use iommu_types::{Gpa, GpaRange, Hpa, Owner, PAGE_SIZE_BYTES};
 use crate::account::OwnerAccount;
 use crate::boot::Kernel;
 use crate::frames::{FrameRun, frame_at};
+use crate::iova::INTERRUPT_PAGES;
 
 /// The first page that is memory; page 0 is never used.
 const FIRST_PAGE: u64 = 1;
@@ -78,6 +79,10 @@ impl OwnerMemory {
         let bytes = pages.checked_mul(PAGE_SIZE_BYTES).ok_or(out_of_memory.clone())?;
         let alignment = if pages >= PAGES_2M { PAGES_2M } else { 1 };
         let first = self.next_page.checked_next_multiple_of(alignment).ok_or(out_of_memory.clone())?;
+        // Devices may be given these very addresses, so no buffer lies where they mean an interrupt.
+        let (interrupts, after) = INTERRUPT_PAGES;
+        let meets_interrupts = first < after && first.saturating_add(pages) > interrupts;
+        let first = if meets_interrupts { after.next_multiple_of(alignment) } else { first };
         let base = Gpa::new(first.checked_mul(PAGE_SIZE_BYTES).ok_or(out_of_memory.clone())?);
         let range = GpaRange::new(base, bytes).map_err(|_| out_of_memory)?;
         self.account.memory.charge(bytes)?;

@@ -4,8 +4,8 @@ mod fixture;
 
 use expect_test::{Expect, expect};
 use fixture::*;
-use iommu_kernel::{DmaMap, DmaUnmap, OwnerLimits};
-use iommu_types::errors::{DmaMapError, FreeError, LimitReached, StillMapped};
+use iommu_kernel::{DmaFunction, DmaMap, DmaUnmap, OwnerLimits};
+use iommu_types::errors::{DmaMapError, DmaUnmapError, FreeError, LimitReached, StillMapped};
 use iommu_types::{Direction, FaultReason, Gpa, Iova, RequestId};
 
 #[test]
@@ -55,9 +55,9 @@ fn check_unmap_refused(change: impl Fn(&mut DmaUnmap), expected: Expect) {
     let buffer = tenant.buffer(2);
     let iova = tenant.dma_map(gpa_range(buffer.base(), 16, 5000), Direction::ToDevice);
     let before = (tenant.domain.counters(), held(&kernel, &tenant.account));
-    let mut request = DmaUnmap { range: iova_range(iova, 5000), direction: Direction::ToDevice };
+    let mut request = unmap_request(iova_range(iova, 5000), Direction::ToDevice);
     change(&mut request);
-    let error = tenant.domain.dma_unmap(&kernel, request).expect_err("refused");
+    let error = tenant.domain.dma_unmap(&kernel, request, NOW).expect_err("refused");
     expected.assert_eq(&error.to_string());
     assert_eq!((tenant.domain.counters(), held(&kernel, &tenant.account)), before, "nothing changes");
     tenant.device_reads(iova, 5000).expect("still mapped");
@@ -90,17 +90,17 @@ fn a_batch_answers_each_operation_and_invalidates_once() {
     let iovas: Vec<Iova> = (0..4)
         .map(|n| tenant.dma_map(gpa_range(buffer.base(), n * PAGE, PAGE), Direction::ToDevice))
         .collect();
-    let unmap = |iova: Iova| DmaUnmap { range: iova_range(iova, PAGE), direction: Direction::ToDevice };
+    let unmap = |iova: Iova| unmap_request(iova_range(iova, PAGE), Direction::ToDevice);
     let requests = [unmap(iovas[0]), unmap(iovas[0]), unmap(Iova::new(0x1000)), unmap(iovas[3])];
     let invalidations = kernel.unit().counters().invalidations;
-    let (results, pending) = tenant.domain.dma_unmap_batch(&kernel, &requests);
+    let (results, pending) = tenant.domain.dma_unmap_batch(&kernel, &requests, NOW);
     assert_eq!(kernel.unit().counters().invalidations - invalidations, 1);
     assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, false, true]);
     assert_eq!(tenant.finish(pending), 2 * PAGE);
     for (iova, is_mapped) in iovas.iter().zip([false, true, true, false]) {
         assert_eq!(tenant.device_reads(*iova, 8).is_ok(), is_mapped, "{iova}");
     }
-    let (results, pending) = tenant.domain.dma_unmap_batch(&kernel, &requests[1..3]);
+    let (results, pending) = tenant.domain.dma_unmap_batch(&kernel, &requests[1..3], NOW);
     assert!(results.iter().all(Result::is_err) && pending.undone.is_empty());
     assert_eq!(kernel.unit().counters().invalidations - invalidations, 1, "nothing to invalidate");
     tenant.finish(pending);
@@ -132,7 +132,7 @@ fn i2_memory_of_others_and_memory_of_nobody_is_not_mapped() {
     let mut check = |gpa: Gpa, size_bytes: u64, expected: Expect| {
         let request = dma_map(gpa_range(gpa, 0, size_bytes), Direction::Bidirectional);
         let before = (tenant.domain.counters(), held(&kernel, &tenant.account));
-        let error = tenant.domain.dma_map(&kernel, &tenant.memory, request).expect_err("refused");
+        let error = tenant.domain.dma_map(&kernel, &tenant.memory, request, NOW).expect_err("refused");
         expected.assert_eq(&error.to_string());
         assert_eq!((tenant.domain.counters(), held(&kernel, &tenant.account)), before);
     };
@@ -147,15 +147,20 @@ fn a_coherent_mapping_is_known_as_one() {
     let kernel = kernel();
     let mut tenant = Tenant::new(&kernel, 1, 48);
     let buffer = tenant.buffer(1);
-    let request = DmaMap { coherent: true, ..dma_map(buffer, Direction::Bidirectional) };
-    let iova = tenant.domain.dma_map(&kernel, &tenant.memory, request).expect("mapped");
+    let request = DmaMap::coherent(buffer, RequestId(7));
+    let iova = tenant.domain.dma_map(&kernel, &tenant.memory, request, NOW).expect("mapped");
     let state = tenant.domain.mappings(&kernel, Iova::new(0), 10);
     assert_eq!(state.len(), 1);
     assert_eq!(
         (state[0].range.base(), state[0].gpa, state[0].request_id),
         (iova, buffer.base(), RequestId(7))
     );
-    tenant.dma_unmap(iova, PAGE, Direction::Bidirectional);
+    let single = unmap_request(iova_range(iova, PAGE), Direction::Bidirectional);
+    let error = tenant.domain.dma_unmap(&kernel, single, NOW).expect_err("made by another function");
+    assert!(matches!(error, DmaUnmapError::WrongFunction(_)), "{error:?}");
+    let coherent = DmaUnmap { function: DmaFunction::Coherent, ..single };
+    let pending = tenant.domain.dma_unmap(&kernel, coherent, NOW).expect("unmapped");
+    tenant.finish(pending);
 }
 
 #[test]
@@ -173,7 +178,7 @@ fn i7_each_limit_of_an_owner_refuses_by_name_and_leaves_nothing() {
         let live: Vec<Iova> = first_pages.iter().map(map).collect();
         let before = (tenant.domain.counters(), held(&kernel, &tenant.account));
         let request = dma_map(gpa_range(buffer.base(), 0, refused_pages * PAGE), Direction::ToDevice);
-        let error = tenant.domain.dma_map(&kernel, &tenant.memory, request).expect_err("refused");
+        let error = tenant.domain.dma_map(&kernel, &tenant.memory, request, NOW).expect_err("refused");
         let (limit, allowed) = expected;
         assert_eq!(error, DmaMapError::LimitReached(LimitReached { limit: limit.to_owned(), allowed }));
         assert_eq!((tenant.domain.counters(), held(&kernel, &tenant.account)), before);

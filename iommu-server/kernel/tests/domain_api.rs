@@ -19,7 +19,7 @@ fn check_unmap(maps: &[(u64, u64)], unmap: (u64, u64), expected: Result<&[u64], 
         tenant.map(BASE + first * PAGE, buffer.base(), last - first + 1);
     }
     let range = iova_range(Iova::new(BASE + unmap.0 * PAGE), (unmap.1 - unmap.0 + 1) * PAGE);
-    let left = match (tenant.domain.unmap(&kernel, range), expected) {
+    let left = match (tenant.domain.unmap(&kernel, range, NOW), expected) {
         (Ok(pending), Ok(left)) => {
             tenant.finish(pending);
             left.to_vec()
@@ -75,7 +75,7 @@ fn check_map_refused(change: impl Fn(&mut MapFixed), expected: Expect) {
     let before = (tenant.domain.counters(), held(&kernel, &tenant.account));
     let mut request = fixed(BASE + 4 * PAGE, buffer.base(), 4);
     change(&mut request);
-    let error = tenant.domain.map(&kernel, &tenant.memory, request).expect_err("refused");
+    let error = tenant.domain.map(&kernel, &tenant.memory, request, NOW).expect_err("refused");
     expected.assert_eq(&error.to_string());
     assert_eq!((tenant.domain.counters(), held(&kernel, &tenant.account)), before, "nothing changes");
 }
@@ -141,7 +141,7 @@ fn the_first_and_the_last_page_of_every_width_translate() {
             );
         }
         let all = iova_range(Iova::new(0), u64::MAX - PAGE + 1);
-        let pending = tenant.domain.unmap(&kernel, all).expect("unmap");
+        let pending = tenant.domain.unmap(&kernel, all, NOW).expect("unmap");
         assert_eq!(tenant.finish(pending), 5 * PAGE);
     }
 }
@@ -247,7 +247,7 @@ fn a_map_that_runs_out_of_tables_leaves_nothing_behind() {
         let _hoard = tenant.memory.allocate(&kernel, rest).expect("all but what is left");
         let before = (tenant.domain.counters(), held(&kernel, &tenant.account));
         let request = fixed((1 << 39) - PAGE, buffer.base(), 2);
-        match tenant.domain.map(&kernel, &tenant.memory, request) {
+        match tenant.domain.map(&kernel, &tenant.memory, request, NOW) {
             Ok(()) => assert_eq!(left, 6),
             Err(MapError::OutOfMemory(_)) => {
                 refusals += 1;
@@ -269,12 +269,9 @@ fn each_api_removes_only_what_it_mapped() {
     let dma = tenant.dma_map(buffer, iommu_types::Direction::ToDevice);
     tenant.map(BASE, buffer.base(), 1);
     assert_eq!(tenant.unmap(dma.get(), 1), 0);
-    let request = iommu_kernel::DmaUnmap {
-        range: iova_range(Iova::new(BASE), PAGE),
-        direction: iommu_types::Direction::Bidirectional,
-    };
-    assert!(tenant.domain.dma_unmap(&kernel, request).is_err());
-    let pending = tenant.domain.unmap_all(&kernel);
+    let request = unmap_request(iova_range(Iova::new(BASE), PAGE), iommu_types::Direction::Bidirectional);
+    assert!(tenant.domain.dma_unmap(&kernel, request, NOW).is_err());
+    let pending = tenant.domain.unmap_all(&kernel, NOW);
     assert_eq!(tenant.finish(pending), 2 * PAGE);
     assert_eq!(tenant.memory.free(&kernel, buffer.base()), Ok(buffer));
 }

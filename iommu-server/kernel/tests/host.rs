@@ -13,7 +13,8 @@ use iommu_kernel::{
 };
 use iommu_types::errors::{CreateDomainError, DeclareError, DetachError, LimitReached};
 use iommu_types::{
-    Capabilities, DeviceAddress, DomainId, Fault, FaultReason, Gpa, Iova, Owner, Protection, SourceId,
+    Capabilities, DeviceAddress, DomainId, DomainOptions, Fault, FaultReason, Gpa, Iova, Owner, Protection,
+    SourceId,
 };
 
 #[test]
@@ -26,7 +27,9 @@ fn a_host_boots_in_the_smallest_memory_and_only_with_capabilities_that_make_sens
             iotlb: geometry,
             context_cache: geometry,
             paging_structure_cache: geometry,
+            iotlb_partitions: 1,
             ports_max: 1,
+            byte_extents: true,
         };
         let config = KernelConfig { unit, domains_max: 1, owner: LIMITS, fault_records_per_owner: 1 };
         Kernel::boot(Arc::new(memory.expect("memory")), config)
@@ -39,11 +42,14 @@ fn a_host_boots_in_the_smallest_memory_and_only_with_capabilities_that_make_sens
     let kernel = boot(1 << 20, narrow).expect("boot");
     let account = kernel.account(Owner::Vm(0));
     for width_bits in [0, 40, 57, 64] {
-        let error = kernel.create_domain(&account, Protection::Strict, width_bits).expect_err("refused");
+        let error = kernel
+            .create_domain(&account, DomainOptions::new(Protection::Strict).with_width(width_bits))
+            .expect_err("refused");
         assert!(matches!(error, CreateDomainError::InvalidField(_)), "{width_bits}: {error}");
     }
-    let _only = kernel.create_domain(&account, Protection::Strict, 48).expect("domain");
-    let error = kernel.create_domain(&account, Protection::Strict, 48).expect_err("all taken");
+    let _only = kernel.create_domain(&account, DomainOptions::new(Protection::Strict)).expect("domain");
+    let error =
+        kernel.create_domain(&account, DomainOptions::new(Protection::Strict)).expect_err("all taken");
     let reached = LimitReached { limit: "domains".to_owned(), allowed: 1 };
     assert_eq!(error, CreateDomainError::LimitReached(reached));
     assert_eq!(account.domains(), 1, "a refused domain is not charged");

@@ -10,7 +10,7 @@ use fixture::*;
 use iommu_hardware::vtd::Request;
 use iommu_kernel::{DmaUnmap, OwnerLimits};
 use iommu_types::errors::{AllocateError, CreateDomainError, FreeError, LimitReached, StillMapped};
-use iommu_types::{Access, AddressType, Direction, FaultReason, Iova, Owner, Protection};
+use iommu_types::{Access, AddressType, Direction, DomainOptions, FaultReason, Iova, Owner, Protection};
 
 /// A DMA stands in the middle of its copy: the unmap is not quiet, its frame stays pinned and its address is not used again.
 /// Another domain's unmap does not wait for it.
@@ -49,17 +49,17 @@ fn i1_an_unmap_stays_unanswered_while_a_dma_is_in_its_copy() {
     });
     is_inside.recv().expect("the device begins");
 
-    let request = DmaUnmap { range: iova_range(iova, PAGE), direction: Direction::Bidirectional };
-    let pending = domain.dma_unmap(&kernel, request).expect("unmapped");
+    let request = unmap_request(iova_range(iova, PAGE), Direction::Bidirectional);
+    let pending = domain.dma_unmap(&kernel, request, NOW).expect("unmapped");
     let (drain, undone) = pending.split();
     let drain = drain.try_complete().expect_err("the device is inside");
     let still_mapped = Err(FreeError::StillMapped(StillMapped { gpa: buffer.base() }));
     assert_eq!(memory.free(&kernel, buffer.base()), still_mapped, "I9: pinned until the drain is over");
-    let again = domain.dma_map(&kernel, &memory, dma_map(buffer, Direction::ToDevice)).expect("mapped");
+    let again = domain.dma_map(&kernel, &memory, dma_map(buffer, Direction::ToDevice), NOW).expect("mapped");
     assert_ne!(again, iova, "the address is not used again before the drain is over");
 
-    let request = DmaUnmap { range: iova_range(other_iova, PAGE), direction: Direction::Bidirectional };
-    let theirs = other.domain.dma_unmap(&kernel, request).expect("unmapped");
+    let request = unmap_request(iova_range(other_iova, PAGE), Direction::Bidirectional);
+    let theirs = other.domain.dma_unmap(&kernel, request, NOW).expect("unmapped");
     assert!(theirs.drain.try_complete().is_ok(), "another domain does not wait");
 
     release.send(()).expect("the device waits");
@@ -68,8 +68,8 @@ fn i1_an_unmap_stays_unanswered_while_a_dma_is_in_its_copy() {
     memory.read(&kernel, buffer.base(), &mut bytes).expect("owned");
     assert_eq!(&bytes, b"late", "what was admitted has landed when the drain is over");
     domain.finish_unmap(&kernel, undone, drained);
-    let request = DmaUnmap { range: iova_range(again, PAGE), direction: Direction::ToDevice };
-    let (drain, undone) = domain.dma_unmap(&kernel, request).expect("unmapped").split();
+    let request = unmap_request(iova_range(again, PAGE), Direction::ToDevice);
+    let (drain, undone) = domain.dma_unmap(&kernel, request, NOW).expect("unmapped").split();
     domain.finish_unmap(&kernel, undone, drain.wait_blocking());
     assert_eq!(memory.free(&kernel, buffer.base()), Ok(buffer));
 
@@ -112,8 +112,10 @@ fn i5_a_source_is_attached_to_one_domain_at_most() {
     let mut tenant = Tenant::new(&kernel, 1, 48);
     let buffer = tenant.buffer(1);
     tenant.map(0x1000, buffer.base(), 1);
-    let second = kernel.create_domain(&tenant.account, Protection::Strict, 39).expect("domain");
-    let attach = catch_unwind(AssertUnwindSafe(|| kernel.attach(tenant.source, &second)));
+    let mut second = kernel
+        .create_domain(&tenant.account, DomainOptions::new(Protection::Strict).with_width(39))
+        .expect("domain");
+    let attach = catch_unwind(AssertUnwindSafe(|| kernel.attach(tenant.source, &mut second)));
     assert!(attach.is_err(), "attached twice");
 }
 
@@ -124,15 +126,17 @@ fn i5_a_detached_source_reaches_nothing_until_it_is_attached_again() {
     let buffer = tenant.buffer(1);
     tenant.map(0x1000, buffer.base(), 1);
     tenant.device_reads(Iova::new(0x1000), 8).expect("mapped");
-    let _quiet = kernel.detach(tenant.source, tenant.domain.id()).wait_blocking();
+    let _quiet = kernel.detach(tenant.source, &mut tenant.domain).wait_blocking();
     let fault = tenant.device_reads(Iova::new(0x1000), 8).expect_err("detached");
     assert_eq!(fault.reason, Ok(FaultReason::CONTEXT_NOT_PRESENT));
-    let empty = kernel.create_domain(&tenant.account, Protection::Strict, 57).expect("domain");
-    kernel.attach(tenant.source, &empty).expect("attach");
+    let mut empty = kernel
+        .create_domain(&tenant.account, DomainOptions::new(Protection::Strict).with_width(57))
+        .expect("domain");
+    kernel.attach(tenant.source, &mut empty).expect("attach");
     let fault = tenant.device_reads(Iova::new(0x1000), 8).expect_err("another domain");
     assert_eq!(fault.reason, Ok(FaultReason::READ_DENIED));
-    let _quiet = kernel.detach(tenant.source, empty.id()).wait_blocking();
-    kernel.attach(tenant.source, &tenant.domain).expect("attach");
+    let _quiet = kernel.detach(tenant.source, &mut empty).wait_blocking();
+    kernel.attach(tenant.source, &mut tenant.domain).expect("attach");
     tenant.device_reads(Iova::new(0x1000), 8).expect("back");
 }
 
@@ -144,14 +148,17 @@ fn i7_an_owner_cannot_use_up_what_others_may_have() {
     let reached = |limit: &str, allowed| LimitReached { limit: limit.to_owned(), allowed };
     let error = greedy.memory.allocate(&kernel, 65 * PAGE).expect_err("over the limit");
     assert_eq!(error, AllocateError::LimitReached(reached("memory_bytes_per_owner", 64 * PAGE)));
-    let _second = kernel.create_domain(&greedy.account, Protection::Strict, 48).expect("domain");
-    let error = kernel.create_domain(&greedy.account, Protection::Strict, 48).expect_err("over the limit");
+    let _second =
+        kernel.create_domain(&greedy.account, DomainOptions::new(Protection::Strict)).expect("domain");
+    let error = kernel
+        .create_domain(&greedy.account, DomainOptions::new(Protection::Strict))
+        .expect_err("over the limit");
     assert_eq!(error, CreateDomainError::LimitReached(reached("domains_per_owner", 2)));
     // Sparse mappings: a page here and there costs tables, and those are counted, too.
     let buffer = greedy.buffer(1);
     let refused = (1..1000u64).find_map(|n| {
         let request = fixed(n << 39, buffer.base(), 1);
-        greedy.domain.map(&kernel, &greedy.memory, request).err()
+        greedy.domain.map(&kernel, &greedy.memory, request, NOW).err()
     });
     assert_eq!(
         refused.map(|error| error.to_string()).as_deref(),
@@ -195,14 +202,14 @@ fn an_unmap_that_nobody_finishes_is_taken_over_by_unmap_all() {
     let buffer = tenant.buffer(1);
     let before = tenant.account.mappings();
     tenant.map(0x1000, buffer.base(), 1);
-    let lost = tenant.domain.unmap(&kernel, iova_range(Iova::new(0x1000), PAGE)).expect("unmapped");
+    let lost = tenant.domain.unmap(&kernel, iova_range(Iova::new(0x1000), PAGE), NOW).expect("unmapped");
     let (drain, late) = lost.split();
-    let pending = tenant.domain.unmap_all(&kernel);
+    let pending = tenant.domain.unmap_all(&kernel, NOW);
     assert_eq!(pending.undone.unmapped_bytes(), PAGE);
     tenant.finish(pending);
     // The late ticket must not finish what came after it.
     tenant.map(0x1000, buffer.base(), 1);
-    let next = tenant.domain.unmap(&kernel, iova_range(Iova::new(0x1000), PAGE)).expect("unmapped");
+    let next = tenant.domain.unmap(&kernel, iova_range(Iova::new(0x1000), PAGE), NOW).expect("unmapped");
     tenant.domain.finish_unmap(&kernel, late, drain.wait_blocking());
     assert!(tenant.memory.free(&kernel, buffer.base()).is_err(), "the next unmap is not finished");
     tenant.finish(next);
@@ -219,7 +226,8 @@ fn everything_comes_back_when_a_tenant_leaves_and_identifiers_are_used_again_onl
     let before = held(&kernel, &account);
     for round in 0..20 {
         let mut tenant = Tenant::new(&kernel, 1, [39, 48, 57][round % 3]);
-        let create = || kernel.create_domain(&account, Protection::Strict, 48).expect("domain");
+        let create =
+            || kernel.create_domain(&account, DomainOptions::new(Protection::Strict)).expect("domain");
         let destroyed = create();
         let id = destroyed.id();
         let mut pending = kernel.destroy_domain(destroyed);

@@ -153,9 +153,8 @@ impl Run {
     ) -> Result<(), TestCaseError> {
         let buffer = *buffer.get(&self.twin.buffers);
         let range = gpa_range(buffer.base(), offset % buffer.size_bytes(), size_bytes);
-        let request =
-            DmaMap { range, direction, request_id: RequestId(1), coherent: offset.is_multiple_of(2) };
-        let result = self.tenant.domain.dma_map(&self.tenant.kernel, &self.tenant.memory, request);
+        let request = DmaMap::single(range, direction, RequestId(1));
+        let result = self.tenant.domain.dma_map(&self.tenant.kernel, &self.tenant.memory, request, NOW);
         prop_assert_eq!(result.is_ok(), buffer.covers(range), "{:?}: {:?}", request, result);
         if let Ok(iova) = result {
             let permissions = direction.permissions();
@@ -172,7 +171,7 @@ impl Run {
         let index = which.index(self.twin.live.len());
         let mapping = self.twin.live[index];
         let direction = mapping.direction.unwrap_or(Direction::Bidirectional);
-        let mut request = DmaUnmap { range: iova_range(mapping.iova, mapping.size_bytes), direction };
+        let mut request = unmap_request(iova_range(mapping.iova, mapping.size_bytes), direction);
         match wrong {
             0 => request.range = iova_range(mapping.iova, mapping.size_bytes + 1),
             1 => request.range = iova_range(Iova::new(mapping.iova.get() + 1), mapping.size_bytes),
@@ -180,7 +179,7 @@ impl Run {
             2 => request.direction = Direction::ToDevice,
             _ => {}
         }
-        let result = self.tenant.domain.dma_unmap(&self.tenant.kernel, request);
+        let result = self.tenant.domain.dma_unmap(&self.tenant.kernel, request, NOW);
         let as_expected = matches!(
             (&result, mapping.direction, wrong),
             (Err(DmaUnmapError::NotMapped(_)), None, _)
@@ -200,12 +199,14 @@ impl Run {
         let live: Vec<Mapping> = self.twin.live.clone();
         let chosen: Vec<Mapping> =
             if live.is_empty() { vec![] } else { which.iter().map(|n| *n.get(&live)).collect() };
-        let request = |mapping: &Mapping| DmaUnmap {
-            range: iova_range(mapping.iova, mapping.size_bytes),
-            direction: mapping.direction.unwrap_or(Direction::Bidirectional),
+        let request = |mapping: &Mapping| {
+            unmap_request(
+                iova_range(mapping.iova, mapping.size_bytes),
+                mapping.direction.unwrap_or(Direction::Bidirectional),
+            )
         };
         let requests: Vec<_> = chosen.iter().map(request).collect();
-        let (results, pending) = self.tenant.domain.dma_unmap_batch(&self.tenant.kernel, &requests);
+        let (results, pending) = self.tenant.domain.dma_unmap_batch(&self.tenant.kernel, &requests, NOW);
         self.pending.push(pending);
         for (mapping, result) in chosen.iter().zip(results) {
             let index = self.twin.live.iter().position(|live| live.iova == mapping.iova);
@@ -227,7 +228,7 @@ impl Run {
         let buffer = *buffer.get(&self.twin.buffers);
         let range = iova_range(Iova::new(iova), pages * PAGE);
         let request = MapFixed { iova: range, gpa: buffer.base(), permissions, request_id: RequestId(2) };
-        let result = self.tenant.domain.map(&self.tenant.kernel, &self.tenant.memory, request);
+        let result = self.tenant.domain.map(&self.tenant.kernel, &self.tenant.memory, request, NOW);
         let mapping = Mapping {
             iova: range.base(),
             size_bytes: range.size_bytes(),
@@ -258,7 +259,7 @@ impl Run {
     }
     fn unmap(&mut self, iova: u64, pages: u64) -> Result<(), TestCaseError> {
         let range = iova_range(Iova::new(iova), pages * PAGE);
-        let result = self.tenant.domain.unmap(&self.tenant.kernel, range);
+        let result = self.tenant.domain.unmap(&self.tenant.kernel, range, NOW);
         let touched = |mapping: &&Mapping| {
             mapping.direction.is_none() && range.overlaps(iova_range(mapping.iova, mapping.size_bytes))
         };
@@ -363,7 +364,7 @@ impl Run {
         for pending in std::mem::take(&mut self.pending) {
             self.tenant.finish(pending);
         }
-        let pending = self.tenant.domain.unmap_all(&kernel);
+        let pending = self.tenant.domain.unmap_all(&kernel, NOW);
         self.tenant.finish(pending);
         let account = std::sync::Arc::clone(&self.tenant.account);
         prop_assert_eq!((account.mappings(), account.mapped_bytes()), (0, 0));

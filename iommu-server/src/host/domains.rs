@@ -4,13 +4,16 @@
 //! remembers that somebody is still to come back (`pending`), so that a domain is not destroyed under an unfinished unmap.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use dashmap::DashMap;
-use iommu_kernel::{Domain, Kernel, PendingUnmap};
+use iommu_kernel::{Domain, Kernel, PendingUnmap, Tick};
 use iommu_types::errors::UnknownDomain;
 use iommu_types::{DeviceAddress, DomainId, Owner};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+
+use crate::telemetry;
 
 struct SlotState {
     /// `None` once the domain is being destroyed.
@@ -18,6 +21,8 @@ struct SlotState {
     closing: bool,
     /// Unmaps that wait for their drain.
     pending: usize,
+    /// Whether somebody sleeps until the domain's deferred unmaps are to be flushed.
+    flush_armed: bool,
 }
 
 /// A domain and its lock.
@@ -44,7 +49,12 @@ impl DomainSlot {
             id: domain.id(),
             owner: domain.owner(),
             default_of,
-            state: Mutex::new(SlotState { domain: Some(domain), closing: false, pending: 0 }),
+            state: Mutex::new(SlotState {
+                domain: Some(domain),
+                closing: false,
+                pending: 0,
+                flush_armed: false,
+            }),
             settled: Notify::new(),
         }
     }
@@ -73,19 +83,60 @@ impl DomainSlot {
         let state = &mut *state;
         let domain = state.domain.as_mut().ok_or(UnknownDomain { domain_id: self.id })?;
         let (result, pending) = operation(domain);
-        let Some(PendingUnmap { undone, drain }) = pending else {
-            return Ok((result, None));
-        };
+        let unsettled = pending.and_then(|pending| self.settle_or_keep(kernel, state, pending));
+        self.arm_flush(kernel, state);
+        Ok((result, unsettled))
+    }
+
+    /// Runs `operation`, which maps. What it had to evict for that is settled behind the answer: nobody waits for it.
+    pub fn map_with<R>(
+        self: &Arc<Self>,
+        kernel: &Arc<Kernel>,
+        operation: impl FnOnce(&mut Domain) -> R,
+    ) -> Result<R, UnknownDomain> {
+        let mut state = self.state.lock();
+        if state.closing {
+            return Err(UnknownDomain { domain_id: self.id });
+        }
+        let state = &mut *state;
+        let domain = state.domain.as_mut().ok_or(UnknownDomain { domain_id: self.id })?;
+        let result = operation(domain);
+        for evicted in domain.take_evicted() {
+            if let Some(unsettled) = self.settle_or_keep(kernel, state, evicted) {
+                tokio::spawn(unsettled.settle());
+            }
+        }
+        Ok(result)
+    }
+
+    /// Finishes an unmap where all DMA is quiet, under the lock that is held; else it is to be settled.
+    fn settle_or_keep(
+        self: &Arc<Self>,
+        kernel: &Arc<Kernel>,
+        state: &mut SlotState,
+        pending: PendingUnmap,
+    ) -> Option<Unsettled> {
+        let (drain, undone) = pending.split();
         match drain.try_complete() {
             Ok(drained) => {
+                let domain = state.domain.as_mut().expect("the caller found the domain under this lock");
                 domain.finish_unmap(kernel, undone, drained);
-                Ok((result, None))
+                None
             }
             Err(drain) => {
                 state.pending += 1;
                 let pending = PendingUnmap { undone, drain };
-                Ok((result, Some(Unsettled { slot: Arc::clone(self), kernel: Arc::clone(kernel), pending })))
+                Some(Unsettled { slot: Arc::clone(self), kernel: Arc::clone(kernel), pending })
             }
+        }
+    }
+
+    /// Sees to it that deferred unmaps are flushed in time: one sleeper a domain, as long as something waits.
+    fn arm_flush(self: &Arc<Self>, kernel: &Arc<Kernel>, state: &mut SlotState) {
+        let due = state.domain.as_ref().and_then(Domain::flush_at);
+        if let Some(due) = due.filter(|_| !state.flush_armed) {
+            state.flush_armed = true;
+            tokio::spawn(flush_when_due(Arc::clone(self), Arc::clone(kernel), due));
         }
     }
 
@@ -133,6 +184,38 @@ impl Unsettled {
             state.pending -= 1;
         }
         self.slot.settled.notify_waiters();
+    }
+}
+
+/// Flushes a domain each time that it is due, until nothing waits or it is gone.
+async fn flush_when_due(slot: Arc<DomainSlot>, kernel: Arc<Kernel>, first_due: Tick) {
+    let mut due = first_due;
+    loop {
+        tokio::time::sleep(Duration::from_micros(due.since_us(telemetry::now()))).await;
+        let flushed = {
+            let mut state = slot.state.lock();
+            let state = &mut *state;
+            let next = state.domain.as_ref().filter(|_| !state.closing).and_then(Domain::flush_at);
+            match next {
+                None => {
+                    state.flush_armed = false;
+                    return;
+                }
+                // What waited then was flushed by a full batch, and younger ones wait now.
+                Some(next) if next > telemetry::now() => {
+                    due = next;
+                    continue;
+                }
+                Some(_) => {
+                    let domain = state.domain.as_mut().expect("it said when it is due");
+                    let pending = domain.flush(&kernel);
+                    slot.settle_or_keep(&kernel, state, pending)
+                }
+            }
+        };
+        if let Some(unsettled) = flushed {
+            unsettled.settle().await;
+        }
     }
 }
 

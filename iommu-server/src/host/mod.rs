@@ -7,6 +7,7 @@ pub mod devices;
 pub mod dma;
 pub mod domains;
 pub mod faults;
+pub mod memory;
 pub mod owners;
 pub mod placement;
 pub mod reclaim;
@@ -93,7 +94,9 @@ fn kernel_config(config: &Config) -> KernelConfig {
         iotlb: geometry(bounds::IOTLB_SETS),
         context_cache: geometry(bounds::OTHER_CACHE_SETS),
         paging_structure_cache: geometry(bounds::OTHER_CACHE_SETS),
+        iotlb_partitions: 1,
         ports_max: bounds::DEVICE_PORTS_MAX,
+        byte_extents: true,
     };
     KernelConfig {
         unit,

@@ -10,15 +10,12 @@ use iommu_types::errors::{
     AttachError, CreateDomainError, DestroyDomainError, DetachError, DomainInUse, LimitReached, NotYours,
     UnknownDevice,
 };
-use iommu_types::{DeviceAddress, DomainId, Owner, Protection};
+use iommu_types::{DeviceAddress, DomainId, DomainOptions, Owner, Protection};
 
 use super::Host;
 use super::devices::DeviceState;
 use super::domains::DomainSlot;
 use super::owners::OwnerState;
-
-/// Width of default domains: what Linux uses on hardware with 4-level tables.
-const DEFAULT_WIDTH_BITS: u8 = 48;
 
 fn not_yours(object: impl std::fmt::Display) -> NotYours {
     NotYours { object: object.to_string() }
@@ -51,7 +48,7 @@ impl Host {
         if let Some(slot) = self.domains.default_of(owner.owner, device) {
             return Ok(slot);
         }
-        let domain = self.kernel.create_domain(&owner.account, Protection::Strict, DEFAULT_WIDTH_BITS)?;
+        let domain = self.kernel.create_domain(&owner.account, DomainOptions::new(Protection::Strict))?;
         Ok(self.domains.insert(domain, Some(device)))
     }
 
@@ -141,7 +138,9 @@ impl Host {
         let (domain_id, drain) = {
             let mut topology = self.topology.write();
             let domain_id = topology.set_detached(device.address).ok()?;
-            (domain_id, self.kernel.detach(device.address.source_id, domain_id))
+            let slot = self.domains.get(domain_id).expect("a domain with a device is in the registry");
+            let drain = slot.with(|domain| self.kernel.detach(device.address.source_id, domain));
+            (domain_id, drain.expect("a domain with a device is not destroyed"))
         };
         let _drained = drain.await;
         Some(domain_id)
@@ -287,6 +286,7 @@ macro_rules! into_operations {
 into_operations!(
     iommu_types::errors::DmaMapError,
     iommu_types::errors::DmaUnmapError,
+    iommu_types::errors::DmaSyncError,
     iommu_types::errors::InterruptError,
     iommu_types::errors::MmioError,
     AttachError,

@@ -8,6 +8,7 @@ use iommu_types::DeviceAddress;
 use super::Host;
 use super::owners::OwnerState;
 use crate::bounds;
+use crate::telemetry;
 
 /// What a reclaim found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,7 +28,9 @@ impl Host {
         let devices = self.topology.read().devices_of(owner.owner);
         self.reset_all(&devices).await;
         for slot in self.domains.list(|slot| slot.owner == owner.owner) {
-            let unmapped = slot.unmap_with(&self.kernel, |domain| ((), Some(domain.unmap_all(&self.kernel))));
+            let unmapped = slot.unmap_with(&self.kernel, |domain| {
+                ((), Some(domain.unmap_all(&self.kernel, telemetry::now())))
+            });
             if let Ok(((), Some(unsettled))) = unmapped {
                 unsettled.settle().await;
             }

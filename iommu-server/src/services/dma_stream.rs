@@ -6,6 +6,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
@@ -14,7 +15,7 @@ use iommu_proto::framing::typed_framing_status;
 use iommu_proto::model::{DmaStreamBatch, DmaStreamRequest, map_response, unmap_response};
 use iommu_proto::pb;
 use iommu_types::errors::{DmaMapError, DmaUnmapError};
-use iommu_types::{DeviceAddress, Direction, InvalidRange, IovaRange, RequestId};
+use iommu_types::{DeviceAddress, InvalidRange, RequestId};
 use prost::Message;
 use tokio::task::{JoinHandle, coop};
 use tonic::{Status, Streaming};
@@ -23,10 +24,14 @@ use super::{Caller, Invalid, internal, reclaimed};
 use crate::bounds;
 use crate::ending::Ending;
 use crate::host::Host;
+use crate::host::dma::MapAsk;
 use crate::host::domains::Unsettled;
 use crate::host::owners::OwnerState;
 use crate::session::driver::{ClientSession, Inside, Tenancy};
 use crate::session::replay::{Replay, RequestName, Verdict, recalled};
+
+/// Streams in turn; a number that comes again shares.
+static NEXT_CLIENT: AtomicU8 = AtomicU8::new(0);
 
 type Answer = Result<pb::DmaStreamResponse, Status>;
 
@@ -50,6 +55,8 @@ struct Work {
     owner: Arc<OwnerState>,
     tenancy: Arc<Tenancy>,
     session: Arc<ClientSession>,
+    /// Which free addresses it has at hand: streams are a client's threads.
+    client: u8,
     /// Reused from batch to batch.
     unmaps: Vec<DmaUnmap>,
 }
@@ -73,6 +80,7 @@ impl DmaStream {
             owner: Arc::clone(caller.driver()?),
             tenancy: Arc::clone(caller.tenancy()?),
             session: Arc::clone(&caller.session),
+            client: NEXT_CLIENT.fetch_add(1, Ordering::Relaxed),
             unmaps: Vec::new(),
         };
         Ok(Self { work, inbound, stage: Stage::Reading, end: Box::pin(end) })
@@ -155,10 +163,17 @@ impl Work {
     fn carry_out(&mut self, request: DmaStreamRequest, report: Report) -> Taken {
         let DmaStreamRequest { header, device, batch } = request;
         match batch {
-            DmaStreamBatch::Map(map) => {
+            DmaStreamBatch::Map { batch: map, ring } => {
                 let id = header.request_id;
                 let count = map.len();
-                let mapped = self.host.dma_map_batch(&self.owner, device, map.ranges(), map.direction, id);
+                let ask = MapAsk {
+                    direction: map.direction,
+                    request_id: id,
+                    attributes: map.attributes,
+                    ring,
+                    client: self.client,
+                };
+                let mapped = self.host.dma_map_batch(&self.owner, device, map.ranges(), ask);
                 let answer = match mapped {
                     Ok(outcomes) => map_response(id, outcomes),
                     // What is wrong with the device is wrong with each operation of the batch.
@@ -166,8 +181,15 @@ impl Work {
                 };
                 Taken::Answer(report.answer(Ok(answer)))
             }
-            DmaStreamBatch::Unmap(unmap) => {
-                self.unmap(header.request_id, device, unmap.ranges(), unmap.direction, report)
+            DmaStreamBatch::Unmap { batch, end_of_burst } => {
+                let client = self.client;
+                let template = |range| DmaUnmap {
+                    attributes: batch.attributes,
+                    end_of_burst,
+                    client,
+                    ..DmaUnmap::single(range, batch.direction, header.request_id)
+                };
+                self.unmap(header.request_id, device, batch.ranges().map(|range| range.map(template)), report)
             }
         }
     }
@@ -176,16 +198,15 @@ impl Work {
         &mut self,
         id: RequestId,
         device: DeviceAddress,
-        ranges: impl ExactSizeIterator<Item = Result<IovaRange, InvalidRange>>,
-        direction: Direction,
+        requests: impl ExactSizeIterator<Item = Result<DmaUnmap, InvalidRange>>,
         report: Report,
     ) -> Taken {
-        let count = ranges.len();
+        let count = requests.len();
         self.unmaps.clear();
         let mut invalid = Vec::new();
-        for (index, range) in ranges.enumerate() {
-            match range {
-                Ok(range) => self.unmaps.push(DmaUnmap { range, direction }),
+        for (index, request) in requests.enumerate() {
+            match request {
+                Ok(request) => self.unmaps.push(request),
                 Err(error) => invalid.push((index, error)),
             }
         }

@@ -22,6 +22,7 @@ use super::{Caller, parse, reclaimed};
 use crate::bounds;
 use crate::ending::Ending;
 use crate::host::Host;
+use crate::host::dma::MapAsk;
 use crate::host::owners::OwnerState;
 use crate::interrupts::Signal;
 use crate::session::replay::RequestName;
@@ -66,24 +67,18 @@ pub(super) fn watcher(caller: &Caller) -> Result<crate::connection::WatcherPlace
     })
 }
 
-fn allocate_coherent(
+async fn allocate_coherent(
     host: &Host,
     owner: &OwnerState,
     ask: &model::AllocateCoherent,
 ) -> Result<model::AllocatedCoherent, Status> {
     host.device_of(owner.owner, ask.device).map_err(|e| status(DmaMapError::from(e)))?;
-    let range = owner.memory.write().allocate(&host.kernel, ask.size_bytes).map_err(status)?;
-    let map = kernel::DmaMap {
-        range,
-        direction: Direction::Bidirectional,
-        request_id: ask.header.request_id,
-        coherent: true,
-    };
-    match host.dma_map(owner, ask.device, map) {
+    let range = host.allocate_buffer(owner, ask.size_bytes).await.map_err(status)?;
+    match host.dma_map(owner, ask.device, kernel::DmaMap::coherent(range, ask.header.request_id)).await {
         Ok(iova) => Ok(model::AllocatedCoherent { gpa: range.base(), iova, size_bytes: range.size_bytes() }),
         Err(error) => {
             // Another call of the owner may have freed it meanwhile, or mapped it: then it is that call's.
-            let _freed = owner.memory.write().free(&host.kernel, range.base());
+            let _freed = host.free_buffer(owner, range.base()).await;
             Err(status(error))
         }
     }
@@ -93,9 +88,12 @@ async fn free_coherent(host: &Host, owner: &OwnerState, ask: &model::FreeCoheren
     let buffer = owner.memory.read().buffers().into_iter().find(|buffer| buffer.base() == ask.gpa);
     let buffer: GpaRange = buffer.ok_or_else(|| status(NotAllocated { gpa: ask.gpa }))?;
     let range = IovaRange::new(ask.iova, buffer.size_bytes()).map_err(|e: InvalidRange| status(e))?;
-    let request = kernel::DmaUnmap { range, direction: Direction::Bidirectional };
+    let request = kernel::DmaUnmap {
+        function: kernel::DmaFunction::Coherent,
+        ..kernel::DmaUnmap::single(range, Direction::Bidirectional, ask.header.request_id)
+    };
     host.dma_unmap(owner.owner, ask.device, request).await.map_err(status)?;
-    owner.memory.write().free(&host.kernel, ask.gpa).map(|_| ()).map_err(status)
+    host.free_buffer(owner, ask.gpa).await.map(|_| ()).map_err(status)
 }
 
 impl Drivers {
@@ -149,7 +147,7 @@ impl DriverService for Drivers {
         request: Request<pb::AllocateBufferRequest>,
     ) -> Result<Response<pb::AllocateBufferResponse>, Status> {
         once!(self, request, model::AllocateBuffer, |host, owner, ask| {
-            let range = owner.memory.write().allocate(&host.kernel, ask.size_bytes).map_err(status)?;
+            let range = host.allocate_buffer(&owner, ask.size_bytes).await.map_err(status)?;
             Ok(model::AllocatedBuffer { gpa: range.base(), size_bytes: range.size_bytes() }.into())
         })
     }
@@ -159,7 +157,7 @@ impl DriverService for Drivers {
         request: Request<pb::FreeBufferRequest>,
     ) -> Result<Response<pb::FreeBufferResponse>, Status> {
         once!(self, request, model::FreeBuffer, |host, owner, ask| {
-            owner.memory.write().free(&host.kernel, ask.gpa).map_err(status)?;
+            host.free_buffer(&owner, ask.gpa).await.map_err(status)?;
             Ok(pb::FreeBufferResponse {})
         })
     }
@@ -169,9 +167,10 @@ impl DriverService for Drivers {
         request: Request<pb::DmaMapRequest>,
     ) -> Result<Response<pb::DmaMapResponse>, Status> {
         once!(self, request, model::DmaMap, |host, owner, ask| {
-            let model::DmaMap { header, device, range, direction } = ask;
-            let map = kernel::DmaMap { range, direction, request_id: header.request_id, coherent: false };
-            let iova = host.dma_map(&owner, device, map).map_err(status)?;
+            let model::DmaMap { header, device, range, direction, attributes, ring } = ask;
+            let single = kernel::DmaMap::single(range, direction, header.request_id);
+            let map = kernel::DmaMap { attributes, ring, ..single };
+            let iova = host.dma_map(&owner, device, map).await.map_err(status)?;
             Ok(pb::DmaMapResponse { iova: iova.get() })
         })
     }
@@ -181,10 +180,72 @@ impl DriverService for Drivers {
         request: Request<pb::DmaUnmapRequest>,
     ) -> Result<Response<pb::DmaUnmapResponse>, Status> {
         once!(self, request, model::DmaUnmap, |host, owner, ask| {
-            let model::DmaUnmap { device, range, direction, .. } = ask;
-            let unmap = kernel::DmaUnmap { range, direction };
+            let model::DmaUnmap { header, device, range, direction, attributes, end_of_burst } = ask;
+            let single = kernel::DmaUnmap::single(range, direction, header.request_id);
+            let unmap = kernel::DmaUnmap { attributes, end_of_burst, ..single };
             host.dma_unmap(owner.owner, device, unmap).await.map_err(status)?;
             Ok(pb::DmaUnmapResponse {})
+        })
+    }
+
+    async fn dma_map_sg(
+        &self,
+        request: Request<pb::DmaMapSgRequest>,
+    ) -> Result<Response<pb::DmaMapSgResponse>, Status> {
+        once!(self, request, model::DmaMapSg, |host, owner, ask| {
+            let model::DmaMapSg { header, device, pieces, direction, attributes, ring } = ask;
+            let ask = MapAsk { direction, request_id: header.request_id, attributes, ring, client: 0 };
+            let mapped = host.dma_map_sg(&owner, device, &pieces, ask).await.map_err(status)?;
+            let range = |segment: kernel::Segment| {
+                IovaRange::new(segment.iova, segment.size_bytes)
+                    .expect("a segment that was mapped is a range")
+            };
+            Ok(model::DmaSegments { segments: mapped.into_iter().map(range).collect() }.into())
+        })
+    }
+
+    async fn dma_unmap_sg(
+        &self,
+        request: Request<pb::DmaUnmapSgRequest>,
+    ) -> Result<Response<pb::DmaUnmapSgResponse>, Status> {
+        once!(self, request, model::DmaUnmapSg, |host, owner, ask| {
+            let model::DmaUnmapSg { header, device, iova, elements, direction, attributes, end_of_burst } =
+                ask;
+            let request_id = header.request_id;
+            let unmap = kernel::DmaUnmapSg {
+                iova,
+                elements,
+                direction,
+                request_id,
+                attributes,
+                end_of_burst,
+                client: 0,
+            };
+            host.dma_unmap_sg(owner.owner, device, unmap).await.map_err(status)?;
+            Ok(pb::DmaUnmapSgResponse {})
+        })
+    }
+
+    async fn dma_sync(
+        &self,
+        request: Request<pb::DmaSyncRequest>,
+    ) -> Result<Response<pb::DmaSyncResponse>, Status> {
+        once!(self, request, model::DmaSync, |host, owner, ask| {
+            let model::DmaSync { header, device, range, direction, sync_for } = ask;
+            let request_id = header.request_id;
+            let sync = kernel::DmaSync { range, direction, target: sync_for, request_id };
+            host.dma_sync(owner.owner, device, sync).map_err(status)?;
+            Ok(pb::DmaSyncResponse {})
+        })
+    }
+
+    async fn set_dma_limits(
+        &self,
+        request: Request<pb::SetDmaLimitsRequest>,
+    ) -> Result<Response<pb::SetDmaLimitsResponse>, Status> {
+        once!(self, request, model::SetDmaLimits, |host, owner, ask| {
+            let limits = host.set_dma_limits(owner.owner, ask.device, |before| ask.applied_to(before));
+            Ok(limits.map_err(status)?.into())
         })
     }
 
@@ -204,7 +265,7 @@ impl DriverService for Drivers {
         request: Request<pb::AllocateCoherentRequest>,
     ) -> Result<Response<pb::AllocateCoherentResponse>, Status> {
         once!(self, request, model::AllocateCoherent, |host, owner, ask| {
-            allocate_coherent(&host, &owner, &ask).map(Into::into)
+            allocate_coherent(&host, &owner, &ask).await.map(Into::into)
         })
     }
 
@@ -223,9 +284,7 @@ impl DriverService for Drivers {
         request: Request<pb::CreateDomainRequest>,
     ) -> Result<Response<pb::CreateDomainResponse>, Status> {
         once!(self, request, model::CreateDomain, |host, owner, ask| {
-            let domain =
-                host.kernel.create_domain(&owner.account, ask.protection, ask.width_bits).map_err(status)?;
-            let slot = host.domains.insert(domain, None);
+            let slot = host.create_domain(&owner, ask.options).map_err(status)?;
             Ok(pb::CreateDomainResponse { domain_id: u32::from(slot.id.get()) })
         })
     }

@@ -22,6 +22,7 @@ use crate::host::Host;
 use crate::host::devices::{DeviceState, Home};
 use crate::host::domains::DomainSlot;
 use crate::machine::Machine;
+use crate::telemetry;
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -92,18 +93,29 @@ impl Inspect {
     fn domain_state(&self, slot: &DomainSlot) -> Option<DomainState> {
         let devices = self.host.topology.read().attached_to(slot.id);
         let state = slot.with(|domain| {
-            let counters = domain.counters();
+            let (counters, iovas, waiting) = (domain.counters(), domain.iova_counters(), domain.waiting());
             DomainState {
                 domain_id: domain.id(),
                 owner: domain.owner(),
-                protection: domain.protection(),
-                width_bits: domain.width_bits(),
+                options: domain.options(),
                 devices,
                 mappings: counters.mappings,
                 mapped_bytes: counters.mapped_bytes,
                 table_bytes: counters.table_bytes,
                 maps: counters.maps,
                 unmaps: counters.unmaps,
+                live_iova_ranges: iovas.live_ranges,
+                cached_iova_ranges: iovas.cached_ranges,
+                iova_allocations: iovas.allocations,
+                iova_visits: iovas.visits,
+                pending_flushes: waiting.map_or(0, |waiting| waiting.unmaps),
+                oldest_pending_us: waiting.map(|waiting| telemetry::now().since_us(waiting.since)),
+                flushes: counters.flushes,
+                invalidations: counters.invalidations,
+                idle_mappings: counters.idle_pages,
+                shadow_bytes: counters.shadow_bytes,
+                copied_bytes: counters.copied_bytes,
+                sanitizer_reports: 0,
             }
         });
         // One that is being destroyed is gone.
@@ -154,6 +166,14 @@ fn counters(of: Counters) -> model::Counters {
         faults_overflowed: of.faults_overflowed,
         faults_suppressed: of.faults_suppressed,
         interrupts: of.interrupts,
+        ring: Some(model::RingCounters {
+            hits: of.ring.hits,
+            promotions: of.ring.promotions,
+            walks: of.ring.walks,
+            walk_reads: of.ring.walk_reads,
+            prefetch_reads: of.ring.prefetch_reads,
+            invalidations: of.ring.invalidations,
+        }),
     }
 }
 
@@ -331,6 +351,8 @@ impl InspectService for Inspect {
                     page_bytes: entry.size,
                     hpa: if caller.sees_all() { entry.hpa } else { Hpa::new(0) },
                     permissions: entry.permissions,
+                    first_byte: entry.extent.map(|extent| extent.first().into()),
+                    last_byte: entry.extent.map(|extent| extent.last().into()),
                 })
                 .collect(),
         };

@@ -9,6 +9,8 @@
 use std::sync::Arc;
 
 use iommu_hardware::vtd::Unit;
+use iommu_hardware::vtd::spec::extent::extent_address;
+use iommu_hardware::vtd::walk::reading;
 use iommu_proto::model::WalkStep;
 use iommu_types::{
     Access, DomainId, Hpa, Iova, PAGE_SIZE_BYTES, PageSize, Permissions, SourceId, Step, Structure,
@@ -18,6 +20,8 @@ use iommu_types::{
 const ENTRIES: u64 = 512;
 /// Bits of the address of a table or page.
 const ADDRESS_MASK: u64 = 0x000f_ffff_ffff_f000;
+/// The page is granted in part, if the unit knows such pages.
+const PARTIAL: u64 = 1 << 52;
 /// PS: the entry is a leaf.
 const LARGE: u64 = 1 << 7;
 
@@ -119,7 +123,7 @@ fn is_leaf(entry: u64, level: u8) -> bool {
     level == 1 || (entry & LARGE != 0 && level <= 3)
 }
 
-fn reading(entry: u64, level: u8, leaf: bool) -> String {
+fn in_words(entry: u64, level: u8, leaf: bool) -> String {
     let permissions = permissions_of(entry);
     let target = Hpa::new(entry & ADDRESS_MASK);
     match PageSize::at_level(level).filter(|_| leaf) {
@@ -157,12 +161,20 @@ impl Iterator for Dump {
             let base = frame.base | index << shift;
             let level = frame.level;
             let permissions = frame.permissions & permissions_of(entry);
+            let table = frame.table;
             let leaf = is_leaf(entry, level);
             if !leaf {
                 let table = Hpa::new(entry & ADDRESS_MASK);
                 self.frames.push(Frame { table, level: level - 1, index: 0, base, permissions });
             }
-            return Some(step(level, index, at, Some((entry, leaf)), base, Some(permissions)));
+            let mut shown = step(level, index, at, Some((entry, leaf)), base, Some(permissions));
+            if level == 1 && entry & PARTIAL != 0 && self.unit.has_byte_extents() {
+                let extent_at = extent_address(table, Iova::new(base));
+                let extent = extent_at.and_then(|at| self.unit.memory().load_u64(at).ok());
+                shown.step.high = extent;
+                shown.step.reading.push_str(&format!(", granted in part: {}", reading::extent(extent)));
+            }
+            return Some(shown);
         }
     }
 }
@@ -176,7 +188,7 @@ fn step(
     permissions: Option<Permissions>,
 ) -> WalkStep {
     let reading = match entry {
-        Some((entry, leaf)) => reading(entry, level, leaf),
+        Some((entry, leaf)) => in_words(entry, level, leaf),
         None => "there is no memory".to_owned(),
     };
     let structure = Structure::SecondStage { level };
@@ -196,12 +208,37 @@ mod tests {
 
     const PAGES: u64 = 4;
 
-    fn map(host: &Host, owner: Owner, device: DeviceAddress) -> Option<DomainId> {
+    async fn map(host: &Host, owner: Owner, device: DeviceAddress) -> Option<DomainId> {
         let state = host.owners.get(owner).unwrap();
         let range = state.memory.write().allocate(&host.kernel, PAGES * PAGE_SIZE_BYTES).unwrap();
         let (direction, request_id) = (Direction::Bidirectional, RequestId(1));
-        host.dma_map(&state, device, DmaMap { range, direction, request_id, coherent: false }).unwrap();
+        host.dma_map(&state, device, DmaMap::single(range, direction, request_id)).await.unwrap();
         host.device_of(owner, device).unwrap().domain_id
+    }
+
+    #[tokio::test]
+    async fn a_page_that_is_granted_in_part_is_dumped_with_its_extent() {
+        let memory = Some("16MiB".to_owned());
+        let args = ServeArgs { insecure_plaintext: true, memory, ..ServeArgs::default() };
+        let host = Host::start(Config::from_args(args).unwrap()).await.unwrap();
+        let device = DeviceAddress::new(0, SourceId::new(8));
+        let scope = Scope::Domain(map(&host, Owner::Driver(0), device).await);
+        let pages = || {
+            let mut dump = Dump::new(Arc::clone(host.kernel.unit()), device.source_id, false);
+            dump.resume(scope);
+            let is_page = |step: &Step| step.structure == Structure::SecondStage { level: 1 };
+            dump.map(|entry| entry.step).filter(is_page).collect::<Vec<_>>()
+        };
+        let whole = pages();
+        assert!(whole.iter().all(|page| page.high.is_none() && !page.reading.contains("part")), "{whole:?}");
+        let memory = host.kernel.memory();
+        memory.store_u64(whole[1].at, whole[1].low.unwrap() | PARTIAL).unwrap();
+        let extent = memory.load_u64(whole[1].at.checked_add(PAGE_SIZE_BYTES).unwrap()).unwrap();
+        let now = pages();
+        assert_eq!(now[1].high, Some(extent));
+        let words = format!("{}, granted in part: {}", whole[1].reading, reading::extent(Some(extent)));
+        assert_eq!(now[1].reading, words);
+        assert!((now[0] == whole[0]) && (now[2] == whole[2]), "{now:?}");
     }
 
     #[tokio::test]
@@ -210,7 +247,7 @@ mod tests {
         let args = ServeArgs { insecure_plaintext: true, memory, ..ServeArgs::default() };
         let host = Host::start(Config::from_args(args).unwrap()).await.unwrap();
         let device = DeviceAddress::new(0, SourceId::new(8));
-        let scope = Scope::Domain(map(&host, Owner::Driver(0), device));
+        let scope = Scope::Domain(map(&host, Owner::Driver(0), device).await);
         let begun = || {
             let mut dump = Dump::new(Arc::clone(host.kernel.unit()), device.source_id, false);
             dump.resume(scope);
@@ -226,7 +263,7 @@ mod tests {
         let state = host.devices.get(device).unwrap();
         let owner = host.owners.get(Owner::Driver(1)).unwrap();
         host.give(&state, &owner, None).await.unwrap();
-        let now = map(&host, Owner::Driver(1), device);
+        let now = map(&host, Owner::Driver(1), device).await;
         dump.resume(Scope::Domain(now));
         assert_eq!(dump.count(), 0);
     }

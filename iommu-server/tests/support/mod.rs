@@ -143,6 +143,8 @@ impl Driver {
             gpa,
             size_bytes,
             direction: pb::Direction::Bidirectional.into(),
+            attributes: None,
+            ring: 0,
         };
         self.client().dma_map(request).await.map(|mapped| mapped.into_inner().iova)
     }
@@ -153,8 +155,31 @@ impl Driver {
             iova,
             size_bytes,
             direction: pb::Direction::Bidirectional.into(),
+            attributes: None,
+            end_of_burst: None,
         };
         self.client().dma_unmap(request).await.map(|_| ())
+    }
+    pub async fn free(&self, gpa: u64) -> Result<(), Status> {
+        let request = pb::FreeBufferRequest { header: self.header(), gpa };
+        self.client().free_buffer(request).await.map(|_| ())
+    }
+    pub async fn create_domain(&self, options: pb::DomainOptions) -> Result<u32, Status> {
+        let request = pb::CreateDomainRequest { header: self.header(), options: Some(options) };
+        self.client().create_domain(request).await.map(|created| created.into_inner().domain_id)
+    }
+    pub async fn destroy(&self, domain_id: u32) -> Result<(), Status> {
+        let request = pb::DestroyDomainRequest { header: self.header(), domain_id };
+        self.client().destroy_domain(request).await.map(|_| ())
+    }
+    pub async fn attach(&self, source: u32, domain_id: Option<u32>) -> Result<u32, Status> {
+        let request =
+            pb::AttachDeviceRequest { header: self.header(), device: Some(device(source)), domain_id };
+        self.client().attach_device(request).await.map(|attached| attached.into_inner().domain_id)
+    }
+    pub async fn detach(&self, source: u32) -> Result<(), Status> {
+        let request = pb::DetachDeviceRequest { header: self.header(), device: Some(device(source)) };
+        self.client().detach_device(request).await.map(|_| ())
     }
     pub async fn write(&self, gpa: u64, data: &[u8]) {
         let data = bytes::Bytes::copy_from_slice(data);

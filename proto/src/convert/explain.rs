@@ -66,6 +66,10 @@ impl TryFrom<pb::WalkStep> for WalkStep {
             pb::Structure::Unspecified => return Err(within("structure", absent())),
             pb::Structure::Root => Structure::Root,
             pb::Structure::Context => Structure::Context,
+            pb::Structure::RingRoot => Structure::RingRoot,
+            pb::Structure::RingDevice => Structure::RingDevice,
+            pb::Structure::Ring => Structure::Ring,
+            pb::Structure::RingSlot => Structure::RingSlot,
             pb::Structure::SecondStage if (1..=LEVEL_MAX).contains(&level) => {
                 Structure::SecondStage { level }
             }
@@ -91,6 +95,10 @@ impl From<WalkStep> for pb::WalkStep {
             Structure::Root => (pb::Structure::Root, 0),
             Structure::Context => (pb::Structure::Context, 0),
             Structure::SecondStage { level } => (pb::Structure::SecondStage, level),
+            Structure::RingRoot => (pb::Structure::RingRoot, 0),
+            Structure::RingDevice => (pb::Structure::RingDevice, 0),
+            Structure::Ring => (pb::Structure::Ring, 0),
+            Structure::RingSlot => (pb::Structure::RingSlot, 0),
         };
         Self {
             structure: structure.into(),

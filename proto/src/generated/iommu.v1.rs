@@ -6303,7 +6303,7 @@ pub struct WalkStep {
     /// Level of a second-stage table, 5 to 1; else 0.
     #[prost(uint32, tag = "2")]
     pub level: u32,
-    /// Index of the entry in its table.
+    /// Index of the entry in its table; 65,535 also for slots beyond it.
     #[prost(uint32, tag = "3")]
     pub index: u32,
     /// Physical address of the entry.
@@ -6312,10 +6312,10 @@ pub struct WalkStep {
     /// Bits 63:0; absent when memory could not be read.
     #[prost(fixed64, optional, tag = "5")]
     pub low: ::core::option::Option<u64>,
-    /// Bits 127:64 of root and context entries.
+    /// Bits 127:64 of entries of 16 bytes: all but page-table entries.
     #[prost(fixed64, optional, tag = "6")]
     pub high: ::core::option::Option<u64>,
-    /// Permissions left after this entry; for page-table entries.
+    /// Permissions left after this entry; for page-table entries and slots of rings.
     #[prost(message, optional, tag = "7")]
     pub permissions: ::core::option::Option<Permissions>,
     /// In words.
@@ -6595,6 +6595,14 @@ pub enum Structure {
     Context = 2,
     /// Second-stage table; `level` says which.
     SecondStage = 3,
+    /// Root of the ring unit, for a device behind rings.
+    RingRoot = 5,
+    /// rDEVICE: device table of the ring unit.
+    RingDevice = 6,
+    /// rRING: a ring of a device.
+    Ring = 7,
+    /// rPTE: a slot of a ring.
+    RingSlot = 8,
 }
 impl Structure {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -6607,6 +6615,10 @@ impl Structure {
             Self::Root => "STRUCTURE_ROOT",
             Self::Context => "STRUCTURE_CONTEXT",
             Self::SecondStage => "STRUCTURE_SECOND_STAGE",
+            Self::RingRoot => "STRUCTURE_RING_ROOT",
+            Self::RingDevice => "STRUCTURE_RING_DEVICE",
+            Self::Ring => "STRUCTURE_RING",
+            Self::RingSlot => "STRUCTURE_RING_SLOT",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -6616,6 +6628,10 @@ impl Structure {
             "STRUCTURE_ROOT" => Some(Self::Root),
             "STRUCTURE_CONTEXT" => Some(Self::Context),
             "STRUCTURE_SECOND_STAGE" => Some(Self::SecondStage),
+            "STRUCTURE_RING_ROOT" => Some(Self::RingRoot),
+            "STRUCTURE_RING_DEVICE" => Some(Self::RingDevice),
+            "STRUCTURE_RING" => Some(Self::Ring),
+            "STRUCTURE_RING_SLOT" => Some(Self::RingSlot),
             _ => None,
         }
     }

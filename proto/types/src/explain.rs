@@ -14,6 +14,14 @@ pub enum Structure {
         /// The level.
         level: u8,
     },
+    /// Root of the ring unit, indexed by bus.
+    RingRoot,
+    /// rDEVICE: the device table of the ring unit, indexed by device and function.
+    RingDevice,
+    /// rRING: a ring of a device.
+    Ring,
+    /// rPTE: a slot of a ring.
+    RingSlot,
 }
 
 /// One entry that the walk read.
@@ -21,15 +29,15 @@ pub enum Structure {
 pub struct Step {
     /// Which structure.
     pub structure: Structure,
-    /// Index of the entry in its table.
+    /// Index of the entry in its table. A slot beyond 65,535 stands as that; its reading says which it is.
     pub index: u16,
     /// Where the entry lies.
     pub at: Hpa,
     /// The raw entry: bits 63:0. `None` when memory could not be read.
     pub low: Option<u64>,
-    /// Bits 127:64 of root and context entries; `None` for page-table entries.
+    /// Bits 127:64 of entries of 16 bytes, or the extent of a partial page; `None` for other page-table entries.
     pub high: Option<u64>,
-    /// Permissions left after this entry (the AND so far); only for page-table entries.
+    /// Permissions left after this entry (the AND so far); only for page-table entries and slots.
     pub permissions: Option<Permissions>,
     /// The entry in words, such as `present, 48-bit, domain 7, table hpa:0x…`.
     pub reading: String,

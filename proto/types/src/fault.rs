@@ -71,7 +71,7 @@ reasons! {
 impl FaultReason {
     /// Whether FPD in the context entry (or IRTE) suppresses the recording of this fault ("qualified").
     pub const fn is_qualified(self) -> bool {
-        matches!(self.0, 0x2..=0x7 | 0xb..=0xe | 0x22 | 0x24 | 0x26)
+        matches!(self.0, 0x2..=0x7 | 0xb..=0xe | 0x22 | 0x24 | 0x26 | 0xe8)
     }
 }
 

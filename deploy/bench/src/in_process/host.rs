@@ -6,8 +6,10 @@ use anyhow::{Context, ensure};
 use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::{Port, UnitConfig};
-use iommu_kernel::{DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory};
-use iommu_types::{Capabilities, Direction, Gpa, GpaRange, IovaRange, Owner, PAGE_SIZE_BYTES};
+use iommu_kernel::{
+    DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory, Tick,
+};
+use iommu_types::{Capabilities, Direction, DomainOptions, Gpa, GpaRange, IovaRange, Owner, PAGE_SIZE_BYTES};
 use iommu_types::{Protection, RequestId, SourceId};
 
 /// Geometry that holds 16,384 translations: what the server starts with.
@@ -40,7 +42,9 @@ impl Host {
             iotlb: caches.iotlb,
             context_cache: LARGE,
             paging_structure_cache: caches.paging,
+            iotlb_partitions: 1,
             ports_max: 1024,
+            byte_extents: true,
         };
         let owner = OwnerLimits {
             domains: 4096,
@@ -63,11 +67,13 @@ impl Host {
 
     /// A strict domain of 48 bits.
     pub(super) fn domain(&self) -> anyhow::Result<Domain> {
-        self.kernel.create_domain(&self.account, Protection::Strict, 48).context("create a domain")
+        self.kernel
+            .create_domain(&self.account, DomainOptions::new(Protection::Strict))
+            .context("create a domain")
     }
 
     /// A device in the domain.
-    pub(super) fn device(&mut self, domain: &Domain) -> anyhow::Result<Port> {
+    pub(super) fn device(&mut self, domain: &mut Domain) -> anyhow::Result<Port> {
         self.sources += 1;
         let source = SourceId::new(8 + self.sources);
         self.kernel.attach(source, domain).context("attach a device")?;
@@ -98,20 +104,16 @@ impl Pages {
 /// Maps the next page for a device that reads and writes it.
 pub(super) fn map(host: &Host, domain: &mut Domain, pages: &mut Pages) -> IovaRange {
     let range = pages.draw();
-    let request = DmaMap {
-        range,
-        direction: Direction::Bidirectional,
-        request_id: RequestId(pages.next),
-        coherent: false,
-    };
-    let iova = domain.dma_map(&host.kernel, &host.memory, request).expect("the buffer can be mapped");
+    let request = DmaMap::single(range, Direction::Bidirectional, RequestId(pages.next));
+    let iova =
+        domain.dma_map(&host.kernel, &host.memory, request, Tick(0)).expect("the buffer can be mapped");
     IovaRange::new(iova, PAGE_SIZE_BYTES).expect("what was mapped does not wrap")
 }
 
 /// Unmaps strictly: the entries, the invalidation, the drain, and what is given back after it.
 pub(super) fn unmap(host: &Host, domain: &mut Domain, range: IovaRange) {
-    let request = DmaUnmap { range, direction: Direction::Bidirectional };
-    let pending = domain.dma_unmap(&host.kernel, request).expect("the mapping is there");
+    let request = DmaUnmap::single(range, Direction::Bidirectional, RequestId(0));
+    let pending = domain.dma_unmap(&host.kernel, request, Tick(0)).expect("the mapping is there");
     let (drain, undone) = pending.split();
     let drained = drain.wait_blocking();
     domain.finish_unmap(&host.kernel, undone, drained);
@@ -120,8 +122,8 @@ pub(super) fn unmap(host: &Host, domain: &mut Domain, range: IovaRange) {
 /// Unmaps all of them strictly, with one invalidation and one drain.
 pub(super) fn unmap_all(host: &Host, domain: &mut Domain, ranges: &[IovaRange]) {
     let requests: Vec<_> =
-        ranges.iter().map(|&range| DmaUnmap { range, direction: Direction::Bidirectional }).collect();
-    let (results, pending) = domain.dma_unmap_batch(&host.kernel, &requests);
+        ranges.iter().map(|&range| DmaUnmap::single(range, Direction::Bidirectional, RequestId(0))).collect();
+    let (results, pending) = domain.dma_unmap_batch(&host.kernel, &requests, Tick(0));
     assert!(results.iter().all(Result::is_ok), "the mappings are there");
     let (drain, undone) = pending.split();
     let drained = drain.wait_blocking();

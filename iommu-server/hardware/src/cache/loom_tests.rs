@@ -88,6 +88,7 @@ fn translation() -> IotlbEntry {
         size: PageSize::Size4K,
         hpa: FRAME,
         permissions: Permissions::READ,
+        extent: None,
     }
 }
 

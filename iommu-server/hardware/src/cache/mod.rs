@@ -15,8 +15,10 @@
 mod context;
 mod iotlb;
 mod paging;
+mod sequence;
 mod set;
 mod spans;
+mod words;
 
 #[cfg(test)]
 mod loom_tests;
@@ -26,6 +28,8 @@ mod tests;
 pub use context::{CachedContext, ContextCache, ContextTranslation};
 pub use iotlb::{Iotlb, IotlbEntry};
 pub use paging::{PagingEntry, PagingStructureCache};
+pub(crate) use sequence::Sequence;
+pub(crate) use words::EXTENT_HOST_WIDTH_BITS_MAX;
 
 /// How many entries a cache holds, and how they are arranged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +45,10 @@ impl CacheGeometry {
     /// impossible one panics.
     pub const fn is_possible(self) -> bool {
         self.sets.is_power_of_two() && self.ways >= 1 && self.ways as usize <= set::WAYS_MAX
+    }
+    /// Whether the sets can be cut into so many partitions: a power of two, of a set or more each. One is a cache that all share.
+    pub const fn takes_partitions(self, partitions: u16) -> bool {
+        self.is_possible() && partitions.is_power_of_two() && partitions as u32 <= self.sets
     }
 }
 

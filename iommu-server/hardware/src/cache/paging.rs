@@ -3,7 +3,7 @@
 use iommu_types::{DomainId, Generation, Hpa, Iova, IovaRange, Permissions};
 
 use super::spans::{Span, Spans};
-use super::{CacheGeometry, Filled};
+use super::{CacheGeometry, Filled, words};
 use crate::drain::{Atomics, Drains, Std};
 
 /// Offset bits of what a table of level 1, 2 or 3 covers: 2 MiB, 1 GiB, 512 GiB.
@@ -32,7 +32,7 @@ pub struct PagingStructureCache<A: Atomics = Std> {
 impl<A: Atomics> PagingStructureCache<A> {
     /// An empty cache. Panics on an [impossible geometry](CacheGeometry::is_possible).
     pub fn new(geometry: CacheGeometry) -> Self {
-        Self { spans: Spans::new(geometry, COVERED_SHIFTS) }
+        Self { spans: Spans::new(geometry, 1, COVERED_SHIFTS) }
     }
 
     /// The deepest table known for the address: level 1 first.
@@ -49,8 +49,7 @@ impl<A: Atomics> PagingStructureCache<A> {
             domain: entry.domain_id,
             base: entry.iova,
             size: usize::from(entry.level - 1),
-            target: entry.table,
-            permissions: entry.permissions.bits(),
+            data: words::whole(entry.table, entry.permissions),
         };
         self.spans.fill(drains, walked_under, span)
     }
@@ -83,7 +82,7 @@ fn from_span(span: Span) -> PagingEntry {
         domain_id: span.domain,
         iova: span.base,
         level: span.size as u8 + 1,
-        table: span.target,
-        permissions: Permissions::from_bits_truncate(span.permissions),
+        table: words::whole_target(span.data),
+        permissions: words::whole_permissions(span.data),
     }
 }

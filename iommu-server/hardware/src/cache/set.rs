@@ -12,6 +12,7 @@
 //! overwritten by such a later writer, which is as good as cleared. So an invalidation of a page that is not
 //! cached takes no lock and writes nothing.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::{CacheGeometry, Filled};
@@ -122,11 +123,16 @@ impl<A: Atomics> Sets<A> {
         set.unlock(sequence);
     }
 
-    /// As [`Self::clear`], in every set.
-    pub(super) fn clear_everywhere(&self, matches: impl Fn(u64, u64) -> bool) {
-        for index in 0..self.sets.len() {
+    /// As [`Self::clear`], in several sets.
+    pub(super) fn clear_among(&self, indexes: Range<usize>, matches: impl Fn(u64, u64) -> bool) {
+        for index in indexes {
             self.clear(index, &matches);
         }
+    }
+
+    /// As [`Self::clear`], in every set.
+    pub(super) fn clear_everywhere(&self, matches: impl Fn(u64, u64) -> bool) {
+        self.clear_among(0..self.sets.len(), matches);
     }
 
     /// Every entry as (tag, data), each set as it was at one moment.

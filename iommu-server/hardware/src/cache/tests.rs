@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 
 use iommu_types::{
-    DomainId, FunctionMask, Generation, Hpa, Iova, IovaRange, PageSize, Permissions, SourceId,
+    Access, DomainId, FunctionMask, Generation, Hpa, Iova, IovaRange, PageSize, Permissions, SourceId,
 };
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
 use super::*;
 use crate::drain::{Drains, Scope};
+use crate::vtd::spec::extent::ByteExtent;
 
 const SEED: u64 = 0x10_77_1b;
 const DOMAINS: u16 = 4;
@@ -21,7 +22,14 @@ const PLAYGROUND_BYTES: u64 = 4 << 30;
 #[derive(Clone, Debug)]
 enum Step {
     BeginWalk(DomainId),
-    Fill { walk: usize, size: PageSize, iova: u64, hpa: u64, permissions: Permissions },
+    Fill {
+        walk: usize,
+        size: PageSize,
+        iova: u64,
+        hpa: u64,
+        permissions: Permissions,
+        extent: Option<ByteExtent>,
+    },
     Lookup(DomainId, u64),
     InvalidateAll,
     InvalidateDomain(DomainId),
@@ -40,12 +48,15 @@ fn addresses() -> impl Strategy<Value = u64> {
 fn steps() -> impl Strategy<Value = Step> {
     let size = prop::sample::select(PageSize::ALL.to_vec());
     let permissions = (1..=3u8).prop_map(Permissions::from_bits_truncate);
-    let fill = (0..8usize, size, addresses(), 0..1u64 << 46, permissions);
+    let extent = proptest::option::weighted(0.3, (0..4096u16, 0..4096u16))
+        .prop_map(|bytes| bytes.and_then(|(one, other)| ByteExtent::new(one.min(other), one.max(other))));
+    let fill = (0..8usize, size, addresses(), 0..1u64 << 46, permissions, extent);
     let bytes = prop_oneof![1..0x8000u64, 1..0x100_0000u64, 1..PLAYGROUND_BYTES];
     prop_oneof![
         4 => domains().prop_map(Step::BeginWalk),
-        8 => fill.prop_map(|(walk, size, iova, hpa, permissions)| {
-            Step::Fill { walk, size, iova, hpa, permissions }
+        8 => fill.prop_map(|(walk, size, iova, hpa, permissions, extent)| {
+            let extent = extent.filter(|_| size == PageSize::Size4K);
+            Step::Fill { walk, size, iova, hpa, permissions, extent }
         }),
         8 => (domains(), addresses()).prop_map(|(domain, iova)| Step::Lookup(domain, iova)),
         1 => Just(Step::InvalidateAll),
@@ -73,8 +84,8 @@ struct Twin {
 }
 
 impl Twin {
-    fn new(geometry: CacheGeometry) -> Self {
-        let (drains, iotlb) = (Drains::new(1), Iotlb::new(geometry));
+    fn new(geometry: CacheGeometry, partitions: u16) -> Self {
+        let (drains, iotlb) = (Drains::new(1), Iotlb::partitioned(geometry, partitions));
         Self {
             drains,
             iotlb,
@@ -91,11 +102,11 @@ impl Twin {
                 let generation = self.drains.generation(domain, self.drains.context_generation());
                 self.walks.push((domain, generation, self.invalidations.len()));
             }
-            Step::Fill { walk, size, iova, hpa, permissions } => {
+            Step::Fill { walk, size, iova, hpa, permissions, extent } => {
                 let Some(&walk) = self.walks.iter().rev().nth(walk) else { return };
                 let to_page = |raw: u64| raw & !(size.bytes() - 1);
                 let (iova, hpa) = (Iova::new(to_page(iova)), Hpa::new(to_page(hpa)));
-                self.fill(walk, IotlbEntry { domain_id: walk.0, iova, size, hpa, permissions });
+                self.fill(walk, IotlbEntry { domain_id: walk.0, iova, size, hpa, permissions, extent });
             }
             Step::Lookup(domain, iova) => self.lookup(domain, Iova::new(iova)),
             Step::InvalidateAll => {
@@ -141,6 +152,15 @@ impl Twin {
 
     fn lookup(&self, domain: DomainId, iova: Iova) {
         let found = self.iotlb.lookup(domain, iova);
+        for access in [Access::Read, Access::Write, Access::Atomic] {
+            let whole = found.filter(|entry| entry.extent.is_none() && entry.permissions.allow(access));
+            let hpa = whole.map(|entry| Hpa::new(entry.hpa.get() + (iova.get() - entry.iova.get())));
+            assert_eq!(
+                self.iotlb.hit_whole_page(domain, iova, access),
+                hpa,
+                "the hot path sees what is whole"
+            );
+        }
         let covering = |size: PageSize| self.map.get(&(domain, iova.get() & !(size.bytes() - 1), size));
         match found {
             Some(entry) => assert_eq!(Some(&entry), covering(entry.size), "I2: nobody filled this"),
@@ -168,9 +188,10 @@ proptest! {
 
     #[test]
     fn i2_i4_the_iotlb_holds_nothing_that_a_map_does_not(
-        sets_log2 in 0..9u32, ways in 1..=4u8, steps in prop::collection::vec(steps(), 1..200),
+        sets_log2 in 0..9u32, shared in 0..4u32, ways in 1..=4u8, steps in prop::collection::vec(steps(), 1..200),
     ) {
-        let mut twin = Twin::new(CacheGeometry { sets: 1 << sets_log2, ways });
+        let partitions = 1 << sets_log2.saturating_sub(shared);
+        let mut twin = Twin::new(CacheGeometry { sets: 1 << sets_log2, ways }, partitions);
         for step in steps {
             twin.take(step);
             twin.compare();
@@ -188,6 +209,7 @@ fn fill_pages(iotlb: &Iotlb, drains: &Drains, domain: DomainId, first: u64, page
         size: PageSize::Size4K,
         hpa: Hpa::new(page << 12),
         permissions: Permissions::READ,
+        extent: None,
     };
     let fills = (first..first + pages).map(|page| iotlb.fill(drains, generation, entry(page)));
     fills.filter(|filled| *filled == Filled::Inserted { evicted: true }).count()
@@ -248,6 +270,75 @@ fn only_powers_of_two_of_one_to_four_ways_are_possible() {
     let possible = |sets, ways| CacheGeometry { sets, ways }.is_possible();
     assert!(possible(1, 1) && possible(1 << 20, 4));
     assert!(!possible(0, 4) && !possible(3, 4) && !possible(4, 0) && !possible(4, 5));
+    let takes = |sets, partitions| CacheGeometry { sets, ways: 4 }.takes_partitions(partitions);
+    assert!(takes(1, 1) && takes(256, 1) && takes(256, 256) && takes(1 << 20, 1 << 15));
+    assert!(!takes(256, 0) && !takes(256, 3) && !takes(256, 512) && !takes(0, 1));
+}
+
+// === partitions ===
+
+/// An aggressor thrashes the IOTLB; how many of the victim's pages, a full share of them, are still there.
+fn victims_left(partitions: u16, victim: u16, aggressor: u16) -> usize {
+    let (drains, iotlb) =
+        (Drains::new(1), Iotlb::partitioned(CacheGeometry { sets: 64, ways: 4 }, partitions));
+    let pages = (iotlb.capacity() / usize::from(partitions)) as u64;
+    let (victim, aggressor) = (DomainId::new(victim), DomainId::new(aggressor));
+    assert_eq!(fill_pages(&iotlb, &drains, victim, 0xf_0000, pages), 0, "a share holds what it has room for");
+    let evicted = fill_pages(&iotlb, &drains, aggressor, 0xf_0000, 4096);
+    assert!(evicted >= 3072, "the aggressor thrashes its own: {evicted}");
+    (0xf_0000..0xf_0000 + pages).filter(|page| iotlb.lookup(victim, Iova::new(page << 12)).is_some()).count()
+}
+
+#[test]
+fn i7_a_domain_of_another_partition_displaces_nothing() {
+    assert_eq!(victims_left(1, 5, 6), 0, "sharing all, the aggressor displaces the victim");
+    for partitions in [2, 4, 16, 64] {
+        let share = 256 / usize::from(partitions);
+        for (victim, aggressor) in [(5, 6), (0xffff, 0xfffe), (0, partitions - 1)] {
+            assert_eq!(
+                victims_left(partitions, victim, aggressor),
+                share,
+                "{partitions}: {victim} {aggressor}"
+            );
+        }
+        assert_eq!(victims_left(partitions, 5, 5 + partitions), 0, "two domains of one share meet in it");
+    }
+}
+
+/// What is left of two pages of each of 16 domains, in four shares, after an invalidation.
+fn check_partitioned(invalidate: impl Fn(&Iotlb), is_left: impl Fn(u16, u64) -> bool) {
+    let (drains, iotlb) = (Drains::new(1), Iotlb::partitioned(CacheGeometry { sets: 64, ways: 4 }, 4));
+    const FAR: u64 = 0x12_3456;
+    for domain in 0..16 {
+        for page in [1, FAR] {
+            assert_eq!(fill_pages(&iotlb, &drains, DomainId::new(domain), page, 1), 0);
+        }
+    }
+    let invalidating = drains.move_generation(Scope::Everything);
+    invalidate(&iotlb);
+    drop(invalidating);
+    let left: Vec<_> =
+        iotlb.entries().iter().map(|entry| (entry.domain_id.get(), entry.iova.get() >> 12)).collect();
+    let all = (0..16).flat_map(|domain| [(domain, 1), (domain, FAR)]);
+    let expected: Vec<_> = all.filter(|&(domain, page)| is_left(domain, page)).collect();
+    assert_eq!(left, expected);
+}
+
+#[test]
+fn an_invalidation_finds_everything_in_every_partition() {
+    let range = |page: u64, pages: u64| IovaRange::new(Iova::new(page << 12), pages << 12).expect("a range");
+    check_partitioned(|iotlb| iotlb.invalidate_all(), |_, _| false);
+    for gone in [0, 3, 7, 14] {
+        let id = DomainId::new(gone);
+        check_partitioned(|iotlb| iotlb.invalidate_domain(id), |domain, _| domain != gone);
+        check_partitioned(
+            |iotlb| iotlb.invalidate_range(id, range(0, 2)),
+            |domain, page| domain != gone || page != 1,
+        );
+        // So many pages that the sets are scanned rather than probed.
+        let many = range(0, 1 << 40);
+        check_partitioned(|iotlb| iotlb.invalidate_range(id, many), |domain, _| domain != gone);
+    }
 }
 
 // === paging-structure cache ===

@@ -120,10 +120,7 @@ impl<A: Atomics> Drains<A> {
         if !slot.is_idle() {
             slot.leave();
         }
-        if let Some(domain) = slot.registered() {
-            slot.set_registered(None);
-            self.shared.attached.remove(domain, index);
-        }
+        self.unregister(index);
         self.shared.slots.give_back(index);
     }
 
@@ -159,6 +156,15 @@ impl<A: Atomics> Drains<A> {
         slot.set_registered(Some(domain));
         if let Some(previous) = previous {
             self.shared.attached.remove(previous, index);
+        }
+    }
+
+    /// Takes the slot off the list of its domain. Its device uses no translation of that domain any more.
+    pub fn unregister(&self, index: SlotIndex) {
+        let slot = self.shared.slots.get(index);
+        if let Some(domain) = slot.registered() {
+            slot.set_registered(None);
+            self.shared.attached.remove(domain, index);
         }
     }
 

@@ -57,6 +57,13 @@ impl PhysicalMemory {
         Ok(())
     }
 
+    /// Copies bytes from one place to another.
+    pub fn copy(&self, from: Hpa, to: Hpa, size_bytes: usize) -> Result<(), NoMemoryAt> {
+        let (from, to) = (self.slice(from, size_bytes)?, self.slice(to, size_bytes)?);
+        from.copy_to_volatile_slice(to);
+        Ok(())
+    }
+
     /// As [`read`](Self::read), but every aligned 8-byte unit inside moves in one atomic access (the CPU's view).
     pub fn read_units(&self, at: Hpa, into: &mut [u8]) -> Result<(), NoMemoryAt> {
         let (mapping, mut offset) = self.place(at, into.len())?;

@@ -28,7 +28,8 @@
 //! word 6  │ state of the protection mode (zero for strict)                      │
 //! word 7  │ zero                                                                │
 //!         └─────────────────────────────────────────────────────────────────────┘
-//!  state: 0 free, 1 granting, 2 live, 3 revoking     kind: 1 DMA API, 2 domain API, 3 coherent
+//!  state: 0 free, 1 granting, 2 live, 3 revoking     kind: 1 DMA API, 2 domain API, 3 coherent, 4 scatter-gather,
+//!  5 direct map, 6 shadow buffer
 //! ```
 //!
 //! Which indexes are free, and that one index has one writer at a time, is the kernel floor's to know.
@@ -97,8 +98,7 @@ pub struct MappingRecord {
     pub permissions: u8,
     /// The protection mode; the kernel floor's encoding.
     pub protection: u8,
-    /// Which interface asked: [`KIND_DMA_API`](Self::KIND_DMA_API), [`KIND_DOMAIN_API`](Self::KIND_DOMAIN_API) or
-    /// [`KIND_COHERENT`](Self::KIND_COHERENT).
+    /// What the mapping is for: one of the `KIND_` constants.
     pub kind: u8,
     /// The domain.
     pub domain_id: u16,
@@ -121,6 +121,12 @@ impl MappingRecord {
     pub const KIND_DOMAIN_API: u8 = 2;
     /// Coherent memory of the DMA API.
     pub const KIND_COHERENT: u8 = 3;
+    /// An element of a scatter-gather mapping.
+    pub const KIND_SCATTER_GATHER: u8 = 4;
+    /// A buffer in the direct map of a passthrough domain.
+    pub const KIND_DIRECT: u8 = 5;
+    /// A shadow buffer of a bounce domain.
+    pub const KIND_SHADOW: u8 = 6;
 
     fn words(&self, state: RecordState) -> [u64; 8] {
         let head = state.bits()

@@ -17,6 +17,23 @@ pub struct CacheCounters {
     pub outdated_fills: u64,
 }
 
+/// Counters of the ring unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingCounters {
+    /// Requests that the slot in use answered.
+    pub hits: u64,
+    /// Requests that the prefetched slot answered.
+    pub promotions: u64,
+    /// Walks of ring tables begun.
+    pub walks: u64,
+    /// Entries that walks read while a request waited.
+    pub walk_reads: u64,
+    /// Entries that were read for a slot that nobody had asked for yet.
+    pub prefetch_reads: u64,
+    /// Invalidations of rings and of devices; a part of the unit's.
+    pub invalidations: u64,
+}
+
 /// Counters of a unit since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -28,11 +45,21 @@ pub struct Counters {
     pub paging_structure_cache: CacheCounters,
     /// Walks of second-stage tables begun.
     pub walks: u64,
-    /// Entries that walks read, root and context entries included.
+    /// Entries that walks read: root and context entries, the next five and the extents.
     pub walk_reads: u64,
-    /// Invalidations carried out.
+    /// Second-stage entries that walks read at levels 1 to 5, in this order.
+    pub table_reads: [u64; 5],
+    /// Extents of partial pages that walks read.
+    pub extent_reads: u64,
+    /// Invalidations carried out, of whatever kind.
     pub invalidations: u64,
-    /// Of them such that had to wait for DMA in flight.
+    /// Ranges that page-selective invalidations of the IOTLB named. One invalidation may name several.
+    pub invalidated_ranges: u64,
+    /// Domain-selective invalidations of the IOTLB.
+    pub invalidated_domains: u64,
+    /// Global invalidations of the IOTLB.
+    pub global_invalidations: u64,
+    /// Invalidations that had to wait for DMA in flight.
     pub drains_waited: u64,
     /// Requests refused by translation or remapping; the sum of the next four (I6).
     pub faults: u64,
@@ -46,15 +73,37 @@ pub struct Counters {
     pub faults_suppressed: u64,
     /// Interrupts delivered.
     pub interrupts: u64,
+    /// Rings.
+    pub ring: RingCounters,
+}
+
+/// What invalidators count: several threads at a time, and never a device.
+#[derive(Debug, Default)]
+pub(super) struct InvalidationTally {
+    pub(super) all: AtomicU64,
+    pub(super) ranges: AtomicU64,
+    pub(super) domains: AtomicU64,
+    pub(super) globals: AtomicU64,
+    pub(super) waited: AtomicU64,
+}
+
+impl InvalidationTally {
+    pub(super) fn add_to(&self, sum: &mut Counters) {
+        sum.invalidations += self.all.load(Ordering::Relaxed);
+        sum.invalidated_ranges += self.ranges.load(Ordering::Relaxed);
+        sum.invalidated_domains += self.domains.load(Ordering::Relaxed);
+        sum.global_invalidations += self.globals.load(Ordering::Relaxed);
+        sum.drains_waited += self.waited.load(Ordering::Relaxed);
+    }
 }
 
 /// A count that one thread moves and any thread reads: a load and a store, never a locked instruction.
 #[derive(Debug, Default)]
-pub(super) struct Count(AtomicU64);
+pub(crate) struct Count(AtomicU64);
 
 impl Count {
     #[inline]
-    pub(super) fn add(&self, more: u64) {
+    pub(crate) fn add(&self, more: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
     }
     fn get(&self) -> u64 {
@@ -91,6 +140,26 @@ impl CacheTally {
     }
 }
 
+/// What a port counts behind rings.
+#[derive(Debug, Default)]
+pub(crate) struct RingTally {
+    pub(crate) hits: Count,
+    pub(crate) promotions: Count,
+    pub(crate) walks: Count,
+    pub(crate) walk_reads: Count,
+    pub(crate) prefetch_reads: Count,
+}
+
+impl RingTally {
+    pub(crate) fn add_to(&self, sum: &mut RingCounters) {
+        sum.hits += self.hits.get();
+        sum.promotions += self.promotions.get();
+        sum.walks += self.walks.get();
+        sum.walk_reads += self.walk_reads.get();
+        sum.prefetch_reads += self.prefetch_reads.get();
+    }
+}
+
 /// Everything that the ports of one slot have counted. A slot outlives its ports, so nothing is lost when one is dropped.
 #[derive(Debug, Default)]
 pub(super) struct SlotTally {
@@ -99,7 +168,11 @@ pub(super) struct SlotTally {
     pub(super) paging_structure_cache: CacheTally,
     pub(super) walks: Count,
     pub(super) walk_reads: Count,
+    /// By level, from 1.
+    pub(super) table_reads: [Count; 5],
+    pub(super) extent_reads: Count,
     pub(super) interrupts: Count,
+    pub(super) ring: RingTally,
 }
 
 impl SlotTally {
@@ -109,6 +182,9 @@ impl SlotTally {
         self.paging_structure_cache.add_to(&mut sum.paging_structure_cache);
         sum.walks += self.walks.get();
         sum.walk_reads += self.walk_reads.get();
+        sum.table_reads.iter_mut().zip(&self.table_reads).for_each(|(sum, count)| *sum += count.get());
+        sum.extent_reads += self.extent_reads.get();
         sum.interrupts += self.interrupts.get();
+        self.ring.add_to(&mut sum.ring);
     }
 }

@@ -5,16 +5,18 @@
 //! filled, counted or recorded.
 
 use iommu_types::{
-    Access, AddressType, CacheState, Explanation, FaultReason, Hpa, Iova, Outcome, Pasid, Permissions,
-    SourceId, Step, Structure, Translation,
+    Access, AddressType, CacheState, Explanation, FaultReason, Hpa, Iova, Outcome, PAGE_SIZE_BYTES, Pasid,
+    Permissions, SourceId, Step, Structure, Translation,
 };
 
 use super::miss::{known_absent, walk_tables, within_page};
 use super::port::{Request, refusal};
+use super::spec::extent::ByteExtent;
 use super::spec::pte::SecondStageEntry;
 use super::unit::Unit;
-use super::walk::{Leaf, NoTrace, StepCollector, WalkFault, check_table_mode, walk_context};
+use super::walk::{Leaf, NoTrace, StepCollector, WalkFault, check_table_mode, reading, walk_context};
 use crate::cache::{CachedContext, ContextTranslation, IotlbEntry, PagingEntry};
+use crate::riommu;
 
 /// How an access ends, before it is put into words.
 enum End {
@@ -36,8 +38,15 @@ impl Unit {
         access: Access,
         size_bytes: u32,
     ) -> Explanation {
-        let request = Request { iova, size_bytes, access, pasid, address_type: AddressType::Untranslated };
-        let mut steps = StepCollector::new(self.capabilities());
+        let in_page_bytes = size_bytes.min((PAGE_SIZE_BYTES - iova.page_offset()) as u32);
+        let address_type = AddressType::Untranslated;
+        let request = Request { iova, size_bytes: in_page_bytes, access, pasid, address_type };
+        if let Some(cache) = self.rings.cache_of(source)
+            && !request.is_in_interrupt_range()
+        {
+            return riommu::explain(&self.rings_of(source, &cache), &Request { size_bytes, ..request });
+        }
+        let mut steps = StepCollector::new(self.table_rules());
         let (end, context) = self.end_by_tables(source, &request, &mut steps);
         let asks_caches = self.is_translating() && !request.is_in_interrupt_range() && pasid.is_none();
         let caches =
@@ -50,7 +59,7 @@ impl Unit {
             _ => None,
         };
         let steps = steps.into_steps();
-        let conclusion = conclude(source, &request, &end, &caches, stale, decided_by(&end, &steps));
+        let conclusion = conclude(source, &request, &end, &caches, stale, detail(&end, &steps));
         let (outcome, fault_suppressed) = match end {
             End::Translated(translation) => (Outcome::Translated(translation), false),
             End::Untranslated(hpa) => (Outcome::Untranslated(hpa), false),
@@ -81,7 +90,7 @@ impl Unit {
         &self,
         source: SourceId,
         request: &Request,
-        steps: &mut StepCollector,
+        steps: &mut StepCollector<'_>,
     ) -> (End, Option<CachedContext>) {
         if request.is_interrupt() {
             return (End::Interrupt, None);
@@ -133,12 +142,14 @@ impl Unit {
         let entry = self.iotlb.lookup(used.domain_id, request.iova);
         let (iotlb, hit) = match entry {
             None => (CacheState::Miss, None),
-            Some(entry) if entry.permissions.allow(request.access) => {
+            Some(entry) if entry.allows(request.iova, request.access, request.size_bytes) => {
                 (CacheState::Hit { entry: translation_in_words(&entry) }, Some(entry))
             }
             Some(entry) => (CacheState::Insufficient { entry: translation_in_words(&entry) }, None),
         };
-        if let (Some(entry), Some(fault)) = (entry, known_absent(self, &used, request)) {
+        if let Some(entry) = entry
+            && let Some(fault) = known_absent(self, &entry, &used, request)
+        {
             let iotlb = CacheState::Hit { entry: translation_in_words(&entry) };
             return Caches { context, iotlb, end: Some(End::Refused(fault)), ..Caches::NOT_ASKED };
         }
@@ -217,11 +228,12 @@ fn context_in_words(context: &CachedContext) -> String {
 }
 
 fn translation_in_words(entry: &IotlbEntry) -> String {
-    let IotlbEntry { domain_id, iova, size, hpa, permissions } = entry;
+    let IotlbEntry { domain_id, iova, size, hpa, permissions, extent } = entry;
     if permissions.is_empty() {
         return format!("domain {domain_id}, {size} page {iova} is not present (CM)");
     }
-    format!("domain {domain_id}, {size} page {iova} -> {hpa} {permissions}")
+    let part = extent.map_or_else(String::new, |extent| format!(", granted in part: {extent}"));
+    format!("domain {domain_id}, {size} page {iova} -> {hpa} {permissions}{part}")
 }
 
 fn table_in_words(entry: &PagingEntry) -> String {
@@ -229,9 +241,18 @@ fn table_in_words(entry: &PagingEntry) -> String {
     format!("domain {domain_id}, level {level} table of {iova} at {table} {permissions}")
 }
 
-/// Where in the tables a refusal was decided, in words: most people ask because they do not know that nothing is mapped there.
-fn decided_by(end: &End, steps: &[Step]) -> String {
-    let (End::Refused(fault), Some(last)) = (end, steps.last()) else { return String::new() };
+/// What else the tables say about an end, in words.
+fn detail(end: &End, steps: &[Step]) -> String {
+    match (end, steps.last()) {
+        (End::Refused(fault), Some(last)) => decided_by(*fault, steps, last),
+        (End::Translated(_), Some(Step { high: Some(word), .. })) => ByteExtent::from_word(*word)
+            .map_or_else(String::new, |extent| format!(", of which {extent} are open")),
+        _ => String::new(),
+    }
+}
+
+/// Where in the tables a refusal was decided: most people ask because they do not know that nothing is mapped there.
+fn decided_by(fault: WalkFault, steps: &[Step], last: &Step) -> String {
     let Structure::SecondStage { level } = last.structure else { return String::new() };
     let denied = matches!(fault.reason, FaultReason::WRITE_DENIED | FaultReason::READ_DENIED);
     let absent = denied && last.low.is_some_and(|low| !SecondStageEntry::from_bits(low).is_present());
@@ -240,6 +261,10 @@ fn decided_by(end: &End, steps: &[Step]) -> String {
             " (nothing is mapped there: entry {} of the level-{level} table is not present)",
             last.index
         );
+    }
+    if fault.reason == FaultReason::BYTES_DENIED {
+        let open = reading::extent(last.high);
+        return format!(" (entry {} of the level-{level} table opens {open})", last.index);
     }
     let missing = |permission: Permissions| {
         steps.iter().find(|step| step.permissions.is_some_and(|left| !left.contains(permission)))
@@ -264,7 +289,7 @@ fn conclude(
     end: &End,
     caches: &Caches,
     stale: Option<Translation>,
-    decided_by: String,
+    detail: String,
 ) -> String {
     let Request { iova, access, .. } = request;
     let by_tables = match end {
@@ -278,11 +303,11 @@ fn conclude(
         }
         End::Untranslated(hpa) => format!("The {access} at {iova} by {source} passes untranslated to {hpa}"),
         End::Translated(Translation { hpa, permissions, page_size, domain_id }) => format!(
-            "The {access} at {iova} by {source} reaches {hpa} through a {page_size} page of domain {domain_id} ({permissions})"
+            "The {access} at {iova} by {source} reaches {hpa} through a {page_size} page of domain {domain_id} ({permissions}){detail}"
         ),
         End::Refused(fault) => {
             let record = if fault.suppressed { ", without a record (FPD)" } else { "" };
-            format!("The {access} at {iova} by {source} is refused: {}{decided_by}{record}", fault.reason)
+            format!("The {access} at {iova} by {source} is refused: {}{detail}{record}", fault.reason)
         }
     };
     match (stale, end, &caches.end) {

@@ -27,9 +27,9 @@ pub(super) fn look_up_context(
         return Ok(context);
     }
     tally.context_cache.misses.add(1);
-    let mut reads = CountReads(0);
+    let mut reads = CountReads::default();
     let walked = walk_context(&**unit.memory(), unit.capabilities(), unit.root_table(), source, &mut reads);
-    tally.walk_reads.add(reads.0);
+    reads.add_to(tally);
     let context = walked?;
     tally.context_cache.filled(unit.contexts.fill(&unit.drains, generation, source, context));
     Ok(context)
@@ -45,9 +45,9 @@ pub(super) fn walk_and_fill(
     request: &Request,
     between: impl FnOnce(),
 ) -> Result<Hpa, WalkFault> {
-    if let Some(fault) = known_absent(unit, context, request) {
+    if let Some(end) = cached_end(unit, context, request) {
         tally.iotlb.hits.add(1);
-        return Err(fault);
+        return end;
     }
     tally.iotlb.misses.add(1);
     tally.walks.add(1);
@@ -57,7 +57,7 @@ pub(super) fn walk_and_fill(
     let paging = &tally.paging_structure_cache;
     let found = if start.is_some() { &paging.hits } else { &paging.misses };
     found.add(1);
-    let mut reads = CountReads(0);
+    let mut reads = CountReads::default();
     let mut deepest = None;
     let mut walk = |start, deepest: &mut Option<PagingEntry>| {
         walk_tables(unit, context, start, request, &mut reads, |table| *deepest = Some(table))
@@ -70,7 +70,7 @@ pub(super) fn walk_and_fill(
         }
         walked => walked,
     };
-    tally.walk_reads.add(reads.0);
+    reads.add_to(tally);
     between();
     let fill = |entry| tally.iotlb.filled(unit.iotlb.fill(&unit.drains, generation, entry));
     let leaf = match walked {
@@ -92,21 +92,36 @@ pub(super) fn walk_and_fill(
         size: leaf.size,
         hpa: leaf.hpa,
         permissions: leaf.permissions,
+        extent: leaf.extent,
     });
     Ok(within_page(leaf.hpa, leaf.size.bytes(), request.iova))
 }
 
-/// CM=1: the fault of a page that is cached as one without permissions.
-pub(super) fn known_absent(unit: &Unit, context: &CachedContext, request: &Request) -> Option<WalkFault> {
-    if !unit.capabilities().caching_mode {
+/// What the IOTLB answers to a request that its hot path does not: a partial page lets it pass, or, with CM=1, an absent one refuses it.
+fn cached_end(unit: &Unit, context: &CachedContext, request: &Request) -> Option<Result<Hpa, WalkFault>> {
+    if !unit.has_byte_extents() && !unit.capabilities().caching_mode {
         return None;
     }
     let entry = unit.iotlb.lookup(context.domain_id, request.iova)?;
+    if entry.allows(request.iova, request.access, request.size_bytes) {
+        return Some(Ok(within_page(entry.hpa, entry.size.bytes(), request.iova)));
+    }
+    known_absent(unit, &entry, context, request).map(Err)
+}
+
+/// CM=1: the fault of a page that is cached as one without permissions.
+pub(super) fn known_absent(
+    unit: &Unit,
+    entry: &IotlbEntry,
+    context: &CachedContext,
+    request: &Request,
+) -> Option<WalkFault> {
     let reason = match request.access {
         Access::Read => FaultReason::READ_DENIED,
         Access::Write | Access::Atomic => FaultReason::WRITE_DENIED,
     };
-    entry.permissions.is_empty().then(|| WalkFault::qualified(reason, context.fault_processing_disable))
+    let is_absent = unit.capabilities().caching_mode && entry.permissions.is_empty();
+    is_absent.then(|| WalkFault::qualified(reason, context.fault_processing_disable))
 }
 
 /// CM=1: whether the page that refused the request would refuse any.
@@ -127,6 +142,7 @@ fn absent_page(context: &CachedContext, request: &Request) -> IotlbEntry {
         size: PageSize::Size4K,
         hpa: Hpa::new(0),
         permissions: Permissions::empty(),
+        extent: None,
     }
 }
 
@@ -141,7 +157,7 @@ pub(super) fn walk_tables(
 ) -> Result<Leaf, WalkFault> {
     walk_second_stage(
         &**unit.memory(),
-        unit.capabilities(),
+        unit.table_rules(),
         context,
         start,
         request.iova,
@@ -159,17 +175,34 @@ pub(super) fn within_page(base: Hpa, page_bytes: u64, iova: Iova) -> Hpa {
 }
 
 /// Counts the entries that a walk reads.
-struct CountReads(u64);
+#[derive(Default)]
+struct CountReads {
+    /// Root and context entries.
+    contexts: u64,
+    tables: [u64; 5],
+    extents: u64,
+}
+
+impl CountReads {
+    fn add_to(&self, tally: &SlotTally) {
+        tally.walk_reads.add(self.contexts + self.tables.iter().sum::<u64>() + self.extents);
+        tally.table_reads.iter().zip(self.tables).for_each(|(count, more)| count.add(more));
+        tally.extent_reads.add(self.extents);
+    }
+}
 
 impl Trace for CountReads {
     fn read_root(&mut self, _at: Hpa, _raw: Option<u128>) {
-        self.0 += 1;
+        self.contexts += 1;
     }
     fn read_context(&mut self, _at: Hpa, _raw: Option<u128>) {
-        self.0 += 1;
+        self.contexts += 1;
     }
-    fn read_table(&mut self, _level: u8, _at: Hpa, _raw: Option<u64>, _permissions: Permissions) {
-        self.0 += 1;
+    fn read_table(&mut self, level: u8, _at: Hpa, _raw: Option<u64>, _permissions: Permissions) {
+        self.tables[usize::from(level - 1)] += 1;
+    }
+    fn read_extent(&mut self, _at: Hpa, _raw: Option<u64>) {
+        self.extents += 1;
     }
 }
 

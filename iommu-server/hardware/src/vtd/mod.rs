@@ -20,9 +20,11 @@ pub mod spec;
 mod unit;
 pub mod walk;
 
-pub use counters::{CacheCounters, Counters};
+pub(crate) use counters::RingTally;
+pub use counters::{CacheCounters, Counters, RingCounters};
 pub use event::{EventMessage, EventSink};
 pub use fault_log::RecordedFault;
+pub(crate) use port::refusal;
 pub use port::{BURST_BYTES_MAX, BURST_OPERATIONS_MAX, Burst, Lent, Port, Request};
 pub use queue::QUEUE_DESCRIPTORS_PER_STEP;
 pub use registers::{BadRegisterAccess, HeldDrain, QueueProgress, RegisterFile, WriteEffect};

@@ -19,6 +19,7 @@ use super::walk::{NoTrace, WalkFault, check_table_mode, is_interrupt_range};
 use crate::cache::{CachedContext, ContextTranslation};
 use crate::drain::SlotIndex;
 use crate::memory::PhysicalMemory;
+use crate::riommu::PortRings;
 
 /// Operations that one burst covers at most, so that the wait for an epoch is bounded (ARCHITECTURE.md, "How an invalidation is done").
 pub const BURST_OPERATIONS_MAX: u32 = 128;
@@ -32,6 +33,8 @@ pub struct Port {
     slot: SlotIndex,
     /// The domain in whose list the slot stands. Private, so that the hot path compares without sharing.
     registered: Option<DomainId>,
+    /// Whether the source is behind rings, as the last burst found it.
+    rings: PortRings,
 }
 
 /// One request of a device.
@@ -84,7 +87,13 @@ impl Unit {
     /// A port for a device.
     pub fn port(self: &Arc<Self>, source: SourceId) -> Result<Port, PortsExhausted> {
         let slot = self.claim_slot(source)?;
-        Ok(Port { unit: Arc::clone(self), source_id: source, slot, registered: None })
+        Ok(Port {
+            unit: Arc::clone(self),
+            source_id: source,
+            slot,
+            registered: None,
+            rings: PortRings::default(),
+        })
     }
 }
 
@@ -155,6 +164,8 @@ pub struct Burst<'p> {
 enum Place {
     /// Not in an epoch.
     Outside,
+    /// The source is behind rings.
+    Rings,
     /// TES=0: addresses are used as they are.
     Untranslated,
     /// The source has no usable context entry.
@@ -166,7 +177,8 @@ enum Place {
 impl Burst<'_> {
     /// Translates a request and runs `op` on the address that it may use. A refusal is recorded before this returns (I6).
     ///
-    /// Hit → permission → op. An insufficient hit is a miss: a permission fault always comes from the tables.
+    /// Hit → permission → op. An insufficient hit is a miss: a permission fault always comes from the tables. A hit of a partial page is
+    /// found on the way of a miss, so that whole pages do not pay for it.
     #[inline]
     pub fn translate<R>(
         &mut self,
@@ -220,6 +232,10 @@ impl Burst<'_> {
     fn enter(&mut self) {
         loop {
             self.port.unit.drains.enter(self.port.slot);
+            if self.port.rings.refresh(&self.port.unit.rings, self.port.source_id).is_some() {
+                self.enter_rings();
+                return;
+            }
             if !self.port.unit.is_translating() {
                 self.place = Place::Untranslated;
                 return;
@@ -247,6 +263,13 @@ impl Burst<'_> {
             }
         }
     }
+    /// The slot leaves the list of its last domain: nothing that the port does concerns that one now.
+    fn enter_rings(&mut self) {
+        if self.port.registered.take().is_some() {
+            self.port.unit.drains.unregister(self.port.slot);
+        }
+        self.place = Place::Rings;
+    }
     #[inline]
     fn resolve(&mut self, request: &Request) -> Result<Hpa, WalkFault> {
         assert!(
@@ -257,11 +280,11 @@ impl Burst<'_> {
             && let ContextTranslation::SecondStage { .. } = context.translation
             && request.is_plain()
             && !request.is_in_interrupt_range()
-            && let Some(entry) = self.port.unit.iotlb.lookup(context.domain_id, request.iova)
-            && entry.permissions.allow(request.access)
+            && let Some(hpa) =
+                self.port.unit.iotlb.hit_whole_page(context.domain_id, request.iova, request.access)
         {
             self.hit_count += 1;
-            return Ok(within_page(entry.hpa, entry.size.bytes(), request.iova));
+            return Ok(hpa);
         }
         self.resolve_slowly(request)
     }
@@ -278,6 +301,7 @@ impl Burst<'_> {
                 self.enter();
                 self.resolve(request)
             }
+            Place::Rings => self.resolve_in_ring(request),
             // TES=0: only untranslated requests pass (PCIe: Unsupported Request), and translation, being off, records nothing.
             Place::Untranslated if request.address_type != AddressType::Untranslated => {
                 Err(WalkFault { reason: FaultReason::TRANSLATED_BLOCKED, suppressed: true })
@@ -302,6 +326,10 @@ impl Burst<'_> {
             },
         }
     }
+    fn resolve_in_ring(&self, request: &Request) -> Result<Hpa, WalkFault> {
+        let cache = self.port.rings.cache().expect("the burst found its source behind rings");
+        self.unit().rings_of(self.port.source_id, cache).translate(&self.port.tally().ring, request)
+    }
     fn miss(
         &self,
         context: &CachedContext,
@@ -325,7 +353,7 @@ impl Drop for Burst<'_> {
 }
 
 /// The fault of a request: common facts and a reason, put together in this one place.
-pub(super) fn refusal(source_id: SourceId, request: &Request, reason: FaultReason) -> TranslationFault {
+pub(crate) fn refusal(source_id: SourceId, request: &Request, reason: FaultReason) -> TranslationFault {
     let Request { iova, access, pasid, address_type, .. } = *request;
     TranslationFault { source_id, pasid, iova, access, address_type, reason }
 }

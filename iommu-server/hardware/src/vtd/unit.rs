@@ -18,15 +18,18 @@ use iommu_types::{
     Capabilities, DomainId, Fault, FunctionMask, Hpa, InvalidCapabilities, Invalidation, IovaRange,
 };
 
-use super::counters::{Counters, SlotTally};
+use super::counters::{Counters, InvalidationTally, SlotTally};
 use super::event::EventSink;
 use super::fault_log::{FaultLog, RecordedFault};
 use super::interrupt::{InterruptState, InterruptTable};
 use super::spec::registers::{Gsts, Irta, Rtaddr};
-use super::walk::{RootMode, RootTable};
-use crate::cache::{CacheGeometry, ContextCache, Iotlb, IotlbEntry, PagingStructureCache};
+use super::walk::{RootMode, RootTable, TableRules};
+use crate::cache::{
+    CacheGeometry, ContextCache, EXTENT_HOST_WIDTH_BITS_MAX, Iotlb, IotlbEntry, PagingStructureCache,
+};
 use crate::drain::{Drains, PendingDrain, Scope, SlotIndex};
 use crate::memory::PhysicalMemory;
+use crate::riommu::{RingCache, RingEntryState, RingUnit, Rings};
 
 /// The choices of a unit.
 #[derive(Clone, Debug)]
@@ -39,8 +42,26 @@ pub struct UnitConfig {
     pub context_cache: CacheGeometry,
     /// Size of the paging-structure cache.
     pub paging_structure_cache: CacheGeometry,
+    /// How many shares the IOTLB is cut into: a power of two, at most the number of its sets. A domain's entries stand in the share that
+    /// its number says, modulo this; with 1, all domains share all of it.
+    pub iotlb_partitions: u16,
     /// How many ports it has at most at one time.
     pub ports_max: u16,
+    /// Whether bit 52 of a leaf means that its page is granted in part ([`extent`](super::spec::extent)), which is an extension of ours: a
+    /// bare unit ignores the bit, as the specification has it. Needs a host width of 46 bits at most.
+    pub byte_extents: bool,
+}
+
+impl UnitConfig {
+    /// Whether the choices make sense together.
+    fn validate(&self) -> Result<(), InvalidCapabilities> {
+        self.capabilities.validate()?;
+        if self.byte_extents && self.capabilities.host_width_bits > EXTENT_HOST_WIDTH_BITS_MAX {
+            let why = "an IOTLB entry has room for an extent only beside host addresses of at most 46 bits";
+            return Err(InvalidCapabilities { field: "byte_extents", why });
+        }
+        Ok(())
+    }
 }
 
 /// Every port of the unit is taken.
@@ -59,11 +80,12 @@ pub struct Unit {
     pub(super) paging: PagingStructureCache,
     latches: Latches,
     pub(super) faults: FaultLog,
+    /// The ring unit beside this one: other tables and another cache, the same slots, drains and fault log.
+    pub(crate) rings: RingUnit,
     tallies: Box<[CachePadded<SlotTally>]>,
     /// Which source sits behind a slot; the scope of a device-selective invalidation.
     sources: Mutex<Box<[Option<SourceId>]>>,
-    invalidations: AtomicU64,
-    drains_waited: AtomicU64,
+    invalidations: CachePadded<InvalidationTally>,
 }
 
 /// What commands have latched: read by every burst, written by software.
@@ -77,17 +99,18 @@ struct Latches {
 }
 
 impl Unit {
-    /// Starts with translation and remapping off, caches empty (as after a reset).
+    /// Starts with translation and remapping off, caches empty (as after a reset). Panics on [impossible](CacheGeometry::is_possible)
+    /// geometries and [partitions](CacheGeometry::takes_partitions).
     pub fn new(
         config: UnitConfig,
         memory: Arc<PhysicalMemory>,
         events: Arc<dyn EventSink>,
     ) -> Result<Arc<Self>, InvalidCapabilities> {
-        config.capabilities.validate()?;
+        config.validate()?;
         let slots = usize::from(config.ports_max);
         Ok(Arc::new(Self {
             drains: Drains::new(config.ports_max),
-            iotlb: Iotlb::new(config.iotlb),
+            iotlb: Iotlb::partitioned(config.iotlb, config.iotlb_partitions),
             contexts: ContextCache::new(config.context_cache),
             paging: PagingStructureCache::new(config.paging_structure_cache),
             latches: Latches {
@@ -96,10 +119,10 @@ impl Unit {
                 interrupt_table: AtomicU64::new(0),
             },
             faults: FaultLog::new(config.capabilities.fault_records),
+            rings: RingUnit::default(),
             tallies: (0..slots).map(|_| CachePadded::default()).collect(),
             sources: Mutex::new(vec![None; slots].into_boxed_slice()),
-            invalidations: AtomicU64::new(0),
-            drains_waited: AtomicU64::new(0),
+            invalidations: CachePadded::default(),
             config,
             memory,
             events,
@@ -112,6 +135,16 @@ impl Unit {
     /// What the unit can do.
     pub fn capabilities(&self) -> &Capabilities {
         &self.config.capabilities
+    }
+    /// Whether pages may be granted in part.
+    #[inline]
+    pub fn has_byte_extents(&self) -> bool {
+        self.config.byte_extents
+    }
+    /// How the unit reads second-stage tables.
+    #[inline]
+    pub fn table_rules(&self) -> TableRules<'_> {
+        TableRules { capabilities: &self.config.capabilities, byte_extents: self.config.byte_extents }
     }
 
     // === typed operations ===
@@ -158,14 +191,20 @@ impl Unit {
             Invalidation::IotlbPages { domain_id, range, leaf_only } => {
                 self.invalidate_pages(domain_id, &[range], leaf_only)
             }
-            Invalidation::IotlbGlobal => self.forget(Scope::Everything, || {
-                self.iotlb.invalidate_all();
-                self.paging.invalidate_all();
-            }),
-            Invalidation::IotlbDomain(domain) => self.forget(Scope::Domain(domain), || {
-                self.iotlb.invalidate_domain(domain);
-                self.paging.invalidate_domain(domain);
-            }),
+            Invalidation::IotlbGlobal => {
+                self.invalidations.globals.fetch_add(1, Ordering::Relaxed);
+                self.forget(Scope::Everything, || {
+                    self.iotlb.invalidate_all();
+                    self.paging.invalidate_all();
+                })
+            }
+            Invalidation::IotlbDomain(domain) => {
+                self.invalidations.domains.fetch_add(1, Ordering::Relaxed);
+                self.forget(Scope::Domain(domain), || {
+                    self.iotlb.invalidate_domain(domain);
+                    self.paging.invalidate_domain(domain);
+                })
+            }
             Invalidation::ContextGlobal => {
                 self.forget_contexts(Scope::Everything, || self.contexts.invalidate_all())
             }
@@ -184,6 +223,7 @@ impl Unit {
     /// Page-selective invalidations of one domain with one move of the generation, one epoch and one drain for all of them
     /// (batched strict unmaps).
     pub fn invalidate_pages(&self, domain: DomainId, ranges: &[IovaRange], leaf_only: bool) -> PendingDrain {
+        self.invalidations.ranges.fetch_add(ranges.len() as u64, Ordering::Relaxed);
         self.forget(Scope::Domain(domain), || {
             for range in ranges {
                 self.iotlb.invalidate_range(domain, *range);
@@ -192,6 +232,34 @@ impl Unit {
                 }
             }
         })
+    }
+
+    // === rings ===
+
+    /// Latches the root of the ring unit, a page. Entries stay: invalidate the devices afterwards.
+    pub fn set_ring_root(&self, root: Hpa) {
+        self.rings.root().set(root);
+    }
+    /// Puts a source behind the ring unit, with entries for so many rings, or back behind VT-d. When the drain completes, no DMA
+    /// of the source uses what was cached for it among rings before, or is translated the other way. What VT-d's caches hold for
+    /// it stays.
+    pub fn set_behind_rings(&self, source: SourceId, rings: Option<u16>) -> PendingDrain {
+        self.rings.put(source, rings);
+        self.drain_slots_of(|known| known == source)
+    }
+    /// Forgets a ring. When the drain completes, no DMA uses what was forgotten (I1); only the source's own DMA is waited for.
+    pub fn invalidate_ring(&self, source: SourceId, ring: u16) -> PendingDrain {
+        self.rings.forget(source, Some(ring));
+        self.counted(self.drain_slots_of(|known| known == source))
+    }
+    /// Forgets all rings of a source, as [`invalidate_ring`](Self::invalidate_ring) does one.
+    pub fn invalidate_ring_device(&self, source: SourceId) -> PendingDrain {
+        self.rings.forget(source, None);
+        self.counted(self.drain_slots_of(|known| known == source))
+    }
+    /// What is cached for the rings of a source, by ring. Nothing for a source that is not behind the ring unit.
+    pub fn ring_entries(&self, source: SourceId) -> Vec<RingEntryState> {
+        self.rings.cache_of(source).map_or_else(Vec::new, |cache| cache.states())
     }
 
     // === faults ===
@@ -217,12 +285,10 @@ impl Unit {
     }
     /// Everything counted since the start, by ports that are gone included.
     pub fn counters(&self) -> Counters {
-        let mut sum = Counters {
-            invalidations: self.invalidations.load(Ordering::Relaxed),
-            drains_waited: self.drains_waited.load(Ordering::Relaxed),
-            ..Counters::default()
-        };
+        let mut sum = Counters::default();
+        self.invalidations.add_to(&mut sum);
         self.tallies.iter().for_each(|tally| tally.add_to(&mut sum));
+        sum.ring.invalidations = self.rings.invalidations();
         self.faults.add_to(&mut sum);
         sum
     }
@@ -256,6 +322,21 @@ impl Unit {
                 entries_log2: register.size() + 1,
                 extended_mode: register.extended_mode(),
             }),
+        }
+    }
+    /// The ring tables of a source and its entries.
+    #[inline]
+    pub(super) fn rings_of<'a>(
+        &'a self,
+        source: SourceId,
+        cache: &'a RingCache,
+    ) -> Rings<'a, PhysicalMemory> {
+        Rings {
+            memory: &*self.memory,
+            root: self.rings.root(),
+            cache,
+            source,
+            zero_length_read: self.config.capabilities.zero_length_read,
         }
     }
     /// Records a refusal, or counts it where FPD suppresses the record (I6).
@@ -309,30 +390,33 @@ impl Unit {
         clear();
         self.counted(invalidating.drain())
     }
-    /// Forgets contexts of sources and drains every slot of such a source. A port that comes later looks its context up
-    /// after the clearing, because both go through the lock of the sources.
+    /// Forgets contexts of sources and drains every slot of such a source.
     fn forget_contexts_of(&self, target: SourceId, mask: FunctionMask) -> PendingDrain {
         let invalidating = self.drains.move_context_generation(Scope::Everything);
         self.contexts.invalidate_device(target, mask);
         // The drains below are narrower than the scope named above, which only the drain of `invalidating` would use.
         drop(invalidating);
+        self.counted(self.drain_slots_of(|source| mask.matches(target, source)))
+    }
+    /// Drains every slot of the sources that are meant. A port that comes later looks everything up after what the caller
+    /// cleared, because both go through the lock of the sources.
+    fn drain_slots_of(&self, is_meant: impl Fn(SourceId) -> bool) -> PendingDrain {
         let meant: Vec<SlotIndex> = (0u16..)
             .zip(self.lock_sources().iter())
-            .filter(|(_, source)| source.is_some_and(|source| mask.matches(target, source)))
+            .filter(|(_, source)| source.is_some_and(&is_meant))
             .map(|(slot, _)| SlotIndex(slot))
             .collect();
-        let pending = meant
+        meant
             .into_iter()
             .map(|slot| self.drains.drain(Scope::Slot(slot)))
-            .fold(PendingDrain::none(), PendingDrain::and);
-        self.counted(pending)
+            .fold(PendingDrain::none(), PendingDrain::and)
     }
     fn counted(&self, pending: PendingDrain) -> PendingDrain {
-        self.invalidations.fetch_add(1, Ordering::Relaxed);
+        self.invalidations.all.fetch_add(1, Ordering::Relaxed);
         match pending.try_complete() {
             Ok(_drained) => PendingDrain::none(),
             Err(pending) => {
-                self.drains_waited.fetch_add(1, Ordering::Relaxed);
+                self.invalidations.waited.fetch_add(1, Ordering::Relaxed);
                 pending
             }
         }

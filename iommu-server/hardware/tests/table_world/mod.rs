@@ -5,11 +5,12 @@
 use std::collections::BTreeMap;
 
 use iommu_hardware::memory::NoMemoryAt;
+use iommu_hardware::vtd::spec::extent::{ByteExtent, extent_address};
 use iommu_hardware::vtd::spec::pte::{self, SecondStageEntry};
 use iommu_hardware::vtd::spec::root_context::{self, ContextEntry, RootEntry};
 use iommu_hardware::vtd::walk::{
-    Leaf, NoTrace, RootMode, RootTable, StepCollector, TableMemory, Trace, WalkFault, walk_context,
-    walk_second_stage,
+    Leaf, NoTrace, RootMode, RootTable, StepCollector, TableMemory, TableRules, Trace, WalkFault,
+    walk_context, walk_second_stage,
 };
 use iommu_types::{
     Access, Capabilities, DomainId, Hpa, Iova, PAGE_SIZE_BYTES, PageSize, Permissions, SourceId, Step,
@@ -64,6 +65,8 @@ impl TableMemory for MapMemory {
 pub struct World {
     pub memory: MapMemory,
     pub capabilities: Capabilities,
+    /// Whether the unit knows partial pages. Tables always have room for extents behind them.
+    pub byte_extents: bool,
     pub root: RootTable,
     pub source: SourceId,
     pub levels: u8,
@@ -79,6 +82,7 @@ impl World {
         let mut world = Self {
             memory: MapMemory::default(),
             capabilities: Capabilities::FULL,
+            byte_extents: false,
             root: RootTable { base: ROOT, mode: RootMode::Legacy },
             source: SourceId::at(1, 2, 3).expect("within bounds"),
             levels,
@@ -98,9 +102,23 @@ impl World {
         world.map(world.iova, Hpa::new(0x5000_0000), PageSize::Size4K, Permissions::READ_WRITE);
         world
     }
+    pub fn rules(&self) -> TableRules<'_> {
+        TableRules { capabilities: &self.capabilities, byte_extents: self.byte_extents }
+    }
+    /// Makes the (mapped) page of an address partial: its extent word is `word`.
+    pub fn set_extent_word(&mut self, iova: Iova, word: u64) {
+        let at = self.entry_at(iova, 1).expect("mapped in 4 KiB");
+        let raw = self.memory.word(at).expect("a table");
+        self.memory.store(at, raw | 1 << 52);
+        self.memory.store(extent_address(at.page_base(), iova).expect("fits"), word);
+    }
+    pub fn set_extent(&mut self, iova: Iova, first: u16, last: u16) {
+        let extent = ByteExtent::new(first, last).expect("in order");
+        self.set_extent_word(iova, extent.into_word());
+    }
     pub fn new_table(&mut self) -> Hpa {
         let table = Hpa::new(self.next_table);
-        self.next_table += PAGE_SIZE_BYTES;
+        self.next_table += 2 * PAGE_SIZE_BYTES;
         self.memory.add_frame(table);
         table
     }
@@ -167,7 +185,7 @@ impl World {
         let context = walk_context(&self.memory, &self.capabilities, self.root, self.source, trace)?;
         walk_second_stage(
             &self.memory,
-            &self.capabilities,
+            self.rules(),
             &context,
             None,
             self.iova,
@@ -185,7 +203,7 @@ impl World {
         walked
     }
     pub fn explain(&self) -> (Result<Leaf, WalkFault>, Vec<Step>) {
-        let mut collector = StepCollector::new(&self.capabilities);
+        let mut collector = StepCollector::new(self.rules());
         let outcome = self.walk_with(&mut collector);
         (outcome, collector.into_steps())
     }

@@ -7,16 +7,18 @@
 
 use iommu_hardware::memory::MappingRecord;
 use iommu_types::errors::{
-    BeyondWidth, InvalidField, MapError, RangeOverlaps, ReservedRange, SplitsMapping, Unaligned, UnmapError,
+    BeyondWidth, InvalidField, MapError, ModeRefuses, RangeOverlaps, ReservedRange, SplitsMapping, Unaligned,
+    UnmapError,
 };
 use iommu_types::{
     Capabilities, Gpa, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, Protection,
     RequestId,
 };
 
+use super::request::Tick;
 use super::table::Extent;
-use super::undone::{PendingUnmap, Revoked};
-use super::{Domain, RangeMapping};
+use super::undone::{IovaUse, PendingUnmap, Revoked};
+use super::{Domain, Mode, RangeMapping};
 use crate::boot::Kernel;
 use crate::frames::{FrameRun, frame_at};
 use crate::iova::INTERRUPT_PAGES;
@@ -50,7 +52,45 @@ pub struct MappingState {
 
 impl Domain {
     /// Maps memory at a fixed address. All or nothing.
-    pub fn map(&mut self, kernel: &Kernel, memory: &OwnerMemory, request: MapFixed) -> Result<(), MapError> {
+    pub fn map(
+        &mut self,
+        kernel: &Kernel,
+        memory: &OwnerMemory,
+        request: MapFixed,
+        now: Tick,
+    ) -> Result<(), MapError> {
+        self.check_mode()?;
+        let record = self.map_as(kernel, memory, request, MappingRecord::KIND_DOMAIN_API)?;
+        self.tell_fixed(&record, now, true);
+        Ok(())
+    }
+    /// Opens a buffer in a direct map.
+    pub(super) fn map_direct(
+        &mut self,
+        kernel: &Kernel,
+        memory: &OwnerMemory,
+        request: MapFixed,
+    ) -> Result<(), MapError> {
+        self.map_as(kernel, memory, request, MappingRecord::KIND_DIRECT).map(|_| ())
+    }
+    /// Which modes have addresses to choose.
+    fn check_mode(&self) -> Result<(), ModeRefuses> {
+        let why = match self.mode {
+            Mode::Strict | Mode::Deferred(_) => return Ok(()),
+            Mode::Passthrough => "has all memory of its owner mapped already",
+            Mode::Identity(_) => "has the memory's own addresses and none to choose; use the DMA API",
+            Mode::Bounce(_) => "shows devices shadow buffers only; use the DMA API",
+            Mode::Ring(_) => "has slots and no addresses to choose; use the DMA API",
+        };
+        Err(ModeRefuses { mode: self.protection().name().to_owned(), why: why.to_owned() })
+    }
+    fn map_as(
+        &mut self,
+        kernel: &Kernel,
+        memory: &OwnerMemory,
+        request: MapFixed,
+        kind: u8,
+    ) -> Result<MappingRecord, MapError> {
         assert!(memory.owner() == self.owner(), "a domain maps memory of its owner");
         self.check_map(&request)?;
         let first = request.iova.base().page_number();
@@ -67,7 +107,7 @@ impl Domain {
         let record = MappingRecord {
             permissions: request.permissions.bits(),
             protection: self.protection_code(),
-            kind: MappingRecord::KIND_DOMAIN_API,
+            kind,
             domain_id: self.id.get(),
             owner: self.account.tag(),
             iova: request.iova.base().get(),
@@ -77,7 +117,7 @@ impl Domain {
         };
         let index = self.grant(kernel, &record).inspect_err(|_| self.iovas.free_exact(first, pages))?;
         self.ranges.insert(first, RangeMapping { pages, record: index, is_fixed: true });
-        Ok(())
+        Ok(record)
     }
     fn check_map(&self, request: &MapFixed) -> Result<(), MapError> {
         let iova = request.iova;
@@ -88,8 +128,8 @@ impl Domain {
             let why = "must allow reading, writing or both".to_owned();
             return Err(InvalidField { field: "permissions".to_owned(), why }.into());
         }
-        if iova.last().get() >> self.width_bits != 0 {
-            return Err(BeyondWidth { iova: iova.last(), width_bits: self.width_bits }.into());
+        if iova.last().get() >> self.options.width_bits != 0 {
+            return Err(BeyondWidth { iova: iova.last(), width_bits: self.options.width_bits }.into());
         }
         let interrupts = Iova::new(INTERRUPT_PAGES.0 * PAGE_SIZE_BYTES);
         let after_interrupts = Iova::new(INTERRUPT_PAGES.1 * PAGE_SIZE_BYTES);
@@ -142,34 +182,57 @@ impl Domain {
         Some(Iova::new(kernel.records.records().get(index).1.iova))
     }
     /// Removes every fixed mapping inside `range`. When it covers a part of one only, nothing changes.
-    pub fn unmap(&mut self, kernel: &Kernel, range: IovaRange) -> Result<PendingUnmap, UnmapError> {
+    pub fn unmap(
+        &mut self,
+        kernel: &Kernel,
+        range: IovaRange,
+        now: Tick,
+    ) -> Result<PendingUnmap, UnmapError> {
         check_aligned("iova", range.base().get())?;
         check_aligned("size_bytes", range.size_bytes())?;
         let (first, last) = (range.base().page_number(), range.last().page_number());
         let splits = |page: u64| SplitsMapping { iova: Iova::new(page * PAGE_SIZE_BYTES) };
+        // A direct map is not the client's to take away.
+        let is_passthrough = self.is_passthrough();
         let below = self.ranges.range(..first).next_back();
-        if let Some((page, mapping)) = below.filter(|(_, mapping)| mapping.is_fixed)
+        if let Some((page, mapping)) = below.filter(|(_, mapping)| mapping.is_fixed && !is_passthrough)
             && page + mapping.pages > first
         {
             return Err(splits(*page).into());
         }
-        let inside = self.ranges.range(first..=last).filter(|(_, mapping)| mapping.is_fixed);
+        let inside =
+            self.ranges.range(first..=last).filter(|(_, mapping)| mapping.is_fixed && !is_passthrough);
         if let Some((page, _)) = inside.clone().find(|(page, mapping)| *page + mapping.pages - 1 > last) {
             return Err(splits(*page).into());
         }
         let inside: Vec<_> = inside.map(|(page, mapping)| (*page, *mapping)).collect();
         let mut remains = self.unfinished.fresh();
-        for (first, RangeMapping { pages, record, is_fixed }) in inside {
+        let records: Vec<_> = match self.sanitizer() {
+            Some(_) => {
+                inside.iter().map(|(_, mapping)| kernel.records.records().get(mapping.record).1).collect()
+            }
+            None => Vec::new(),
+        };
+        for (first, RangeMapping { pages, record, .. }) in inside {
             self.ranges.remove(&first);
             let size_bytes = pages * PAGE_SIZE_BYTES;
-            self.revoke(kernel, Revoked { first, pages, record, size_bytes, is_fixed }, &mut remains);
+            let iova = IovaUse::Fixed;
+            self.revoke(kernel, Revoked { first, pages, record, size_bytes, iova }, &mut remains);
         }
-        Ok(self.settle(kernel, remains))
+        let pending = self.settle(kernel, remains, now);
+        records.iter().for_each(|record| self.tell_fixed(record, now, false));
+        Ok(pending)
     }
     /// The protection as records keep it.
     pub(super) fn protection_code(&self) -> u8 {
-        match self.protection {
+        match self.options.protection {
             Protection::Strict => 1,
+            Protection::Passthrough => 2,
+            Protection::Deferred(_) => 3,
+            Protection::Shared => 4,
+            Protection::Persistent(_) => 5,
+            Protection::Bounce(_) => 6,
+            Protection::Ring(_) => 7,
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use iommu_hardware::memory::{MappingRecord, PinError, RecordIndex, RecordState};
 use iommu_types::errors::LimitReached;
-use iommu_types::{Hpa, PAGE_SIZE_BYTES, Permissions};
+use iommu_types::{Hpa, Iova, IovaRange, PAGE_SIZE_BYTES, Permissions};
 
 use super::table::Extent;
 use super::{Domain, Shortage};
@@ -17,21 +17,56 @@ const PINS_PER_FRAME_MAX: u64 = (1 << 31) - 1;
 impl Domain {
     /// Maps `self.extents` as `record` says: frames pinned → record *granting* → entries → record *live*.
     pub(super) fn grant(&mut self, kernel: &Kernel, record: &MappingRecord) -> Result<RecordIndex, Shortage> {
-        self.account.mappings.charge(1)?;
-        let index = self.charged_grant(kernel, record).inspect_err(|_| self.account.mappings.refund(1))?;
-        self.counters.mappings += 1;
-        self.counters.mapped_bytes += record.size_bytes;
-        self.counters.maps += 1;
-        Ok(index)
+        self.charged(record.size_bytes, |domain| {
+            let index = domain.claim(kernel)?;
+            domain.begin_and_end(kernel, index, record, |domain| {
+                let permissions = Permissions::from_bits_truncate(record.permissions);
+                let bytes = IovaRange::new(Iova::new(record.iova), record.size_bytes).ok();
+                domain.tables.map(kernel.memory(), &domain.extents, permissions, bytes);
+            });
+            Ok(index)
+        })
     }
-    fn charged_grant(&mut self, kernel: &Kernel, record: &MappingRecord) -> Result<RecordIndex, Shortage> {
-        self.account.mapped.charge(record.size_bytes)?;
-        let index = self.claim(kernel).inspect_err(|_| self.account.mapped.refund(record.size_bytes))?;
+    /// Makes the record of a mapping whose memory is opened otherwise, by `open`, between *granting* and *live*.
+    pub(super) fn note(
+        &mut self,
+        kernel: &Kernel,
+        record: &MappingRecord,
+        open: impl FnOnce(&mut Self),
+    ) -> Result<RecordIndex, Shortage> {
+        self.charged(record.size_bytes, |domain| {
+            let index = kernel.records.take(&mut domain.kept_records)?;
+            domain.begin_and_end(kernel, index, record, open);
+            Ok(index)
+        })
+    }
+    fn begin_and_end(
+        &mut self,
+        kernel: &Kernel,
+        index: RecordIndex,
+        record: &MappingRecord,
+        open: impl FnOnce(&mut Self),
+    ) {
         let records = kernel.records.records();
         records.begin(index, record);
-        let permissions = Permissions::from_bits_truncate(record.permissions);
-        self.tables.map(kernel.memory(), &self.extents, permissions);
+        open(self);
         records.set_state(index, RecordState::Live);
+    }
+    /// Charges the owner for a mapping that `grant` makes, or for nothing.
+    fn charged(
+        &mut self,
+        size_bytes: u64,
+        grant: impl FnOnce(&mut Self) -> Result<RecordIndex, Shortage>,
+    ) -> Result<RecordIndex, Shortage> {
+        self.account.mappings.charge(1)?;
+        self.account.mapped.charge(size_bytes).inspect_err(|_| self.account.mappings.refund(1))?;
+        let index = grant(self).inspect_err(|_| {
+            self.account.mappings.refund(1);
+            self.account.mapped.refund(size_bytes);
+        })?;
+        self.counters.mappings += 1;
+        self.counters.mapped_bytes += size_bytes;
+        self.counters.maps += 1;
         Ok(index)
     }
     /// Gets tables, a record and pins, or nothing.
@@ -46,8 +81,12 @@ impl Domain {
         }
         Ok(index)
     }
+    /// Takes back the pins of `self.extents`.
+    pub(super) fn unpin_frames(&self, kernel: &Kernel) {
+        frames_of(&self.extents).for_each(|frame| kernel.frames.array().unpin(frame));
+    }
     /// Pins every frame of `self.extents`, or none (I9).
-    fn pin_frames(&self, kernel: &Kernel) -> Result<(), LimitReached> {
+    pub(super) fn pin_frames(&self, kernel: &Kernel) -> Result<(), LimitReached> {
         let array = kernel.frames.array();
         for (done, frame) in frames_of(&self.extents).enumerate() {
             let error = match array.pin(frame, self.account.tag()) {

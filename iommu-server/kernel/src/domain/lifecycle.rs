@@ -5,27 +5,37 @@ use std::sync::Arc;
 
 use iommu_hardware::drain::{Drained, PendingDrain};
 use iommu_types::errors::{CreateDomainError, InvalidField};
-use iommu_types::{AddressWidths, Capabilities, Invalidation, Iova, IovaRange, Protection};
+use iommu_types::{
+    AddressWidths, Capabilities, DmaLimits, DomainOptions, Invalidation, Iova, IovaRange, MappingGranularity,
+    Protection,
+};
 
+use super::bounce::Shadows;
+use super::flush::FlushQueue;
+use super::identity::IdentityPages;
+use super::ledger::Ledger;
+use super::request::Tick;
+use super::ring::RingTables;
+use super::scatter::Groups;
 use super::table::Tables;
-use super::undone::{PendingUnmap, Revoked, Undone, Unfinished};
-use super::{Domain, DomainCounters, RangeMapping, Shortage};
+use super::undone::{IovaUse, PendingUnmap, Remains, Revoked, Undone, Unfinished};
+use super::{Domain, DomainCounters, Mode, RangeMapping, Shortage};
 use crate::account::OwnerAccount;
 use crate::boot::Kernel;
 use crate::iova::IovaAllocator;
 
 impl Kernel {
-    /// An empty domain. `width_bits` is 39, 48 or 57, as the unit supports it.
+    /// An empty domain. The choices must [make sense](DomainOptions::check), and the unit must support the width.
     pub fn create_domain(
         &self,
         account: &Arc<OwnerAccount>,
-        protection: Protection,
-        width_bits: u8,
+        options: DomainOptions,
     ) -> Result<Domain, CreateDomainError> {
-        let levels = levels(self.unit().capabilities(), width_bits)?;
+        options.check()?;
+        let levels = levels(self.unit().capabilities(), options.width_bits)?;
         account.domains.charge(1)?;
         let id = self.take_domain_id().inspect_err(|_| account.domains.refund(1))?;
-        let tables = Tables::new(self, account, levels).map_err(|shortage| {
+        let (tables, mode) = self.make_mode(account, options, levels).map_err(|shortage| {
             self.return_domain_id(id);
             account.domains.refund(1);
             match shortage {
@@ -33,26 +43,57 @@ impl Kernel {
                 Shortage::Memory(memory) => memory.into(),
             }
         })?;
-        Ok(Domain {
+        let mut domain = Domain {
             id,
             account: Arc::clone(account),
-            protection,
-            width_bits,
+            options,
+            limits: DmaLimits::default(),
+            mode,
             tables,
-            iovas: IovaAllocator::new(width_bits),
+            iovas: IovaAllocator::new(options.allocator, options.width_bits),
             ranges: BTreeMap::new(),
+            ledger: Ledger::default(),
+            groups: Groups::default(),
             unfinished: Unfinished::default(),
+            evicted: Vec::new(),
             kept_records: Vec::new(),
             counters: DomainCounters::default(),
             extents: Vec::new(),
             invalidated: Vec::new(),
-        })
+            sanitizer: None,
+            ring_sources: Vec::new(),
+        };
+        if options.sanitizer {
+            domain.make_sanitizer();
+        }
+        Ok(domain)
+    }
+    fn make_mode(
+        &self,
+        account: &OwnerAccount,
+        options: DomainOptions,
+        levels: u8,
+    ) -> Result<(Tables, Mode), Shortage> {
+        if let Protection::Ring(rings) = options.protection {
+            return Ok((Tables::none(), Mode::Ring(RingTables::new(self, account, rings)?)));
+        }
+        let has_extents = options.granularity == MappingGranularity::Byte;
+        let tables = Tables::new(self, account, levels, has_extents)?;
+        let mode = match options.protection {
+            Protection::Strict | Protection::Ring(_) => Mode::Strict,
+            Protection::Passthrough => Mode::Passthrough,
+            Protection::Deferred(deferral) => Mode::Deferred(FlushQueue::new(deferral)),
+            Protection::Shared => Mode::Identity(IdentityPages::new(None)),
+            Protection::Persistent(quota) => Mode::Identity(IdentityPages::new(Some(quota))),
+            Protection::Bounce(pool) => Mode::Bounce(Shadows::new(pool)),
+        };
+        Ok((tables, mode))
     }
     /// Destroys a domain that no source is attached to. Everything is unmapped and flushed; `finish` frees the rest after the drain, and
     /// only then may another domain get the identifier.
     pub fn destroy_domain(&self, domain: Domain) -> PendingDestroy {
         let mut domain = domain;
-        let (drain, undone) = domain.unmap_all(self).split();
+        let (drain, undone) = domain.revoke_all(self).split();
         let flush = self.unit().invalidate(Invalidation::IotlbDomain(domain.id));
         PendingDestroy { drain: drain.and(flush), domain, undone }
     }
@@ -92,6 +133,9 @@ impl PendingDestroy {
         let Self { mut domain, undone, .. } = self;
         domain.finish_unmap(kernel, undone, drained);
         domain.tables.destroy(kernel, &domain.account);
+        if let Mode::Ring(rings) = &mut domain.mode {
+            rings.destroy(kernel, &domain.account);
+        }
         kernel.records.put_all(&mut domain.kept_records);
         domain.account.domains.refund(1);
         kernel.return_domain_id(domain.id);
@@ -101,24 +145,53 @@ impl PendingDestroy {
 impl Domain {
     /// Removes every mapping, and takes over every unmap that was begun and not finished. Finishing one of those later does
     /// nothing.
-    pub fn unmap_all(&mut self, kernel: &Kernel) -> PendingUnmap {
+    pub fn unmap_all(&mut self, kernel: &Kernel, now: Tick) -> PendingUnmap {
+        let pending = self.revoke_all(kernel);
+        self.tell_all_unmapped(now);
+        pending
+    }
+    fn revoke_all(&mut self, kernel: &Kernel) -> PendingUnmap {
         let mut remains = self.unfinished.fresh();
+        self.revoke_groups(kernel, &mut remains);
         for (first, mapping) in std::mem::take(&mut self.ranges) {
             let RangeMapping { pages, record, is_fixed } = mapping;
             let size_bytes = kernel.records.records().get(record).1.size_bytes;
-            self.revoke(kernel, Revoked { first, pages, record, size_bytes, is_fixed }, &mut remains);
+            let iova = if is_fixed { IovaUse::Fixed } else { IovaUse::Allocated(0) };
+            self.revoke(kernel, Revoked { first, pages, record, size_bytes, iova }, &mut remains);
         }
         for (first, record) in self.tables.slots_from(0, usize::MAX) {
             let (_, facts) = kernel.records.records().get(record);
             let size_bytes = facts.size_bytes;
             let range = IovaRange::new(Iova::new(facts.iova), size_bytes).expect("a record of ours");
-            let pages = range.pages_touched();
+            let (pages, iova) = (range.pages_touched(), IovaUse::Allocated(0));
             self.tables.clear_slot(first);
-            self.revoke(kernel, Revoked { first, pages, record, size_bytes, is_fixed: false }, &mut remains);
+            self.revoke(kernel, Revoked { first, pages, record, size_bytes, iova }, &mut remains);
         }
+        self.revoke_open(kernel, &mut remains);
         self.unfinished.take_all(&mut remains);
         // Page by page would be longer than everything at once.
         self.invalidated.clear();
-        self.settle_all(kernel, remains)
+        if let Mode::Ring(_) = self.mode {
+            return self.invalidate_rings(kernel, remains);
+        }
+        self.invalidate_domain(kernel, remains)
+    }
+    /// Revokes what the mode has opened by its own rules.
+    fn revoke_open(&mut self, kernel: &Kernel, remains: &mut Remains) {
+        for (_, record) in self.ledger.take_all().collect::<Vec<_>>() {
+            let size_bytes = kernel.records.records().get(record).1.size_bytes;
+            self.revoke_record(kernel, record, size_bytes, remains);
+        }
+        match &mut self.mode {
+            Mode::Strict | Mode::Passthrough => {}
+            Mode::Deferred(queue) => remains.append(&mut queue.take()),
+            Mode::Identity(pages) => {
+                for page in pages.take_all() {
+                    self.close_page(kernel, page, remains);
+                }
+            }
+            Mode::Bounce(_) => self.revoke_shadows(kernel, remains),
+            Mode::Ring(_) => self.revoke_slots(kernel, remains),
+        }
     }
 }

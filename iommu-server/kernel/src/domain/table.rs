@@ -13,8 +13,9 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use iommu_hardware::memory::{PhysicalMemory, RecordIndex};
+use iommu_hardware::vtd::spec::extent::{self, ByteExtent};
 use iommu_hardware::vtd::spec::pte::{self, ENTRIES_PER_TABLE, SecondStageEntry};
-use iommu_types::{Hpa, Iova, PAGE_SIZE_BYTES, PageSize, Permissions};
+use iommu_types::{Hpa, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions};
 
 use super::Shortage;
 use crate::account::OwnerAccount;
@@ -92,24 +93,87 @@ pub(super) struct Tables {
     nodes: Nodes,
     empty: Vec<Key>,
     /// Zeroed frames for tables.
-    spare: Vec<Hpa>,
+    spare: Spares,
+    /// Byte granularity: each leaf table is followed by its extent table.
+    has_extents: bool,
+    counters: TableCounters,
+}
+
+/// What the tables of a domain have cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct TableCounters {
+    /// Entries written or cleared.
+    pub(super) entry_writes: u64,
+    /// Tables put in place.
+    pub(super) tables_built: u64,
+    /// Tables taken out of the way.
+    pub(super) tables_reclaimed: u64,
+}
+
+/// Unused frames, zeroed.
+#[derive(Debug, Default)]
+struct Spares {
+    single: Vec<Hpa>,
+    /// Two neighbouring frames each: a leaf table and its extent table. Only with byte granularity.
+    pairs: Vec<Hpa>,
+}
+
+impl Spares {
+    fn frames(&self) -> u64 {
+        (self.single.len() + 2 * self.pairs.len()) as u64
+    }
+}
+
+/// How many tables are needed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Missing {
+    single: usize,
+    pairs: usize,
+}
+
+/// The frames of a table that is out of the way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Unhooked {
+    base: Hpa,
+    is_pair: bool,
 }
 
 impl Tables {
     /// An empty top-level table.
-    pub(super) fn new(kernel: &Kernel, account: &OwnerAccount, levels: u8) -> Result<Self, Shortage> {
-        let mut tables =
-            Self { top: Hpa::new(0), levels, nodes: Nodes::default(), empty: Vec::new(), spare: Vec::new() };
-        tables.stock_up(kernel, account, 1)?;
-        tables.top = tables.spare.pop().expect("one was stocked");
+    pub(super) fn new(
+        kernel: &Kernel,
+        account: &OwnerAccount,
+        levels: u8,
+        has_extents: bool,
+    ) -> Result<Self, Shortage> {
+        let mut tables = Self { levels, has_extents, ..Self::none() };
+        tables.stock_up(kernel, account, Missing { single: 1, pairs: 0 })?;
+        tables.top = tables.spare.single.pop().expect("one was stocked");
         tables.nodes.insert(key(levels, Iova::new(0)), Node::new(tables.top));
         Ok(tables)
+    }
+    /// No tables at all: those of a ring domain are elsewhere.
+    pub(super) fn none() -> Self {
+        Self {
+            top: Hpa::new(0),
+            levels: 0,
+            nodes: Nodes::default(),
+            empty: Vec::new(),
+            spare: Spares::default(),
+            has_extents: false,
+            counters: TableCounters::default(),
+        }
+    }
+    pub(super) fn counters(&self) -> TableCounters {
+        self.counters
     }
     pub(super) fn top(&self) -> (Hpa, u8) {
         (self.top, self.levels)
     }
     pub(super) fn bytes(&self) -> u64 {
-        (self.nodes.len() + self.spare.len()) as u64 * PAGE_SIZE_BYTES
+        let leaves =
+            if self.has_extents { self.nodes.keys().filter(|key| level_of(**key) == 1).count() } else { 0 };
+        ((self.nodes.len() + leaves) as u64 + self.spare.frames()) * PAGE_SIZE_BYTES
     }
     /// Whether a table stands below the entry that a page of `size` at `iova` would take.
     pub(super) fn has_table_under(&self, iova: Iova, size: PageSize) -> bool {
@@ -123,36 +187,56 @@ impl Tables {
         extents: &[Extent],
     ) -> Result<(), Shortage> {
         let missing = self.missing(extents);
-        if missing > self.spare.len() { self.stock_up(kernel, account, missing) } else { Ok(()) }
+        let is_stocked = missing.single <= self.spare.single.len() && missing.pairs <= self.spare.pairs.len();
+        if is_stocked { Ok(()) } else { self.stock_up(kernel, account, missing) }
     }
-    fn stock_up(&mut self, kernel: &Kernel, account: &OwnerAccount, wanted: usize) -> Result<(), Shortage> {
-        let before = self.spare.len();
-        let taken = (before..wanted).try_for_each(|_| {
-            account.tables.charge(PAGE_SIZE_BYTES)?;
-            let table = kernel.frames.allocate_table();
-            self.spare.push(table.inspect_err(|_| account.tables.refund(PAGE_SIZE_BYTES))?);
-            Ok(())
-        });
+    fn stock_up(&mut self, kernel: &Kernel, account: &OwnerAccount, wanted: Missing) -> Result<(), Shortage> {
+        let before = Missing { single: self.spare.single.len(), pairs: self.spare.pairs.len() };
+        let taken = self.take_frames(kernel, account, wanted);
         if taken.is_err() {
             self.give_back(kernel, account, before);
         }
         taken
     }
+    fn take_frames(
+        &mut self,
+        kernel: &Kernel,
+        account: &OwnerAccount,
+        wanted: Missing,
+    ) -> Result<(), Shortage> {
+        while self.spare.single.len() < wanted.single {
+            account.tables.charge(PAGE_SIZE_BYTES)?;
+            let table = kernel.frames.allocate_table();
+            self.spare.single.push(table.inspect_err(|_| account.tables.refund(PAGE_SIZE_BYTES))?);
+        }
+        while self.spare.pairs.len() < wanted.pairs {
+            account.tables.charge(2 * PAGE_SIZE_BYTES)?;
+            let pair = kernel.frames.allocate_table_pair();
+            self.spare.pairs.push(pair.inspect_err(|_| account.tables.refund(2 * PAGE_SIZE_BYTES))?);
+        }
+        Ok(())
+    }
     /// Returns spare frames until only `keep` are left. They are zeroed.
-    fn give_back(&mut self, kernel: &Kernel, account: &OwnerAccount, keep: usize) {
-        for table in self.spare.drain(keep.min(self.spare.len())..) {
+    fn give_back(&mut self, kernel: &Kernel, account: &OwnerAccount, keep: Missing) {
+        let Spares { single, pairs } = &mut self.spare;
+        for table in single.drain(keep.single.min(single.len())..) {
             kernel.frames.free_table(table);
             account.tables.refund(PAGE_SIZE_BYTES);
+        }
+        for pair in pairs.drain(keep.pairs.min(pairs.len())..) {
+            kernel.frames.free_table(pair);
+            kernel.frames.free_table(frame_at(pair, 1));
+            account.tables.refund(2 * PAGE_SIZE_BYTES);
         }
     }
     /// Returns spare frames beyond those that are always kept.
     pub(super) fn trim(&mut self, kernel: &Kernel, account: &OwnerAccount) {
-        self.give_back(kernel, account, SPARE_TABLES_MAX);
+        self.give_back(kernel, account, Missing { single: SPARE_TABLES_MAX, pairs: SPARE_TABLES_MAX });
     }
     /// Tables that do not exist yet. Extents ascend, so a table is counted once by looking at the one before.
-    fn missing(&self, extents: &[Extent]) -> usize {
+    fn missing(&self, extents: &[Extent]) -> Missing {
         let mut counted: [Option<Key>; LEVELS_MAX + 1] = [None; LEVELS_MAX + 1];
-        let mut missing = 0;
+        let mut missing = Missing::default();
         for table in extents.iter().flat_map(|extent| extent.tables()) {
             for level in table.level..self.levels {
                 let key = key(level, table.iova);
@@ -160,13 +244,28 @@ impl Tables {
                     break;
                 }
                 counted[usize::from(level)] = Some(key);
-                missing += 1;
+                if self.is_pair(level) {
+                    missing.pairs += 1;
+                } else {
+                    missing.single += 1;
+                }
             }
         }
         missing
     }
-    /// Writes the entries. `reserve` succeeded for these extents, and nothing is mapped there.
-    pub(super) fn map(&mut self, memory: &PhysicalMemory, extents: &[Extent], permissions: Permissions) {
+    fn is_pair(&self, level: u8) -> bool {
+        self.has_extents && level == 1
+    }
+    /// Writes the entries. `reserve` succeeded for these extents, and nothing is mapped there. With byte granularity `bytes` says which
+    /// are open: the first page and the last may be open in part.
+    pub(super) fn map(
+        &mut self,
+        memory: &PhysicalMemory,
+        extents: &[Extent],
+        permissions: Permissions,
+        bytes: Option<IovaRange>,
+    ) {
+        let has_extents = self.has_extents;
         for extent in extents {
             let mut page = 0;
             for part in extent.tables() {
@@ -174,19 +273,43 @@ impl Tables {
                 let at = entry_at(node.table, part.iova, part.level);
                 for entry in 0..part.entries {
                     let hpa = frame_at(extent.hpa, page * (extent.size.bytes() / PAGE_SIZE_BYTES));
-                    let leaf = SecondStageEntry::leaf(hpa, extent.size, permissions);
+                    let mut leaf = SecondStageEntry::leaf(hpa, extent.size, permissions);
+                    if let Some(bytes) = bytes.filter(|_| has_extents && part.level == 1) {
+                        let iova = Iova::new(part.iova.get() + entry * PAGE_SIZE_BYTES);
+                        let open = ByteExtent::of_page(bytes, iova.page_number());
+                        leaf = write_extent(memory, node.table, iova, open, leaf);
+                    }
                     store(memory, at, entry, leaf);
                     page += 1;
                 }
                 node.live += part.entries as u16;
+                self.counters.entry_writes += part.entries;
             }
         }
+    }
+    /// Writes the entry of a 4 KiB page that is mapped again, so that it allows more than before.
+    pub(super) fn reopen(
+        &mut self,
+        memory: &PhysicalMemory,
+        iova: Iova,
+        extent: ByteExtent,
+        permissions: Permissions,
+    ) {
+        let node = &self.nodes[&key(1, iova)];
+        let at = entry_at(node.table, iova, 1);
+        let leaf = SecondStageEntry::leaf(load(memory, at, 0).address(), PageSize::Size4K, permissions);
+        let leaf = if self.has_extents { write_extent(memory, node.table, iova, extent, leaf) } else { leaf };
+        store(memory, at, 0, leaf);
+        self.counters.entry_writes += 1;
     }
     /// The node of the table of `level` over `iova`, which is made of a spare frame when it does not exist.
     fn install(&mut self, memory: &PhysicalMemory, level: u8, iova: Iova) -> &mut Node {
         let key = key(level, iova);
         if !self.nodes.contains_key(&key) {
-            let table = self.spare.pop().expect("reserve got a frame for every table");
+            let spare = if self.is_pair(level) { &mut self.spare.pairs } else { &mut self.spare.single };
+            let table = spare.pop().expect("reserve got a frame for every table");
+            self.counters.tables_built += 1;
+            self.counters.entry_writes += 1;
             let parent = self.install(memory, level + 1, iova);
             store(memory, entry_at(parent.table, iova, level + 1), 0, SecondStageEntry::table(table));
             parent.live += 1;
@@ -218,9 +341,14 @@ impl Tables {
                 let leaf = load(memory, at, entry);
                 assert!(leaf.is_present(), "a mapping has an entry for each of its pages");
                 store(memory, at, entry, SecondStageEntry::new());
+                if leaf.partial_page() && self.has_extents {
+                    let page = Iova::new(iova.get() + entry * PAGE_SIZE_BYTES);
+                    store_extent(memory, node.table, page, 0);
+                }
                 append(frames, FrameRun { base: leaf.address(), frames: frames_per_entry });
             }
             node.live -= entries as u16;
+            self.counters.entry_writes += entries;
             if node.live == 0 && !node.is_listed && level != self.levels {
                 node.is_listed = true;
                 self.empty.push(key);
@@ -235,7 +363,7 @@ impl Tables {
     }
     /// Unhooks all empty tables when there are too many. Their frames may be reused only after a drain that invalidated the paging
     /// structures of the whole domain; returns whether there are any.
-    pub(super) fn unhook_empty(&mut self, memory: &PhysicalMemory, unhooked: &mut Vec<Hpa>) -> bool {
+    pub(super) fn unhook_empty(&mut self, memory: &PhysicalMemory, unhooked: &mut Vec<Unhooked>) -> bool {
         if self.empty.len() <= EMPTY_TABLES_MAX {
             return false;
         }
@@ -246,8 +374,11 @@ impl Tables {
             if node.live > 0 {
                 continue;
             }
-            unhooked.push(node.table);
+            let is_pair = self.has_extents && level_of(empty) == 1;
+            unhooked.push(Unhooked { base: node.table, is_pair });
             self.nodes.remove(&empty);
+            self.counters.tables_reclaimed += 1;
+            self.counters.entry_writes += 1;
             let (level, iova) = (level_of(empty) + 1, first_address(empty));
             let above = key(level, iova);
             let parent = self.nodes.get_mut(&above).expect("a table is reached through another");
@@ -261,22 +392,38 @@ impl Tables {
         unhooked.len() > before
     }
     /// Takes back frames of unhooked tables, after the drain. Their entries were all cleared.
-    pub(super) fn recycle(&mut self, kernel: &Kernel, account: &OwnerAccount, tables: &mut Vec<Hpa>) {
-        if !tables.is_empty() {
-            self.spare.append(tables);
-            self.trim(kernel, account);
+    pub(super) fn recycle(&mut self, kernel: &Kernel, account: &OwnerAccount, tables: &mut Vec<Unhooked>) {
+        if tables.is_empty() {
+            return;
         }
+        for Unhooked { base, is_pair } in tables.drain(..) {
+            if is_pair { self.spare.pairs.push(base) } else { self.spare.single.push(base) }
+        }
+        self.trim(kernel, account);
     }
     /// Returns every frame. Nothing may be cached any more.
     pub(super) fn destroy(&mut self, kernel: &Kernel, account: &OwnerAccount) {
-        self.spare.extend(self.nodes.drain().map(|(_, node)| node.table));
-        self.give_back(kernel, account, 0);
+        for (key, node) in self.nodes.drain() {
+            if self.has_extents && level_of(key) == 1 {
+                self.spare.pairs.push(node.table);
+            } else {
+                self.spare.single.push(node.table);
+            }
+        }
+        self.give_back(kernel, account, Missing::default());
     }
+
     // === slots: which DMA-API mapping begins at a page ===
     /// The record of the mapping that begins at a page.
     pub(super) fn slot(&self, page: u64) -> Option<RecordIndex> {
         let node = self.nodes.get(&leaf_key(page))?;
         RecordIndex(node.slots.as_ref()?[slot_index(page)].checked_sub(1)?).into()
+    }
+    /// The record of the nearest mapping with a slot that begins at a page or before it, under the same leaf table.
+    pub(super) fn slot_up_to(&self, page: u64) -> Option<RecordIndex> {
+        let slots = self.nodes.get(&leaf_key(page))?.slots.as_ref()?;
+        let nearest = slots[..=slot_index(page)].iter().rev().find_map(|slot| slot.checked_sub(1))?;
+        Some(RecordIndex(nearest))
     }
     pub(super) fn set_slot(&mut self, page: u64, record: RecordIndex) {
         let node = self.nodes.get_mut(&leaf_key(page)).expect("the mapping has a leaf table");
@@ -365,8 +512,28 @@ fn slot_index(page: u64) -> usize {
     (page % ENTRIES_PER_TABLE) as usize
 }
 
+/// Says which bytes of a page are open, before the entry that points to it is written: all of a page is no extent.
+fn write_extent(
+    memory: &PhysicalMemory,
+    leaf_table: Hpa,
+    iova: Iova,
+    open: ByteExtent,
+    leaf: SecondStageEntry,
+) -> SecondStageEntry {
+    if open == ByteExtent::WHOLE {
+        return leaf;
+    }
+    store_extent(memory, leaf_table, iova, open.into_word());
+    leaf.with_partial_page(true)
+}
+
+fn store_extent(memory: &PhysicalMemory, leaf_table: Hpa, iova: Iova, word: u64) {
+    let at = extent::extent_address(leaf_table, iova).expect("tables of ours lie in memory");
+    memory.store_u64(at, word).expect("tables of ours lie in memory");
+}
+
 /// Appends a run, merged with the one before when they touch.
-fn append(frames: &mut Vec<FrameRun>, run: FrameRun) {
+pub(super) fn append(frames: &mut Vec<FrameRun>, run: FrameRun) {
     match frames.last_mut() {
         Some(last) if last.base.checked_add(last.frames * PAGE_SIZE_BYTES) == Some(run.base) => {
             last.frames += run.frames;

@@ -7,9 +7,12 @@
 
 use iommu_hardware::drain::{Drained, PendingDrain};
 use iommu_hardware::memory::{RecordIndex, RecordState};
-use iommu_types::{DomainId, Hpa, Invalidation, Iova, IovaRange, PAGE_SIZE_BYTES};
+use iommu_types::{DomainId, Invalidation, Iova, IovaRange, PAGE_SIZE_BYTES, WalkCachePolicy};
 
-use super::Domain;
+use super::request::Tick;
+use super::ring::SlotPlace;
+use super::table::Unhooked;
+use super::{Domain, Mode};
 use crate::boot::Kernel;
 use crate::frames::FrameRun;
 
@@ -24,6 +27,19 @@ pub struct PendingUnmap {
 }
 
 impl PendingUnmap {
+    /// Nothing was unmapped.
+    pub(super) fn nothing(domain_id: DomainId) -> Self {
+        Self::answered(Undone { domain_id, place: None, mappings: 0, bytes: 0 })
+    }
+    /// What was unmapped needs no drain before it is answered.
+    pub(super) fn answered(undone: Undone) -> Self {
+        Self { undone, drain: PendingDrain::none() }
+    }
+    /// The same drain and release, told as what `undone` tells.
+    pub(super) fn telling(mut self, undone: &Undone) -> Self {
+        (self.undone.mappings, self.undone.bytes) = (undone.mappings, undone.bytes);
+        self
+    }
     /// The drain, to be awaited without a lock, and what is to be finished then.
     pub fn split(self) -> (PendingDrain, Undone) {
         (self.drain, self.undone)
@@ -42,6 +58,15 @@ pub struct Undone {
 }
 
 impl Undone {
+    /// What is told of these remains, without a place to release them from.
+    pub(super) fn told(domain_id: DomainId, remains: &Remains) -> Self {
+        Self { domain_id, place: None, mappings: remains.records.len() as u64, bytes: remains.bytes }
+    }
+    /// One mapping more is told.
+    pub(super) fn add(&mut self, size_bytes: u64) {
+        self.mappings += 1;
+        self.bytes += size_bytes;
+    }
     /// Bytes of the mappings removed.
     pub fn unmapped_bytes(&self) -> u64 {
         self.bytes
@@ -69,7 +94,11 @@ pub(super) struct Remains {
     pub(super) records: Vec<RecordIndex>,
     pub(super) iovas: Vec<FreedIova>,
     pub(super) frames: Vec<FrameRun>,
-    pub(super) tables: Vec<Hpa>,
+    pub(super) tables: Vec<Unhooked>,
+    /// Shadow buffers whose memory is given back: they are unpinned as `frames` are, and then freed.
+    pub(super) shadows: Vec<FrameRun>,
+    /// Slots of rings that may be used again.
+    pub(super) slots: Vec<SlotPlace>,
     pub(super) bytes: u64,
 }
 
@@ -78,15 +107,37 @@ pub(super) struct Remains {
 pub(super) struct FreedIova {
     pub(super) first: u64,
     pub(super) pages: u64,
-    pub(super) is_fixed: bool,
+    pub(super) iova: IovaUse,
+}
+
+/// Where the addresses of a mapping come from, and where they go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum IovaUse {
+    /// The allocator handed them out; they go back to the free addresses of this client.
+    Allocated(u8),
+    /// The client chose them, or they are those of the memory.
+    Fixed,
+    /// They are freed with something else: an element of a scatter-gather mapping.
+    Kept,
 }
 
 impl Remains {
-    fn append(&mut self, other: &mut Self) {
+    fn is_empty(&self) -> bool {
+        let Self { records, iovas, frames, tables, shadows, slots, bytes: _ } = self;
+        records.is_empty()
+            && iovas.is_empty()
+            && frames.is_empty()
+            && tables.is_empty()
+            && shadows.is_empty()
+            && slots.is_empty()
+    }
+    pub(super) fn append(&mut self, other: &mut Self) {
         self.records.append(&mut other.records);
         self.iovas.append(&mut other.iovas);
         self.frames.append(&mut other.frames);
         self.tables.append(&mut other.tables);
+        self.shadows.append(&mut other.shadows);
+        self.slots.append(&mut other.slots);
         self.bytes += std::mem::take(&mut other.bytes);
     }
 }
@@ -135,7 +186,7 @@ impl Unfinished {
             }
         }
     }
-    fn reuse(&mut self, remains: Remains) {
+    pub(super) fn reuse(&mut self, remains: Remains) {
         /// More than this are never under way in a well-behaved domain.
         const REUSABLE_MAX: usize = 16;
         /// Vectors that a large unmap has grown are not kept.
@@ -149,43 +200,73 @@ impl Unfinished {
 impl Domain {
     /// Takes one mapping out of the tables and notes what is left to release: record *revoking* → entries cleared.
     pub(super) fn revoke(&mut self, kernel: &Kernel, mapping: Revoked, remains: &mut Remains) {
-        let Revoked { first, pages, record, size_bytes, is_fixed } = mapping;
-        kernel.records.records().set_state(record, RecordState::Revoking);
+        let Revoked { first, pages, record, size_bytes, iova } = mapping;
+        self.revoke_record(kernel, record, size_bytes, remains);
         self.tables.unmap(kernel.memory(), first, pages, &mut remains.frames);
+        if iova != IovaUse::Kept {
+            remains.iovas.push(FreedIova { first, pages, iova });
+        }
+        note_range(&mut self.invalidated, first, pages);
+    }
+    /// Notes that a mapping's record is to be freed. What it opened is the caller's to close.
+    pub(super) fn revoke_record(
+        &mut self,
+        kernel: &Kernel,
+        record: RecordIndex,
+        size_bytes: u64,
+        remains: &mut Remains,
+    ) {
+        kernel.records.records().set_state(record, RecordState::Revoking);
         remains.records.push(record);
-        remains.iovas.push(FreedIova { first, pages, is_fixed });
         remains.bytes += size_bytes;
         self.counters.mappings -= 1;
         self.counters.mapped_bytes -= size_bytes;
         self.counters.unmaps += 1;
-        note_range(&mut self.invalidated, first, pages);
     }
-    /// Begins the one invalidation of everything revoked, and keeps what is to be released after its drain.
-    pub(super) fn settle(&mut self, kernel: &Kernel, remains: Remains) -> PendingUnmap {
-        self.settle_with(kernel, remains, false)
+    /// Closes a page that belongs to no one mapping.
+    pub(super) fn close_page(&mut self, kernel: &Kernel, page: u64, remains: &mut Remains) {
+        self.tables.unmap(kernel.memory(), page, 1, &mut remains.frames);
+        note_range(&mut self.invalidated, page, 1);
     }
-    /// As `settle`, with one invalidation of the whole domain.
-    pub(super) fn settle_all(&mut self, kernel: &Kernel, remains: Remains) -> PendingUnmap {
-        self.settle_with(kernel, remains, true)
-    }
-    fn settle_with(&mut self, kernel: &Kernel, mut remains: Remains, whole_domain: bool) -> PendingUnmap {
-        let mappings = remains.records.len() as u64;
-        let bytes = remains.bytes;
-        if mappings == 0 {
-            self.unfinished.reuse(remains);
-            let undone = Undone { domain_id: self.id, place: None, mappings: 0, bytes: 0 };
-            return PendingUnmap { undone, drain: PendingDrain::none() };
+    /// Begins what the mode does about everything revoked, and keeps what is to be released after its drain.
+    pub(super) fn settle(&mut self, kernel: &Kernel, remains: Remains, now: Tick) -> PendingUnmap {
+        match self.mode {
+            Mode::Deferred(_) if !remains.records.is_empty() => self.defer(kernel, remains, now),
+            _ => self.invalidate_now(kernel, remains),
         }
+    }
+    /// Begins the one invalidation of everything revoked.
+    pub(super) fn invalidate_now(&mut self, kernel: &Kernel, mut remains: Remains) -> PendingUnmap {
         // An unhooked table may be cached by any walk of the domain, so then all of the domain is invalidated.
-        let unhooked = self.tables.unhook_empty(kernel.memory(), &mut remains.tables);
-        let drain = if unhooked || whole_domain {
-            kernel.unit().invalidate(Invalidation::IotlbDomain(self.id))
-        } else {
-            kernel.unit().invalidate_pages(self.id, &self.invalidated, true)
-        };
+        if self.tables.unhook_empty(kernel.memory(), &mut remains.tables) {
+            return self.invalidate_domain(kernel, remains);
+        }
+        if self.invalidated.is_empty() {
+            return self.release_later(remains, PendingDrain::none());
+        }
+        let leaf_only = self.options.walk_cache == WalkCachePolicy::OnReclaim;
+        let drain = kernel.unit().invalidate_pages(self.id, &self.invalidated, leaf_only);
+        self.counters.invalidations += 1;
         self.invalidated.clear();
+        self.release_later(remains, drain)
+    }
+    /// Begins one invalidation of the whole domain.
+    pub(super) fn invalidate_domain(&mut self, kernel: &Kernel, mut remains: Remains) -> PendingUnmap {
+        self.tables.unhook_empty(kernel.memory(), &mut remains.tables);
+        let drain = kernel.unit().invalidate(Invalidation::IotlbDomain(self.id));
+        self.counters.invalidations += 1;
+        self.invalidated.clear();
+        self.release_later(remains, drain)
+    }
+    /// Keeps what is to be released after a drain.
+    pub(super) fn release_later(&mut self, remains: Remains, drain: PendingDrain) -> PendingUnmap {
+        let told = Undone::told(self.id, &remains);
+        if remains.is_empty() {
+            self.unfinished.reuse(remains);
+            return PendingUnmap { undone: told, drain };
+        }
         let place = Some(self.unfinished.put(remains));
-        PendingUnmap { undone: Undone { domain_id: self.id, place, mappings, bytes }, drain }
+        PendingUnmap { undone: Undone { place, ..told }, drain }
     }
     /// Releases what an unmap left, after its drain: records, addresses, pins, tables (I9).
     pub fn finish_unmap(&mut self, kernel: &Kernel, undone: Undone, drained: Drained) {
@@ -201,11 +282,22 @@ impl Domain {
             kernel.records.records().set_state(record, RecordState::Free);
             kernel.records.put(&mut self.kept_records, record);
         }
-        for FreedIova { first, pages, is_fixed } in remains.iovas.drain(..) {
-            if is_fixed { self.iovas.free_exact(first, pages) } else { self.iovas.free(first, pages) }
+        for FreedIova { first, pages, iova } in remains.iovas.drain(..) {
+            match iova {
+                IovaUse::Allocated(client) => self.iovas.free(first, pages, client),
+                IovaUse::Fixed => self.iovas.free_exact(first, pages),
+                IovaUse::Kept => unreachable!("kept addresses are not noted"),
+            }
         }
         for frame in remains.frames.drain(..).flat_map(FrameRun::iter) {
             kernel.frames.array().unpin(frame);
+        }
+        for shadow in remains.shadows.drain(..) {
+            kernel.frames.free(shadow, self.account.tag());
+            self.account.tables.refund(shadow.frames * PAGE_SIZE_BYTES);
+        }
+        for slot in remains.slots.drain(..) {
+            self.vacate(slot);
         }
         self.tables.recycle(kernel, &self.account, &mut remains.tables);
         self.account.mappings.refund(mappings);
@@ -220,7 +312,7 @@ pub(super) struct Revoked {
     pub(super) pages: u64,
     pub(super) record: RecordIndex,
     pub(super) size_bytes: u64,
-    pub(super) is_fixed: bool,
+    pub(super) iova: IovaUse,
 }
 
 /// Notes a range to invalidate, merged with the one before when it follows it.

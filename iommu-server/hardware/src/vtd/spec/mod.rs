@@ -1,9 +1,10 @@
-//! The bit layouts of VT-d 5.10, one file per kind: plain data that encodes and decodes, and nothing that behaves.
+//! The bit layouts of VT-d 5.10, one file per kind, and of our one extension ([`extent`]): plain data that encodes and decodes, and nothing that behaves.
 //!
 //! Every type here is a number with named fields. What a walk, a queue or a register file *does* with it is told
 //! where it is done; what is told here is where the bits are and which of them are reserved. Reserved bits survive
 //! `from_bits`, so that they can be checked.
 
+pub mod extent;
 pub mod invalidation;
 pub mod irte;
 pub mod pte;

@@ -1,9 +1,12 @@
 //! Second-stage page-table entries (VT-d 5.10 §9.8).
 //!
 //! ```text
-//!   63  62  61  60      52 51    HAW HAW-1            12 11  10 9 8 7  6    5  3 2 1 0
-//!  |ign|rsv|ign| ignored  | rsvd    | frame address     |SNP|i |D|A|PS|IPAT|EMT |i|W|R|
+//!   63  62  61  60      53 52   51    HAW HAW-1            12 11  10 9 8 7  6    5  3 2 1 0
+//!  |ign|rsv|ign| ignored  |part| rsvd    | frame address     |SNP|i |D|A|PS|IPAT|EMT |i|W|R|
 //! ```
+//!
+//! Bit 52 is one of those that the specification leaves to software. A unit with byte extents reads it in the leaf of a 4 KiB page (see
+//! [`extent`](super::extent)); to every other unit, and everywhere else, it is ignored.
 //!
 //! Bits 61 and 62 have a meaning only with SSIRWE, which is not built: 61 is ignored and 62 is reserved.
 
@@ -45,7 +48,7 @@ pub struct SecondStageEntry {
     /// Bits 51:12: number of the frame.
     #[bits(40)]
     pub frame: u64,
-    /// Bit 52, ignored by the walk: our mark of a page that is granted only in part.
+    /// Bit 52: our mark of a 4 KiB page that is granted only in part. Ignored by units without byte extents.
     pub partial_page: bool,
     /// Bits 60:53, ignored by the walk.
     #[bits(8)]

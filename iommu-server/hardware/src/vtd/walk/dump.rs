@@ -2,12 +2,13 @@
 
 use std::ops::ControlFlow;
 
-use iommu_types::{Capabilities, Hpa, Iova, Permissions, SourceId, Step};
+use iommu_types::{Hpa, Iova, Permissions, SourceId, Step};
 
 use super::second_stage::reserved_checks;
-use super::steps::table_step;
-use super::{RootTable, StepCollector, TableMemory, walk_context};
+use super::steps::{add_extent, table_step};
+use super::{RootTable, StepCollector, TableMemory, TableRules, walk_context};
 use crate::cache::ContextTranslation;
+use crate::vtd::spec::extent::extent_address;
 use crate::vtd::spec::pte::{ENTRIES_PER_TABLE, ENTRY_BYTES, SecondStageEntry, level_shift};
 
 /// Gives every present entry of `source` to `visit`, depth first: the root and context entries (present or not) without an
@@ -18,20 +19,20 @@ use crate::vtd::spec::pte::{ENTRIES_PER_TABLE, ENTRY_BYTES, SecondStageEntry, le
 /// How many entries come in all is bounded only by `visit`.
 pub fn dump(
     memory: &impl TableMemory,
-    capabilities: &Capabilities,
+    rules: TableRules<'_>,
     root: RootTable,
     source: SourceId,
     without_page_tables: bool,
     visit: &mut impl FnMut(Step, Option<Iova>) -> ControlFlow<()>,
 ) -> ControlFlow<()> {
-    let mut collector = StepCollector::new(capabilities);
-    let context = walk_context(memory, capabilities, root, source, &mut collector);
+    let mut collector = StepCollector::new(rules);
+    let context = walk_context(memory, rules.capabilities, root, source, &mut collector);
     for step in collector.into_steps() {
         visit(step, None)?;
     }
     match context.map(|context| context.translation) {
         Ok(ContextTranslation::SecondStage { table, levels }) if !without_page_tables => {
-            let mut tables = Tables { memory, capabilities, visit };
+            let mut tables = Tables { memory, rules, visit };
             tables.dump(table, levels, 0, Permissions::READ_WRITE)
         }
         _ => ControlFlow::Continue(()),
@@ -40,13 +41,13 @@ pub fn dump(
 
 struct Tables<'a, M, V> {
     memory: &'a M,
-    capabilities: &'a Capabilities,
+    rules: TableRules<'a>,
     visit: &'a mut V,
 }
 
 impl<M: TableMemory, V: FnMut(Step, Option<Iova>) -> ControlFlow<()>> Tables<'_, M, V> {
     fn dump(&mut self, table: Hpa, level: u8, base: u64, above: Permissions) -> ControlFlow<()> {
-        let checks = reserved_checks(self.capabilities);
+        let checks = reserved_checks(self.rules.capabilities);
         for index in 0..ENTRIES_PER_TABLE {
             let Some(at) = table.checked_add(index * ENTRY_BYTES) else { break };
             let iova = base | index << level_shift(level);
@@ -56,14 +57,23 @@ impl<M: TableMemory, V: FnMut(Step, Option<Iova>) -> ControlFlow<()>> Tables<'_,
                 continue;
             }
             let permissions = entry.map_or(above, |entry| above.intersection(entry.permissions()));
-            (self.visit)(table_step(self.capabilities, level, at, raw, permissions), Some(Iova::new(iova)))?;
+            let sound =
+                entry.is_some_and(|entry| entry.into_bits() & entry.reserved_bits(level, checks) == 0);
+            let mut step = table_step(self.rules, level, at, raw, permissions);
+            if sound && self.is_partial(level, entry) {
+                let extent_at = extent_address(table, Iova::new(iova));
+                add_extent(&mut step, extent_at.and_then(|at| self.memory.load_u64(at).ok()));
+            }
+            (self.visit)(step, Some(Iova::new(iova)))?;
             // Nothing of a table without memory can be read.
             let Some(entry) = entry else { break };
-            let sound = entry.into_bits() & entry.reserved_bits(level, checks) == 0;
             if sound && !entry.is_leaf_at(level) {
                 self.dump(entry.address(), level - 1, iova, permissions)?;
             }
         }
         ControlFlow::Continue(())
+    }
+    fn is_partial(&self, level: u8, entry: Option<SecondStageEntry>) -> bool {
+        self.rules.byte_extents && level == 1 && entry.is_some_and(|entry| entry.partial_page())
     }
 }

@@ -3,11 +3,12 @@
 //!
 //! ```text
 //! RTADDR ─► root[bus] ─► context[devfn] ─► level 5 ─► level 4 ─► level 3 ─► level 2 ─► level 1 ─► page
-//!              8 1 A          9 2 B 3        (3 at the top-level table, 7 below it, C)      5 6 E
+//!              8 1 A          9 2 B 3        (3 at the top-level table, 7 below it, C)   5 6 (7 E8) E
 //! ```
 //!
 //! The digits are the fault reasons, in the order in which they are looked for. What the tables say is believed only as far
-//! as it was checked, so nonsense in them ends in a fault and never in a panic or in more than five table reads.
+//! as it was checked, so nonsense in them ends in a fault and never in a panic or in more than five table reads. Those in brackets
+//! are met by partial pages only, whose extent is one read more.
 //!
 //! **Architecture invariant (I2):** the permissions of a [`Leaf`] are the AND over every entry that led to it.
 //!
@@ -24,8 +25,9 @@ pub use dump::dump;
 pub use second_stage::walk_second_stage;
 pub use steps::StepCollector;
 
-use iommu_types::{FaultReason, Hpa, PageSize, Permissions};
+use iommu_types::{Capabilities, FaultReason, Hpa, PageSize, Permissions};
 
+use super::spec::extent::ByteExtent;
 use crate::memory::{NoMemoryAt, PhysicalMemory};
 
 /// Where table entries come from: physical memory in production, a map in tests.
@@ -47,6 +49,15 @@ impl TableMemory for PhysicalMemory {
     }
 }
 
+/// How a unit reads second-stage tables.
+#[derive(Clone, Copy, Debug)]
+pub struct TableRules<'a> {
+    /// What its capabilities say.
+    pub capabilities: &'a Capabilities,
+    /// Whether bit 52 of a leaf means that its page is partial ([`extent`](super::spec::extent)). Without it the bit is ignored.
+    pub byte_extents: bool,
+}
+
 /// Sees every entry that a walk reads; `None` stands for an entry that could not be read. [`NoTrace`] compiles to nothing.
 pub trait Trace {
     /// A root entry.
@@ -63,6 +74,11 @@ pub trait Trace {
     #[inline]
     fn read_table(&mut self, level: u8, at: Hpa, raw: Option<u64>, permissions: Permissions) {
         let _ = (level, at, raw, permissions);
+    }
+    /// The extent of the partial page whose entry was read last.
+    #[inline]
+    fn read_extent(&mut self, at: Hpa, raw: Option<u64>) {
+        let _ = (at, raw);
     }
 }
 
@@ -136,6 +152,8 @@ pub struct Leaf {
     pub size: PageSize,
     /// The AND over all levels.
     pub permissions: Permissions,
+    /// The part that is open; `None` when all of the page is.
+    pub extent: Option<ByteExtent>,
 }
 
 /// Where writes are interrupts: FEE0_0000 to FEEF_FFFF (VT-d 5.10 §3.14). No translation may end there.

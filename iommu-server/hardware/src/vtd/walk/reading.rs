@@ -4,8 +4,10 @@
 
 use iommu_types::{Capabilities, PageSize};
 
+use super::TableRules;
 use super::context::{is_reserved_domain, is_widest};
 use super::second_stage::reserved_checks;
+use crate::vtd::spec::extent::ByteExtent;
 use crate::vtd::spec::pte::SecondStageEntry;
 use crate::vtd::spec::root_context::{ContextEntry, RootEntry, TranslationType};
 
@@ -54,7 +56,7 @@ pub fn context(raw: u128, capabilities: &Capabilities) -> String {
 }
 
 /// An entry of a second-stage table of `level`.
-pub fn second_stage(raw: u64, level: u8, capabilities: &Capabilities) -> String {
+pub fn second_stage(raw: u64, level: u8, rules: TableRules<'_>) -> String {
     let entry = SecondStageEntry::from_bits(raw);
     if !entry.is_present() {
         return "not present".to_owned();
@@ -65,11 +67,21 @@ pub fn second_stage(raw: u64, level: u8, capabilities: &Capabilities) -> String 
         Some(size) => format!("present, {permissions}, {size} page {address}"),
         None => format!("present, {permissions}, table {address}"),
     };
-    if entry.is_leaf_at(level) && entry.partial_page() {
+    if rules.byte_extents && level == 1 && entry.partial_page() {
         words.push_str(", granted in part");
     }
-    append_reserved(&mut words, u128::from(raw & entry.reserved_bits(level, reserved_checks(capabilities))));
+    let reserved_bits = entry.reserved_bits(level, reserved_checks(rules.capabilities));
+    append_reserved(&mut words, u128::from(raw & reserved_bits));
     words
+}
+
+/// The extent of a partial page, to be said after its entry; `None` when it could not be read.
+pub fn extent(raw: Option<u64>) -> String {
+    match raw.map(|raw| (raw, ByteExtent::from_word(raw))) {
+        None => format!("but {UNREADABLE} for its extent"),
+        Some((_, Some(extent))) => extent.to_string(),
+        Some((raw, None)) => format!("no byte (extent {raw:#x} is not valid)"),
+    }
 }
 
 fn append_reserved(words: &mut String, reserved_set: u128) {

@@ -2,9 +2,10 @@
 
 use iommu_types::{Access, Capabilities, FaultReason, Hpa, Iova, PageSize, Permissions};
 
-use super::{Leaf, TableMemory, Trace, WalkFault, is_interrupt_range};
+use super::{Leaf, TableMemory, TableRules, Trace, WalkFault, is_interrupt_range};
 use crate::cache::{CachedContext, ContextTranslation, PagingEntry};
 use crate::vtd::spec::beyond_host_width;
+use crate::vtd::spec::extent::{ByteExtent, extent_address};
 use crate::vtd::spec::pte::{ReservedChecks, SecondStageEntry, entry_address, level_shift};
 
 /// The highest level of a table that the paging-structure cache keeps.
@@ -23,7 +24,7 @@ const CACHED_TABLE_LEVEL_MAX: u8 = 3;
 )]
 pub fn walk_second_stage(
     memory: &impl TableMemory,
-    capabilities: &Capabilities,
+    rules: TableRules<'_>,
     context: &CachedContext,
     start: Option<PagingEntry>,
     iova: Iova,
@@ -32,6 +33,7 @@ pub fn walk_second_stage(
     trace: &mut impl Trace,
     mut on_table: impl FnMut(PagingEntry),
 ) -> Result<Leaf, WalkFault> {
+    let capabilities = rules.capabilities;
     let fault = |reason| WalkFault::qualified(reason, context.fault_processing_disable);
     let (top, levels) = match context.translation {
         ContextTranslation::SecondStage { table, levels } => (table, levels),
@@ -81,7 +83,29 @@ pub fn walk_second_stage(
     };
     let size = PageSize::at_level(level).expect("the checks let a page stand only at levels 1 to 3");
     check_permissions(capabilities, permissions, access, size_bytes).map_err(fault)?;
-    outside_interrupt_range(leaf.address(), size, permissions, iova).map_err(fault)
+    let extent = if rules.byte_extents && level == 1 && leaf.partial_page() {
+        Some(open_bytes(memory, table, iova, size_bytes, trace).map_err(fault)?)
+    } else {
+        None
+    };
+    let page = outside_interrupt_range(leaf.address(), size, permissions, iova).map_err(fault)?;
+    Ok(Leaf { extent, ..page })
+}
+
+/// The extent of a partial page, which must admit the access.
+fn open_bytes(
+    memory: &impl TableMemory,
+    table: Hpa,
+    iova: Iova,
+    size_bytes: u32,
+    trace: &mut impl Trace,
+) -> Result<ByteExtent, FaultReason> {
+    let at = extent_address(table, iova).ok_or(FaultReason::TABLE_ACCESS)?;
+    let raw = memory.load_u64(at).ok();
+    trace.read_extent(at, raw);
+    let raw = raw.ok_or(FaultReason::TABLE_ACCESS)?;
+    let admitting = |extent: &ByteExtent| extent.admits(iova.page_offset(), size_bytes);
+    ByteExtent::from_word(raw).filter(admitting).ok_or(FaultReason::BYTES_DENIED)
 }
 
 /// What the unit's capabilities make reserved.
@@ -149,7 +173,7 @@ fn outside_interrupt_range(
         size != PageSize::Size4K && page.get() & !(size.bytes() - 1) == 0xfee0_0000 & !(size.bytes() - 1);
     if touches {
         let piece = Hpa::new(page.get() | offset).page_base();
-        return Ok(Leaf { hpa: piece, size: PageSize::Size4K, permissions });
+        return Ok(Leaf { hpa: piece, size: PageSize::Size4K, permissions, extent: None });
     }
-    Ok(Leaf { hpa: page, size, permissions })
+    Ok(Leaf { hpa: page, size, permissions, extent: None })
 }

@@ -1,21 +1,21 @@
 //! The tracer of Explain: every entry that a walk reads, with its raw value and in words.
 
-use iommu_types::{Capabilities, Hpa, Permissions, Step, Structure};
+use iommu_types::{Hpa, Permissions, Step, Structure};
 
-use super::{Trace, reading};
+use super::{TableRules, Trace, reading};
 use crate::vtd::spec::{pte, root_context};
 
 /// Collects the steps of a walk.
 #[derive(Clone, Debug)]
-pub struct StepCollector {
-    capabilities: Capabilities,
+pub struct StepCollector<'a> {
+    rules: TableRules<'a>,
     steps: Vec<Step>,
 }
 
-impl StepCollector {
-    /// A collector for walks of a unit with these capabilities.
-    pub fn new(capabilities: &Capabilities) -> Self {
-        Self { capabilities: *capabilities, steps: Vec::new() }
+impl<'a> StepCollector<'a> {
+    /// A collector for walks of a unit that reads its tables so.
+    pub fn new(rules: TableRules<'a>) -> Self {
+        Self { rules, steps: Vec::new() }
     }
     /// The steps, in the order in which they were made.
     pub fn into_steps(self) -> Vec<Step> {
@@ -23,16 +23,20 @@ impl StepCollector {
     }
 }
 
-impl Trace for StepCollector {
+impl Trace for StepCollector<'_> {
     fn read_root(&mut self, at: Hpa, raw: Option<u128>) {
-        self.steps.push(wide_step(Structure::Root, at, raw, |raw| reading::root(raw, &self.capabilities)));
+        let capabilities = self.rules.capabilities;
+        self.steps.push(wide_step(Structure::Root, at, raw, |raw| reading::root(raw, capabilities)));
     }
     fn read_context(&mut self, at: Hpa, raw: Option<u128>) {
-        self.steps
-            .push(wide_step(Structure::Context, at, raw, |raw| reading::context(raw, &self.capabilities)));
+        let capabilities = self.rules.capabilities;
+        self.steps.push(wide_step(Structure::Context, at, raw, |raw| reading::context(raw, capabilities)));
     }
     fn read_table(&mut self, level: u8, at: Hpa, raw: Option<u64>, permissions: Permissions) {
-        self.steps.push(table_step(&self.capabilities, level, at, raw, permissions));
+        self.steps.push(table_step(self.rules, level, at, raw, permissions));
+    }
+    fn read_extent(&mut self, _at: Hpa, raw: Option<u64>) {
+        add_extent(self.steps.last_mut().expect("the entry of the page comes before its extent"), raw);
     }
 }
 
@@ -50,7 +54,7 @@ fn wide_step(structure: Structure, at: Hpa, raw: Option<u128>, read: impl FnOnce
 
 /// The step of one second-stage entry.
 pub(super) fn table_step(
-    capabilities: &Capabilities,
+    rules: TableRules<'_>,
     level: u8,
     at: Hpa,
     raw: Option<u64>,
@@ -63,9 +67,13 @@ pub(super) fn table_step(
         low: raw,
         high: None,
         permissions: Some(permissions),
-        reading: raw.map_or_else(
-            || reading::UNREADABLE.to_owned(),
-            |raw| reading::second_stage(raw, level, capabilities),
-        ),
+        reading: raw
+            .map_or_else(|| reading::UNREADABLE.to_owned(), |raw| reading::second_stage(raw, level, rules)),
     }
+}
+
+/// The extent belongs to the entry of its page, so the two are one step.
+pub(super) fn add_extent(step: &mut Step, raw: Option<u64>) {
+    step.high = raw;
+    step.reading.push_str(&format!(": {}", reading::extent(raw)));
 }
