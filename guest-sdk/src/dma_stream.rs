@@ -16,7 +16,7 @@ use iommu_proto::pb;
 use iommu_proto::pb::dma_stream_request::Batch as WireBatch;
 use iommu_proto::pb::driver_service_client::DriverServiceClient;
 use iommu_types::errors::{DmaMapError, DmaUnmapError, InvalidField, LimitReached};
-use iommu_types::{DeviceAddress, Direction, GpaRange, Iova};
+use iommu_types::{DeviceAddress, Direction, DmaAttributes, GpaRange, Iova};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
@@ -26,7 +26,7 @@ use crate::connection::{RETRY_FIRST, RETRY_LONGEST, may_retry};
 use crate::driver::{DriverCore, client};
 use crate::error::of_status;
 use crate::requests::RequestInFlight;
-use crate::{Never, SdkError, TransportError};
+use crate::{MapOptions, Never, SdkError, TransportError, UnmapOptions};
 
 /// The client of DriverService.
 pub(crate) type Client = DriverServiceClient<Channel>;
@@ -47,7 +47,7 @@ pub struct DmaStream {
 #[must_use = "mappings whose addresses nobody awaits cannot be unmapped"]
 pub struct MapTicket(oneshot::Receiver<Answer<Iova, DmaMapError>>);
 
-/// Unmaps on their way: awaiting it tells when all are unmapped and drained (I1), and which were refused.
+/// Unmaps on their way: awaiting it tells when all are unmapped (and in a strict domain drained, I1), and which were refused.
 #[derive(Debug)]
 #[must_use = "an unmap is done only when it is answered"]
 pub struct UnmapTicket(oneshot::Receiver<Answer<(), DmaUnmapError>>);
@@ -97,11 +97,23 @@ impl DmaStream {
     /// the window of request IDs is full. Sizes of 4 GiB and more need
     /// [`Driver::dma_map_single`](crate::Driver::dma_map_single).
     pub async fn map(&self, memory: &[GpaRange], direction: Direction) -> Result<MapTicket, SdkError<Never>> {
+        self.map_with(memory, direction, MapOptions::default()).await
+    }
+
+    /// The same with attributes and ring, for all of the batch.
+    pub async fn map_with(
+        &self,
+        memory: &[GpaRange],
+        direction: Direction,
+        options: MapOptions,
+    ) -> Result<MapTicket, SdkError<Never>> {
         let sizes = memory.iter().map(|range| size(range.size_bytes())).collect::<Result<_, _>>()?;
         let batch = WireBatch::Map(pb::DmaMapBatch {
             gpa: memory.iter().map(|range| range.base().get()).collect(),
             size_bytes: equal_or_each(sizes),
             direction: wire_direction(direction),
+            attributes: wire_attributes(options.attributes),
+            ring: options.ring.into(),
         });
         let (reply, ticket) = oneshot::channel();
         self.send(batch, memory.len(), Reply::Map(reply)).await?;
@@ -109,17 +121,30 @@ impl DmaStream {
     }
 
     /// Sends a batch of unmaps: the address and size of each mapping, all of one direction. One drain for all
-    /// of them.
+    /// of them, and in a ring domain one burst.
     pub async fn unmap(
         &self,
         mappings: &[(Iova, u64)],
         direction: Direction,
+    ) -> Result<UnmapTicket, SdkError<Never>> {
+        self.unmap_with(mappings, direction, UnmapOptions::default()).await
+    }
+
+    /// The same with attributes, and with the choice to let the burst go on into the next batch.
+    pub async fn unmap_with(
+        &self,
+        mappings: &[(Iova, u64)],
+        direction: Direction,
+        options: UnmapOptions,
     ) -> Result<UnmapTicket, SdkError<Never>> {
         let sizes = mappings.iter().map(|&(_, size_bytes)| size(size_bytes)).collect::<Result<_, _>>()?;
         let batch = WireBatch::Unmap(pb::DmaUnmapBatch {
             iova: mappings.iter().map(|(iova, _)| iova.get()).collect(),
             size_bytes: equal_or_each(sizes),
             direction: wire_direction(direction),
+            attributes: wire_attributes(options.attributes),
+            // Absent is true.
+            end_of_burst: (!options.end_of_burst).then_some(false),
         });
         let (reply, ticket) = oneshot::channel();
         self.send(batch, mappings.len(), Reply::Unmap(reply)).await?;
@@ -156,7 +181,12 @@ fn size(size_bytes: u64) -> Result<u32, SdkError<Never>> {
     u32::try_from(size_bytes).map_err(|_| SdkError::Call(limit().into()))
 }
 
-pub(crate) fn wire_direction(direction: Direction) -> i32 {
+fn wire_attributes(attributes: DmaAttributes) -> Option<pb::DmaAttributes> {
+    let DmaAttributes { skip_cpu_sync, resource } = attributes;
+    (attributes != DmaAttributes::NONE).then_some(pb::DmaAttributes { skip_cpu_sync, resource })
+}
+
+fn wire_direction(direction: Direction) -> i32 {
     match direction {
         Direction::Bidirectional => pb::Direction::Bidirectional,
         Direction::ToDevice => pb::Direction::ToDevice,

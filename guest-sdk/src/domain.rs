@@ -1,37 +1,16 @@
-//! The domain API: address spaces in which the driver chooses the addresses (virtio-iommu's contract).
+//! Domains: address spaces with a protection mode, and the domain API, in which the driver chooses the addresses (virtio-iommu's
+//! contract).
 
 use std::sync::Arc;
 
 use iommu_proto::model::RequestHeader;
 use iommu_proto::pb;
 use iommu_types::errors::{AttachError, DestroyDomainError, MapError, UnmapError};
-use iommu_types::{DomainId, Gpa, Iova, Permissions};
+use iommu_types::{DomainId, DomainOptions, Gpa, Iova, Permissions};
 
 use crate::dma_stream::Client;
 use crate::driver::DriverCore;
 use crate::{DeviceHandle, SdkError};
-
-/// How many bits of address a domain translates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DomainWidth {
-    /// 39 bits, 3 levels of tables.
-    Bits39,
-    /// 48 bits, 4 levels.
-    Bits48,
-    /// 57 bits, 5 levels.
-    Bits57,
-}
-
-impl DomainWidth {
-    /// The number of bits.
-    pub const fn bits(self) -> u8 {
-        match self {
-            Self::Bits39 => 39,
-            Self::Bits48 => 48,
-            Self::Bits57 => 57,
-        }
-    }
-}
 
 /// A domain of this owner. It stays until it is destroyed or the session is reclaimed; dropping the value
 /// destroys nothing.
@@ -39,11 +18,12 @@ impl DomainWidth {
 pub struct Domain {
     driver: Arc<DriverCore>,
     id: DomainId,
+    options: DomainOptions,
 }
 
 impl Domain {
-    pub(crate) fn new(driver: Arc<DriverCore>, id: DomainId) -> Self {
-        Self { driver, id }
+    pub(crate) fn new(driver: Arc<DriverCore>, id: DomainId, options: DomainOptions) -> Self {
+        Self { driver, id, options }
     }
 
     /// Its identifier.
@@ -51,8 +31,13 @@ impl Domain {
         self.id
     }
 
+    /// What was chosen when it was created.
+    pub fn options(&self) -> DomainOptions {
+        self.options
+    }
+
     /// Maps `size_bytes` of memory at `gpa` to `iova`; all three are multiples of 4096. A range that touches
-    /// an existing mapping is refused whole.
+    /// an existing mapping is refused whole, and so is a fixed address where the mode gives the addresses.
     pub async fn map(
         &self,
         iova: Iova,

@@ -1,5 +1,4 @@
-//! The driver software of an owner: buffers, the DMA API, domains, interrupts, and the registers of its
-//! devices.
+//! The driver software of an owner: buffers, domains, interrupts, and the registers of its devices. The DMA API is in `dma.rs`.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,8 +10,8 @@ use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model::{self, RequestHeader};
 use iommu_proto::pb;
 use iommu_proto::pb::driver_service_client::DriverServiceClient;
-use iommu_types::errors::{AllocateError, CreateDomainError, DmaMapError};
-use iommu_types::{DeviceAddress, Direction, Generation, Gpa, GpaRange, Iova, Owner, Protection};
+use iommu_types::errors::{AllocateError, CreateDomainError};
+use iommu_types::{DeviceAddress, Direction, DomainOptions, Generation, Gpa, GpaRange, Iova, Owner};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
@@ -20,8 +19,8 @@ use crate::connection::Core;
 use crate::convert::bad_answer;
 use crate::requests::Requests;
 use crate::{
-    Buffer, Coherent, DeviceHandle, DmaMapping, DmaStream, Domain, DomainWidth, Faults, Inspect,
-    InterruptEvent, Memory, Never, SdkError, SessionLimits, Subscription, TransportError,
+    Buffer, DeviceHandle, Domain, Faults, Inspect, InterruptEvent, Memory, Never, Sanitizer, SdkError,
+    SessionLimits, Subscription, TransportError,
 };
 
 /// A mapping that was dropped without being unmapped, or whose unmap was dropped before its answer.
@@ -42,7 +41,7 @@ type LeakWatcher = Box<dyn Fn(LeakReport) + Send + Sync>;
 /// A driver's session. Cheap to clone; all clones are one session.
 #[derive(Clone, Debug)]
 pub struct Driver {
-    inner: Arc<DriverCore>,
+    pub(crate) inner: Arc<DriverCore>,
 }
 
 /// What a driver and all that it made share.
@@ -155,6 +154,11 @@ impl Driver {
         Faults::new(Arc::clone(&self.inner.core))
     }
 
+    /// What the DMA sanitizer reports on this owner's domains.
+    pub fn sanitizer(&self) -> Sanitizer {
+        Sanitizer::new(Arc::clone(&self.inner.core))
+    }
+
     /// This owner's devices and domains, inspected. Physical addresses are left out.
     pub fn inspect(&self) -> Inspect {
         Inspect::new(Arc::clone(&self.inner.core))
@@ -172,83 +176,31 @@ impl Driver {
         Ok(Buffer::new(Arc::clone(&self.inner), range))
     }
 
-    /// Maps memory for one DMA (Linux `dma_map_single`): any offset and size. The server chooses the address
-    /// and returns it; it has the offset of `memory` in its page. What Linux tells by
-    /// [`DMA_MAPPING_ERROR`](crate::DMA_MAPPING_ERROR) is `Err` here.
-    pub async fn dma_map_single(
-        &self,
-        device: &DeviceHandle,
-        memory: GpaRange,
-        direction: Direction,
-    ) -> Result<DmaMapping, SdkError<DmaMapError>> {
-        let device_address = device.address();
-        let message = |header: RequestHeader| -> pb::DmaMapRequest {
-            model::DmaMap { header, device: device_address, range: memory, direction }.into()
-        };
-        let answer = self
-            .inner
-            .mutate(message, |mut client, request| async move { client.dma_map(request).await })
-            .await?;
-        let iova = Iova::new(answer.iova);
-        Ok(DmaMapping::new(Arc::clone(&self.inner), device.address(), iova, memory, direction))
-    }
-
-    /// Maps part of one 4 KiB page (Linux `dma_map_page`): `size_bytes` from `offset` in the page that holds
-    /// `page`.
-    pub async fn dma_map_page(
-        &self,
-        device: &DeviceHandle,
-        page: Gpa,
-        offset: u64,
-        size_bytes: u64,
-        direction: Direction,
-    ) -> Result<DmaMapping, SdkError<DmaMapError>> {
-        let base = page.page_base().checked_add(offset);
-        let wraps = iommu_types::InvalidRange::Wraps { space: "gpa", base: page.get(), size_bytes };
-        let range = base.ok_or(wraps).and_then(|base| GpaRange::new(base, size_bytes));
-        let range = range.map_err(|invalid| SdkError::Refused(invalid.into()))?;
-        self.dma_map_single(device, range, direction).await
-    }
-
-    /// Allocates memory that CPU and device share for long (Linux `dma_alloc_coherent`), such as a descriptor
-    /// ring.
-    pub async fn dma_alloc_coherent(
-        &self,
-        device: &DeviceHandle,
-        size_bytes: u64,
-    ) -> Result<Coherent, SdkError<DmaMapError>> {
-        let message = |header: RequestHeader| pb::AllocateCoherentRequest {
-            header: Some(header.into()),
-            device: Some(device.address().into()),
-            size_bytes,
-        };
-        let answer = self
-            .inner
-            .mutate(message, |mut client, request| async move { client.allocate_coherent(request).await })
-            .await?;
-        let range = GpaRange::new(Gpa::new(answer.gpa), answer.size_bytes).map_err(bad_answer)?;
-        Ok(Coherent::new(Arc::clone(&self.inner), device.address(), range, Iova::new(answer.iova)))
-    }
-
-    /// A stream of map and unmap batches of one device, pipelined. It goes on over a reconnect.
-    pub fn dma_stream(&self, device: &DeviceHandle) -> DmaStream {
-        DmaStream::new(Arc::clone(&self.inner), device.address())
-    }
-
-    /// Creates an empty address space for the domain API.
-    pub async fn create_domain(
-        &self,
-        protection: Protection,
-        width: DomainWidth,
-    ) -> Result<Domain, SdkError<CreateDomainError>> {
+    /// Creates a domain: an empty address space with a protection mode of its own. Devices that are attached to it use it for the DMA
+    /// API too. Options that make no sense together are refused with the name of the field and the remedy.
+    ///
+    /// ```no_run
+    /// use guest_sdk::{DomainOptions, IovaAllocation, Protection};
+    ///
+    /// # async fn run(driver: guest_sdk::Driver, device: guest_sdk::DeviceHandle) -> Result<(), Box<dyn std::error::Error>> {
+    /// let options = DomainOptions::new(Protection::DEFERRED)
+    ///     .with_allocator(IovaAllocation::Classic)
+    ///     .with_sanitizer(true);
+    /// let domain = driver.create_domain(options).await?;
+    /// domain.attach(&device).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn create_domain(&self, options: DomainOptions) -> Result<Domain, SdkError<CreateDomainError>> {
         let message = |header: RequestHeader| -> pb::CreateDomainRequest {
-            model::CreateDomain { header, protection, width_bits: width.bits() }.into()
+            model::CreateDomain { header, options }.into()
         };
         let answer = self
             .inner
             .mutate(message, |mut client, request| async move { client.create_domain(request).await })
             .await?;
-        Ok(Domain::new(Arc::clone(&self.inner), crate::convert::domain_id(answer.domain_id)?))
+        let id = crate::convert::domain_id(answer.domain_id)?;
+        Ok(Domain::new(Arc::clone(&self.inner), id, options))
     }
 
     /// Interrupts of this owner's devices, from now on. Returns once the subscription stands, so that an

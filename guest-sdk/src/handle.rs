@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use iommu_proto::model::RequestHeader;
+use iommu_proto::model::{self, RequestHeader};
 use iommu_proto::pb;
-use iommu_types::errors::{AttachError, DetachError, InterruptError, MmioError};
-use iommu_types::{AccessWidth, DeviceAddress, DomainId, Iova};
+use iommu_types::errors::{AttachError, DetachError, DmaLimitsError, InterruptError, MmioError};
+use iommu_types::{AccessWidth, DeviceAddress, DmaLimits, DomainId, Iova};
 
 use crate::convert::{self, bad_answer};
 use crate::dma_stream::Client;
@@ -96,6 +96,46 @@ impl DeviceHandle {
         let answer = self.driver.mutate(message, call).await?;
         let vector = u8::try_from(answer.vector).map_err(bad_answer)?;
         Ok(MsiVector { address: Iova::new(answer.address), data: answer.data, vector })
+    }
+
+    /// What the device can address and how long its segments may be, for mappings made from now on.
+    pub async fn set_dma_limits(&self, limits: DmaLimits) -> Result<DmaLimits, SdkError<DmaLimitsError>> {
+        let DmaLimits { mask_bits, segment_bytes_max, segment_boundary_mask } = limits;
+        self.change_limits(Some(mask_bits), Some(segment_bytes_max), Some(segment_boundary_mask)).await
+    }
+
+    /// How many address bits the device has, 12 to 64 (Linux `dma_set_mask`). The other limits stay; all that are in force are returned.
+    pub async fn set_dma_mask(&self, mask_bits: u8) -> Result<DmaLimits, SdkError<DmaLimitsError>> {
+        self.change_limits(Some(mask_bits), None, None).await
+    }
+
+    /// The longest segment that the device takes, in bytes (Linux `dma_set_max_seg_size`).
+    pub async fn set_max_seg_size(&self, size_bytes: u64) -> Result<DmaLimits, SdkError<DmaLimitsError>> {
+        self.change_limits(None, Some(size_bytes), None).await
+    }
+
+    /// No segment crosses a multiple of `mask` plus 1 (Linux `dma_set_seg_boundary`).
+    pub async fn set_seg_boundary(&self, mask: u64) -> Result<DmaLimits, SdkError<DmaLimitsError>> {
+        self.change_limits(None, None, Some(mask)).await
+    }
+
+    /// The limits in force.
+    pub async fn dma_limits(&self) -> Result<DmaLimits, SdkError<DmaLimitsError>> {
+        self.change_limits(None, None, None).await
+    }
+
+    async fn change_limits(
+        &self,
+        mask_bits: Option<u8>,
+        segment_bytes_max: Option<u64>,
+        segment_boundary_mask: Option<u64>,
+    ) -> Result<DmaLimits, SdkError<DmaLimitsError>> {
+        let device = self.address;
+        let message = |header: RequestHeader| -> pb::SetDmaLimitsRequest {
+            model::SetDmaLimits { header, device, mask_bits, segment_bytes_max, segment_boundary_mask }.into()
+        };
+        let call = |mut client: Client, request| async move { client.set_dma_limits(request).await };
+        Ok(self.driver.mutate(message, call).await?.try_into().map_err(bad_answer)?)
     }
 
     /// Attaches the device to the owner's default domain of it, the one that the DMA API uses.

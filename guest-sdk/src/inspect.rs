@@ -6,7 +6,7 @@ use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model;
 pub use iommu_proto::model::{
     CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, IotlbEntry, MappingState, Mappings,
-    OwnerState, Topology, WalkStep,
+    OwnerState, RingCounters, Topology, WalkStep,
 };
 use iommu_proto::pb;
 use iommu_proto::pb::inspect_service_client::InspectServiceClient;

@@ -18,10 +18,14 @@
 //! buffer.write(0, &b"hello"[..]).await?;
 //! let mapping = driver.dma_map_single(&device, buffer.range(), Direction::ToDevice).await?;
 //! // … give mapping.iova() to the device, wait for it …
-//! mapping.unmap().await?; // answered after invalidation and drain; `mapping` is gone
+//! mapping.unmap().await?; // answered after invalidation and drain (strict); `mapping` is gone
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! How a mapping lives, and what its unmap promises, is the domain's choice: [`Driver::create_domain`] takes [`DomainOptions`] with one of
+//! seven [`Protection`] modes. A device that is not attached elsewhere is in its owner's default domain. What the modes cannot refuse, such
+//! as a use after unmap in a deferred domain, the sanitizer of the domain reports ([`Driver::sanitizer`]).
 //!
 //! Sizes are in bytes, addresses are typed by their space ([`Gpa`] for the owner's memory, [`Iova`] for the
 //! device's view). Every call ends with an [`SdkError`]: the operation's own refusal (an enum of
@@ -32,6 +36,8 @@ mod bare;
 mod buffer;
 mod connection;
 mod convert;
+mod dma;
+mod dma_pool;
 mod dma_stream;
 mod domain;
 mod driver;
@@ -45,30 +51,38 @@ mod memory;
 mod mmio;
 mod requests;
 mod roles;
+mod sanitizer;
+mod sg;
 mod subscription;
 
 pub use admin::{Admin, Peer};
 pub use bare::{BareClient, BareMachine, EventMessage, Machine, MachineDevice, MachineInterrupt};
 pub use buffer::Buffer;
 pub use connection::SessionLimits;
+pub use dma::{MapOptions, UnmapOptions};
+pub use dma_pool::{DestroyPoolError, DmaPool, PoolBlock};
 pub use dma_stream::{DmaStream, MapTicket, UnmapTicket};
-pub use domain::{Domain, DomainWidth};
+pub use domain::Domain;
 pub use driver::{Driver, LeakReport};
 pub use error::{Never, SdkError, TransportError};
 pub use faults::{FaultFilter, FaultList, Faults, NewFaults};
 pub use handle::DeviceHandle;
 pub use inspect::{
     AccessQuestion, CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, Inspect, IotlbEntry,
-    MappingState, Mappings, OwnerState, Topology, WalkStep,
+    MappingState, Mappings, OwnerState, RingCounters, Topology, WalkStep,
 };
 pub use interrupts::{Interrupt, InterruptEvent, MsiVector};
 pub use iommu_proto::channel::BadEndpoint;
 pub use iommu_types::errors::InspectError;
 pub use iommu_types::{
-    Access, AccessWidth, Capabilities, DeviceAddress, Direction, DomainId, Explanation, FaultRecord, Gpa,
-    GpaRange, Iova, Owner, Permissions, Protection, SourceId, errors,
+    Access, AccessWidth, Blame, BouncePool, Capabilities, Deferral, DeviceAddress, Direction, DmaAttributes,
+    DmaLimits, DomainId, DomainOptions, Explanation, FaultRecord, Gpa, GpaRange, Iova, IovaAllocation,
+    IovaRange, MappingGranularity, MappingLife, Owner, Permissions, PersistentQuota, Protection, ReportClass,
+    RequestId, Rings, SanitizerReport, SeenAccess, SourceId, Violation, WalkCachePolicy, errors,
 };
 pub use mapping::{Coherent, DMA_MAPPING_ERROR, DmaMapping};
 pub use memory::Memory;
 pub use roles::{Connection, Observer, Operator};
+pub use sanitizer::{NewReports, ReportList, Sanitizer, SanitizerFilter};
+pub use sg::DmaSgMapping;
 pub use subscription::Subscription;

@@ -10,7 +10,7 @@ use iommu_types::Owner;
 use iommu_types::errors::SessionError;
 
 use crate::connection::{Core, serving};
-use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, SdkError, TransportError};
+use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, Sanitizer, SdkError, TransportError};
 
 /// How long a call may take, retries included, unless said otherwise.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -95,6 +95,11 @@ impl Observer {
     /// The fault logs of all owners.
     pub fn faults(&self) -> Faults {
         Faults::new(Arc::clone(&self.core))
+    }
+
+    /// What the DMA sanitizer reports on the domains of all owners.
+    pub fn sanitizer(&self) -> Sanitizer {
+        Sanitizer::new(Arc::clone(&self.core))
     }
 }
 

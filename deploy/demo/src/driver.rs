@@ -7,8 +7,8 @@ use dma_engine::pattern;
 use dma_engine::registers::*;
 use dma_engine::ring::Descriptor;
 use guest_sdk::{
-    Access, AccessQuestion, Connection, DeviceAddress, Direction, Driver, FaultFilter, FaultRecord, Iova,
-    Observer, Owner, Permissions, Protection,
+    Access, AccessQuestion, Connection, DeviceAddress, Direction, DomainOptions, Driver, FaultFilter,
+    FaultRecord, Iova, Observer, Owner, Permissions, Protection,
 };
 use iommu_types::{Explanation, Fault, FaultReason, Outcome, Structure};
 use sha2::{Digest, Sha256};
@@ -280,7 +280,7 @@ impl Play {
             "the device is detached from its domain, so that its context entry is not present; it reads",
         )?;
         let device = self.engine.device().clone();
-        let domain = self.driver.create_domain(Protection::Strict, guest_sdk::DomainWidth::Bits48).await?;
+        let domain = self.driver.create_domain(DomainOptions::new(Protection::Strict)).await?;
         let buffer = self.driver.allocate(4096).await?;
         let iova = Iova::new(0x10_0000);
         domain.map(iova, buffer.gpa(), 4096, Permissions::READ_WRITE).await?;

@@ -56,6 +56,11 @@ pub(crate) struct State {
     /// The streams of FaultService.Watch, one after the other, and the tokens that they were asked with.
     pub(crate) faults: VecDeque<Vec<Result<pb::WatchFaultsResponse, Status>>>,
     pub(crate) fault_tokens: Vec<String>,
+    /// The same of SanitizerService.Watch.
+    pub(crate) reports: VecDeque<Vec<Result<pb::WatchReportsResponse, Status>>>,
+    pub(crate) report_tokens: Vec<String>,
+    /// Every message that was asked with, for those who ask what was sent.
+    sent: Vec<Box<dyn Any + Send>>,
     /// Bytes of a memory.
     pub(crate) memory: Vec<u8>,
 }
@@ -71,7 +76,8 @@ impl Fake {
             .add_service(pb::session_service_server::SessionServiceServer::new(self.clone()))
             .add_service(pb::driver_service_server::DriverServiceServer::new(self.clone()))
             .add_service(pb::memory_service_server::MemoryServiceServer::new(self.clone()))
-            .add_service(pb::fault_service_server::FaultServiceServer::new(self.clone()));
+            .add_service(pb::fault_service_server::FaultServiceServer::new(self.clone()))
+            .add_service(pb::sanitizer_service_server::SanitizerServiceServer::new(self.clone()));
         tokio::spawn(server.serve_with_incoming(incoming));
         format!("http://{address}")
     }
@@ -108,6 +114,15 @@ impl Fake {
 
     pub(crate) fn calls(&self, method: &str) -> Vec<u64> {
         self.state().calls.iter().filter(|(name, _)| *name == method).map(|&(_, id)| id).collect()
+    }
+
+    /// The messages of one type that were sent, in order.
+    pub(crate) fn sent<M: Clone + 'static>(&self) -> Vec<M> {
+        self.state().sent.iter().filter_map(|message| message.downcast_ref::<M>()).cloned().collect()
+    }
+
+    fn keep<M: Clone + Send + 'static>(&self, message: &M) {
+        self.state().sent.push(Box::new(message.clone()));
     }
 
     fn enter<M>(
@@ -177,6 +192,7 @@ macro_rules! driver_service {
         impl pb::driver_service_server::DriverService for Fake {
             $(async fn $method(&self, request: Request<pb::$request>) -> Result<Response<pb::$response>, Status> {
                 self.enter(stringify!($method), &request, request.get_ref().header.as_ref())?;
+                self.keep(request.get_ref());
                 self.scripted(stringify!($method))
             })*
             $(async fn $plain(&self, request: Request<pb::$plain_request>) -> Result<Response<pb::$plain_response>, Status> {
@@ -212,6 +228,10 @@ driver_service! {
     free_buffer: FreeBufferRequest => FreeBufferResponse;
     dma_map: DmaMapRequest => DmaMapResponse;
     dma_unmap: DmaUnmapRequest => DmaUnmapResponse;
+    dma_map_sg: DmaMapSgRequest => DmaMapSgResponse;
+    dma_unmap_sg: DmaUnmapSgRequest => DmaUnmapSgResponse;
+    dma_sync: DmaSyncRequest => DmaSyncResponse;
+    set_dma_limits: SetDmaLimitsRequest => SetDmaLimitsResponse;
     allocate_coherent: AllocateCoherentRequest => AllocateCoherentResponse;
     free_coherent: FreeCoherentRequest => FreeCoherentResponse;
     create_domain: CreateDomainRequest => CreateDomainResponse;
@@ -228,6 +248,7 @@ driver_service! {
 
 impl Fake {
     fn answer_batch(&self, batch: pb::DmaStreamRequest) -> Result<pb::DmaStreamResponse, Status> {
+        self.keep(&batch);
         let mut state = self.state();
         let request_id = batch.header.expect("a header").request_id;
         state.calls.push(("dma_stream_batch", request_id));
@@ -318,5 +339,27 @@ impl pb::fault_service_server::FaultService for Fake {
         let mut state = self.state();
         state.fault_tokens.push(request.into_inner().resume_token);
         Ok(Response::new(script(state.faults.pop_front().unwrap_or_default())))
+    }
+}
+
+#[tonic::async_trait]
+impl pb::sanitizer_service_server::SanitizerService for Fake {
+    async fn list_reports(
+        &self,
+        request: Request<pb::ListReportsRequest>,
+    ) -> Result<Response<pb::ListReportsResponse>, Status> {
+        self.enter("list_reports", &request, None)?;
+        self.keep(request.get_ref());
+        self.scripted("list_reports")
+    }
+    type WatchStream = Replies<pb::WatchReportsResponse>;
+    async fn watch(
+        &self,
+        request: Request<pb::WatchReportsRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        self.enter("watch_reports", &request, None)?;
+        let mut state = self.state();
+        state.report_tokens.push(request.into_inner().resume_token);
+        Ok(Response::new(script(state.reports.pop_front().unwrap_or_default())))
     }
 }

@@ -1,18 +1,20 @@
 //! Size classes with magazines in front of the free ranges.
 //!
-//! A client has two magazines per class, stacks of free ranges: *loaded*, which it pops and pushes, and *previous*, which takes its place when it is
-//! empty or full. Only when both are is a depot asked, so a client that goes to and fro at a border does not (Bonwick and
-//! Adams, USENIX ATC 2001). Through the depot, what one client frees is allocated by another. A depot that is full gives back to the free ranges;
-//! one that is empty is refilled by splitting a whole 2 MiB region into the class, popped in ascending order, so that neighbours in a magazine
-//! share a page table and the ranges of a ring stay where they are.
+//! A client has two magazines per class, stacks of free ranges: *loaded*, which it pops and pushes, and *previous*,
+//! which takes its place when it is empty or full. Only when both are is a depot asked, so a client that goes to
+//! and fro at a border does not (Bonwick and Adams, USENIX ATC 2001). Through the depot, what one client frees is
+//! allocated by another. A depot that is full gives back to the free ranges; one that is empty is refilled by
+//! splitting a whole 2 MiB region into the class, popped in ascending order, so that neighbours in a magazine share
+//! a page table and the ranges of a ring stay where they are.
 //!
-//! Trimming keeps the caches from ageing. Linux's grew for a day (Garry, linux-iommu, 2020-11-17), and so would these: sizes that are rare
-//! wander between clients, until every client has full magazines of every class. The fewest ranges that a client or a depot had at
-//! any time since the last trim were not needed, and half of them go, the coldest first; so does one magazine more while a depot holds more than
-//! there are active clients, and a region that nobody asked for. Half, so that a pause of one interval does not empty what the next needs.
+//! Trimming keeps the caches from ageing. Linux's grew for a day (Garry, linux-iommu, 2020-11-17), and so would
+//! these: sizes that are rare wander between clients, until every client has full magazines of every class. The
+//! fewest ranges that a client or a depot had at any time since the last trim were not needed, and half of them go,
+//! the coldest first; so does one magazine more while a depot holds more than there are active clients, and a
+//! region that nobody asked for. Half, so that a pause of one interval does not empty what the next needs.
 //!
-//! **Promises:** a hit looks at no node of the tree; a range is handed out only under the limit, and one that does not fit in the cache is
-//! looked for in the tree; all caches are emptied before an allocation fails.
+//! **Promises:** a hit looks at no node of the tree; a range is handed out only under the limit, and one that does
+//! not fit in the cache is looked for in the tree; all caches are emptied before an allocation fails.
 
 use std::mem;
 use std::ops::Range;

@@ -1,13 +1,15 @@
 //! The allocator that Linux had until 4.6: a tree of what is taken, searched from the top down.
 //!
-//! One node is cached: where the last allocation below 4 GiB ended. A search begins below it. Freeing a range at or above it moves it up to
-//! the range that follows the freed one, because there may be room now. While every range has the same size, both are one
-//! step. With mixed sizes they are not: a small hole near the top takes the cached node up, the next larger request does not
-//! fit there, and walks down node by node through everything that is live. That is the linear cost that strict protection
-//! was long blamed for (EiovaR, FAST'15), and it is kept here on purpose.
+//! One node is cached: where the last allocation below 4 GiB ended. A search begins below it. Freeing a range at or
+//! above it moves it up to the range that follows the freed one, because there may be room now. While every range
+//! has the same size, both are one step. With mixed sizes they are not: a small hole near the top takes the cached
+//! node up, the next larger request does not fit there, and walks down node by node through everything that is
+//! live. That is the linear cost that strict protection was long blamed for (EiovaR, FAST'15), and it is kept here
+//! on purpose.
 //!
-//! Two things are better than in Linux. When nothing is free below the cached node, the search is repeated from the top, so
-//! that an allocation fails only when there is no room. And a search begins at the limit, not at the top of the tree.
+//! Two things are better than in Linux. When nothing is free below the cached node, the search is repeated from the
+//! top, so that an allocation fails only when there is no room. And a search begins at the limit, not at the top of
+//! the tree.
 
 use std::collections::BTreeMap;
 

@@ -2,23 +2,27 @@
 //!
 //! Two allocators stand behind one type, because their difference is one of the things that protection costs:
 //!
-//! - **classic**: a tree of what is *taken*, searched from the top down with one cached node, as Linux did until 4.6. Simple, and
-//!   linear in what is live as soon as sizes are mixed (EiovaR, FAST'15). It is here to be measured.
+//! - **classic**: a tree of what is *taken*, searched from the top down with one cached node, as Linux did until
+//!   4.6. Simple, and linear in what is live as soon as sizes are mixed (EiovaR, FAST'15). It is here to be
+//!   measured.
 //! - **cached**: size classes with magazines per client and a depot (ATC'15, and Linux since 4.7) in front of the
-//!   *free* ranges, ordered by address and by length. A pop and a push in the steady state, logarithmic behind that.
+//!   *free* ranges, ordered by address and by length. A pop and a push in the steady state, logarithmic behind
+//!   that.
 //!
-//! Both count the nodes that they look at, in the shipping code: [`IovaCounters`]. [`IovaReplay`] is the load that tells
-//! them apart.
+//! Both count the nodes that they look at, in the shipping code: [`IovaCounters`]. [`IovaReplay`] is the load that
+//! tells them apart.
 //!
-//! **Promises**, of both: page 0 and FEEx_xxxx are never handed out; a range of up to 512 pages is aligned to its size
-//! rounded up to a power of two and so lies under one leaf table; larger ones are aligned to 2 MiB; every page of a range, rounded
-//! as said, is within the caller's limit; what is below 4 GiB is used first; an allocation fails only when nothing that is
-//! not in use would do, cached or not. What is cached was once in use, or is the rest of a 2 MiB region of which a part was; it
-//! is bounded by the limits below, and [`IovaAllocator::trim`] gives back what has not been needed.
+//! **Promises**, of both: page 0 and FEEx_xxxx are never handed out; a range of up to 512 pages is aligned to its
+//! size rounded up to a power of two and so lies under one leaf table; larger ones are aligned to 2 MiB; every page
+//! of a range, rounded as said, is within the caller's limit; what is below 4 GiB is used first; an allocation
+//! fails only when nothing that is not in use would do, cached or not. What is cached was once in use, or is the
+//! rest of a 2 MiB region of which a part was; it is bounded by the limits below, and [`IovaAllocator::trim`] gives
+//! back what has not been needed.
 //!
-//! **Memory of the caches**, per domain: at most 8 clients × 10 classes × 2 magazines + 10 classes × 32 magazines = 480
-//! magazines of 128 ranges of 8 bytes, 480 KiB, and that only after as many ranges were once in use at the same time (which the owner's
-//! quota of mappings limits). Magazines grow as they fill; a domain that uses one size from one client holds a few KiB.
+//! **Memory of the caches**, per domain: 8 clients × 10 classes × 2 magazines and 10 depots × 32 magazines are 480
+//! magazines of 128 ranges of 8 bytes: 480 KiB at most, whatever its clients do, and one region per class. An owner's
+//! quota of domains bounds the sum. Magazines grow as they fill; a domain that uses one size from one client holds a
+//! few KiB, and the magazines' heads take 5 KiB.
 
 mod cached;
 mod classic;
@@ -34,20 +38,22 @@ use cached::Cached;
 use classic::Classic;
 pub use replay::IovaReplay;
 
-/// The largest class, as a power of two: 512 pages, what one leaf table covers. More gains no alignment, and is rare enough for
-/// the free ranges to serve in logarithmic time.
+/// The largest class, as a power of two: 512 pages, what one leaf table covers. More gains no alignment, and is
+/// rare enough for the free ranges to serve in logarithmic time.
 const CLASS_MAX: usize = 9;
 /// 1, 2, 4 … 512 pages.
 const CLASSES: usize = CLASS_MAX + 1;
 /// Pages under one leaf table.
 const REGION_PAGES: u64 = 1 << CLASS_MAX;
-/// Pairs of magazines per class. A client is a queue or a stream; eight keep apart what one device has, at 4 KiB a domain.
+/// Pairs of magazines per class. A client is a queue or a stream; eight keep apart what one device has, at 4.5 KiB
+/// a domain.
 const CLIENTS: usize = 8;
 /// Ranges in a magazine, as in Linux: what a burst of a ring maps at once.
 const MAGAZINE_RANGES: usize = 128;
 /// Full magazines in the depot of a class, as in Linux: what one client frees and another allocates meets there.
 const DEPOT_MAGAZINES_MAX: usize = 32;
-/// Ranges that one call of `trim` gives back at most, so that the domain's lock is held for a millisecond and not for thirty.
+/// Ranges that one call of `trim` gives back at most, so that the domain's lock is held for a millisecond and not
+/// for thirty.
 const TRIM_RANGES_MAX: usize = 2048;
 /// The first page at 4 GiB.
 const PAGE_4G: u64 = 1 << 20;
@@ -79,12 +85,13 @@ fn rounded(pages: u64) -> Option<u64> {
 pub struct IovaCounters {
     /// Ranges in use, allocated or fixed.
     pub live_ranges: u64,
-    /// Ranges that are free and kept apart from the free ranges of the tree: in magazines, in depots, and what is left of
-    /// regions that were split into a class. Always 0 with the classic allocator.
+    /// Ranges that are free and kept apart from the free ranges of the tree: in magazines, in depots, and what is
+    /// left of regions that were split into a class. Always 0 with the classic allocator.
     pub cached_ranges: u64,
-    /// Nodes looked at: taken ranges (classic), or the free ranges behind the magazines (cached), by allocations, frees, fixed
-    /// ranges, trimming and emptying alike. A node counts once for each operation that compares with it or changes it; the descent
-    /// inside the ordered map that finds it, logarithmic in both allocators, does not. A magazine hit looks at none.
+    /// Nodes looked at: taken ranges (classic), or the free ranges behind the magazines (cached), by allocations,
+    /// frees, fixed ranges, trimming and emptying alike. A node counts once for each operation that compares with
+    /// it or changes it; the descent inside the ordered map that finds it, logarithmic in both allocators, does
+    /// not. A magazine hit looks at none.
     pub visits: u64,
     /// Allocations that succeeded, without fixed ranges.
     pub allocations: u64,
@@ -119,8 +126,8 @@ impl IovaAllocator {
         };
         Self { kind, live_ranges: 0, allocations: 0 }
     }
-    /// First page of a range of `pages` pages, at least one, that ends at or below the page `limit`. `client` chooses the magazines.
-    /// `None` when there is no such range.
+    /// First page of a range of `pages` pages, at least one, that ends at or below the page `limit`. `client`
+    /// chooses the magazines. `None` when there is no such range.
     pub fn allocate(&mut self, pages: u64, limit: u64, client: u8) -> Option<u64> {
         assert!(pages > 0, "a mapping has a page");
         let rounded = rounded(pages)?;
@@ -165,8 +172,8 @@ impl IovaAllocator {
         }
         self.live_ranges -= 1;
     }
-    /// Gives cached ranges that have not been needed since the last call back to the tree, a bounded number at a time, and
-    /// returns their pages. For a timer: an allocator that is left alone holds nothing after a few calls.
+    /// Gives cached ranges that have not been needed since the last call back to the tree, a bounded number at a
+    /// time, and returns their pages. For a timer: an allocator that is left alone holds nothing after a few calls.
     pub fn trim(&mut self) -> u64 {
         match &mut self.kind {
             Kind::Classic(_) => 0,

@@ -1,8 +1,9 @@
 //! Free ranges, ordered by address (to give back and merge) and by length (to find one in logarithmic time).
 //!
-//! What is below 4 GiB and what is above are two sets, so that the first is used first. **Promise:** the nodes looked
-//! at are few and do not depend on how many there are, with two exceptions: a limit that cuts a set may cost one for each
-//! *length* that is free, and when nothing surely fits, each range that is long enough is looked at, because alignment decides.
+//! What is below 4 GiB and what is above are two sets, so that the first is used first. **Promise:** the nodes
+//! looked at are few and do not depend on how many there are, with two exceptions: a limit that cuts a set may cost
+//! one for each *length* that is free, and when nothing surely fits, each range that is long enough is looked at,
+//! because alignment decides.
 
 use std::collections::{BTreeMap, BTreeSet};
 

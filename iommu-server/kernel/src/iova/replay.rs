@@ -1,8 +1,9 @@
 //! The load that tells the allocators apart, as a generator: a ring of receive buffers and one of transmit buffers.
 //!
-//! Per packet the oldest receive buffer, one page, is unmapped and a new one mapped; a transmit buffer of 1, 1, 2 or 16 pages in
-//! turn is mapped, and the oldest of 64 unmapped (EiovaR's workload, protection.md §2 "Reproduction"). Nothing is random, so the
-//! counts are the same on every machine; the bench crate takes its wall clock from the same steps.
+//! Per packet the oldest receive buffer, one page, is unmapped and a new one mapped; a transmit buffer of 1, 1, 2
+//! or 16 pages in turn is mapped, and the oldest of 64 unmapped (EiovaR's workload, protection.md §2
+//! "Reproduction"). Nothing is random, so the counts are the same on every machine; the bench crate takes its wall
+//! clock from the same steps.
 
 use std::collections::VecDeque;
 
@@ -38,7 +39,8 @@ impl IovaReplay {
         }
         replay
     }
-    /// So many packets, one received and one sent each: two allocations, and two frees once the transmit ring is full.
+    /// So many packets, one received and one sent each: two allocations, and two frees once the transmit ring is
+    /// full.
     pub fn run(&mut self, packets: u64) {
         for _ in 0..packets {
             if let Some(first) = self.rx.pop_front() {
@@ -54,8 +56,8 @@ impl IovaReplay {
             self.tx.push_back((first, pages));
         }
     }
-    /// The steady state in one number: nodes that `packets` packets look at, in allocations and frees, per allocation. The
-    /// rings are turned once before.
+    /// The steady state in one number: nodes that `packets` packets look at, in allocations and frees, per
+    /// allocation. The rings are turned once before.
     pub fn visits_per_allocation(&mut self, packets: u64) -> f64 {
         self.run((self.rx.len().max(TX_LIVE)) as u64);
         let before = self.iovas.counters();
