@@ -48,8 +48,7 @@ fn device(number: u32) -> Option<pb::DeviceAddress> {
 async fn create_domain(channel: &Channel, request_id: u64) -> u32 {
     let create = pb::CreateDomainRequest {
         header: header(request_id),
-        protection: pb::Protection::Strict.into(),
-        width_bits: 48,
+        options: Some(pb::DomainOptions { protection: pb::Protection::Strict.into(), ..Default::default() }),
     };
     let created: pb::CreateDomainResponse =
         ask(channel, "/iommu.v1.DriverService/CreateDomain", &create).await.expect("a domain");
@@ -80,6 +79,8 @@ impl Ground {
             gpa: gpa + 0x123,
             size_bytes: 100,
             direction: pb::Direction::ToDevice.into(),
+            attributes: None,
+            ring: 0,
         };
         let single: pb::DmaMapResponse = ask(&driver, "/iommu.v1.DriverService/DmaMap", &single)
             .await
@@ -136,6 +137,8 @@ async fn the_dma_api_refuses_each_nonsense_with_its_own_reason() {
             gpa: ground.gpa,
             size_bytes: 64,
             direction: pb::Direction::ToDevice.into(),
+            attributes: None,
+            ring: 0,
         };
         let map = |claim, change: &dyn Fn(&mut pb::DmaMapRequest), expected| {
             let mut request = good;
@@ -148,6 +151,8 @@ async fn the_dma_api_refuses_each_nonsense_with_its_own_reason() {
             iova: ground.single,
             size_bytes: 100,
             direction: pb::Direction::ToDevice.into(),
+            attributes: None,
+            end_of_burst: None,
         };
         let unmap = |claim, change: &dyn Fn(&mut pb::DmaUnmapRequest), expected| {
             let mut request = mapped;
@@ -208,6 +213,52 @@ async fn the_dma_api_refuses_each_nonsense_with_its_own_reason() {
                 "NOT_YOURS",
             ),
         ];
+        let direction = pb::Direction::ToDevice.into();
+        let sg = |claim, id, gpa: &[u64], size_bytes: &[u64], expected| {
+            let (header, device, attributes) = (header(id), device(0), None);
+            let (gpa, size_bytes) = (gpa.to_vec(), size_bytes.to_vec());
+            let request =
+                pb::DmaMapSgRequest { header, device, gpa, size_bytes, direction, attributes, ring: 0 };
+            row(claim, DRIVER, "DmaMapSg", &request, expected)
+        };
+        rows.push(sg("no pieces", 40, &[], &[], "INVALID_FIELD"));
+        rows.push(sg("a piece without a size", 41, &[ground.gpa; 2], &[64], "INVALID_FIELD"));
+        rows.push(sg("a piece of nothing", 42, &[ground.gpa; 2], &[64, 0], "INVALID_RANGE"));
+        rows.push(sg("a piece of nobody's", 43, &[ground.gpa, 1 << 40], &[64; 2], "NOT_OWNED"));
+        let sync = |claim, id, iova, size_bytes, sync_for, expected| {
+            let (header, device) = (header(id), device(0));
+            let request = pb::DmaSyncRequest { header, device, iova, size_bytes, direction, sync_for };
+            row(claim, DRIVER, "DmaSync", &request, expected)
+        };
+        rows.push(sync("a sync for nobody", 44, ground.single, 100, 0, "INVALID_FIELD"));
+        rows.push(sync("a sync of nothing", 45, ground.single, 0, 1, "INVALID_RANGE"));
+        rows.push(sync("a sync over the end", 46, ground.single + 90, 11, 1, "OUTSIDE_MAPPING"));
+        rows.push(sync("a sync where nothing is", 47, 0x7777_0000, 4, 1, "NOT_MAPPED"));
+        let limits = |claim, id, mask_bits, segment_boundary_mask| {
+            let (header, device, segment_bytes_max) = (header(id), device(0), None);
+            let request = pb::SetDmaLimitsRequest {
+                header,
+                device,
+                mask_bits,
+                segment_bytes_max,
+                segment_boundary_mask,
+            };
+            row(claim, DRIVER, "SetDmaLimits", &request, "INVALID_FIELD")
+        };
+        rows.push(limits("a mask below a page", 48, Some(11), None));
+        rows.push(limits("a mask that is none", 49, Some(65), None));
+        rows.push(limits("a mask beyond 8 bits", 50, Some(256 + 32), None));
+        rows.push(limits("a boundary with holes", 51, None, Some(0xf0fff)));
+        rows.push(map(
+            "a ring where there are none",
+            &|r| (r.header, r.ring) = (header(52), 1),
+            "INVALID_FIELD",
+        ));
+        rows.push(map(
+            "a ring beyond 16 bits",
+            &|r| (r.header, r.ring) = (header(53), 1 << 16),
+            "INVALID_FIELD",
+        ));
         let allocate = |id, size_bytes| pb::AllocateBufferRequest { header: header(id), size_bytes };
         rows.push(row("a buffer of nothing", DRIVER, "AllocateBuffer", &allocate(30, 0), "INVALID_FIELD"));
         rows.push(row(
@@ -272,8 +323,18 @@ async fn the_domain_api_refuses_each_nonsense_with_its_own_reason() {
             row(claim, DRIVER, "Unmap", &request, expected)
         };
         let domain = |claim, width_bits, protection, expected| {
-            let request = pb::CreateDomainRequest { header: next(), protection, width_bits };
+            let options = Some(pb::DomainOptions { protection, width_bits, ..Default::default() });
+            let request = pb::CreateDomainRequest { header: next(), options };
             row(claim, DRIVER, "CreateDomain", &request, expected)
+        };
+        let (strict, ring) = (pb::Protection::Strict.into(), pb::Protection::Ring.into());
+        let rings = pb::domain_options::Parameters::Ring(pb::Rings { count: 1, slots: 1 << 20 });
+        let chosen = |claim, options| {
+            let request = pb::CreateDomainRequest { header: next(), options };
+            row(claim, DRIVER, "CreateDomain", &request, "INVALID_FIELD")
+        };
+        let choice = |protection, parameters, granularity: i32| {
+            Some(pb::DomainOptions { protection, parameters, granularity, ..Default::default() })
         };
         let nothing = pb::Permissions { read: false, write: false };
         let last_page = FIXED + FIXED_BYTES - 0x1000;
@@ -314,6 +375,11 @@ async fn the_domain_api_refuses_each_nonsense_with_its_own_reason() {
             domain("a width that is none", 40, 1, "INVALID_FIELD"),
             domain("no protection", 48, 0, "INVALID_FIELD"),
             domain("a protection of a newer schema", 48, 77, "INVALID_FIELD"),
+            chosen("no choice at all", None),
+            chosen("parameters of another mode", choice(strict, Some(rings), 0)),
+            chosen("parameters out of bounds", choice(ring, Some(rings), 0)),
+            chosen("a granularity without a meaning", choice(ring, None, 1)),
+            chosen("a granularity of a newer schema", choice(strict, None, 77)),
             row(
                 "a domain in use",
                 DRIVER,
@@ -464,6 +530,8 @@ async fn bytes_that_are_no_message_and_methods_that_are_none_are_typed_too() {
             gpa: ground.gpa,
             size_bytes: 64,
             direction: pb::Direction::ToDevice.into(),
+            attributes: None,
+            ring: 0,
         }
         .encode_to_vec();
         message.extend_from_slice(&unknown_field());
@@ -492,6 +560,7 @@ async fn a_stream_of_maps_refuses_batches_over_the_limits_and_of_unknown_kinds()
                 gpa: vec![ground.gpa; count],
                 size_bytes: sizes,
                 direction: pb::Direction::ToDevice.into(),
+                ..Default::default()
             })),
         };
         let too_many = iommu_proto::limits::BATCH_OPERATIONS_MAX as usize + 1;

@@ -9,7 +9,7 @@ use guest_sdk::errors::{
     AttachError, DetachError, DmaMapError, DmaUnmapError, InterruptError, MmioError, NotYours,
 };
 use guest_sdk::{
-    AccessQuestion, Buffer, Direction, DomainWidth, Driver, FaultFilter, InspectError, Protection, SdkError,
+    AccessQuestion, Buffer, Direction, DomainOptions, Driver, FaultFilter, InspectError, Protection, SdkError,
 };
 use iommu_e2e::device::fault;
 use iommu_e2e::raw::{self, ask, reason};
@@ -252,7 +252,7 @@ async fn equal_guest_physical_addresses_of_two_drivers_are_different_memory() {
             [(&met.ours, 0, met.our_buffer.gpa()), (&met.theirs, 1, met.their_buffer.gpa())]
         {
             let domain =
-                driver.create_domain(Protection::Strict, DomainWidth::Bits48).await.expect("a domain");
+                driver.create_domain(DomainOptions::new(Protection::Strict)).await.expect("a domain");
             domain.map(iova, gpa, 4096, Permissions::READ_WRITE).await.expect("a mapping");
             domain.attach(&driver.device(address(number))).await.expect("attached");
         }
@@ -316,6 +316,8 @@ async fn i2_a_driver_can_neither_map_nor_read_nor_unmap_what_is_anothers() {
             iova: at.get(),
             size_bytes: 4096,
             direction: pb::Direction::Bidirectional.into(),
+            attributes: None,
+            end_of_burst: None,
         };
         let refused =
             ask::<pb::DmaUnmapResponse>(&channel, "/iommu.v1.DriverService/DmaUnmap", &forged).await;

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use device_runtime::{Agent, Batch, DeviceModel, Dma, MmioRefusal, Register, Ticket};
-use guest_sdk::{Connection, Direction, Protection};
+use guest_sdk::{Connection, Direction, DomainOptions, Protection};
 use iommu_e2e::stage::{address, owner};
 use iommu_types::{Iova, Permissions};
 use serde_json::{Value, json};
@@ -52,7 +52,7 @@ async fn drive(endpoint: &str, number: u32) -> anyhow::Result<()> {
     buffer.write(0, vec![0x5a; 4096]).await?;
     let mapping = driver.dma_map_single(&device, buffer.range(), Direction::Bidirectional).await?;
     let coherent = driver.dma_alloc_coherent(&device, 4096).await?;
-    let domain = driver.create_domain(Protection::Strict, guest_sdk::DomainWidth::Bits48).await?;
+    let domain = driver.create_domain(DomainOptions::new(Protection::Strict)).await?;
     domain.map(Iova::new(0x10_0000), buffer.gpa(), 4096, Permissions::READ).await?;
     say(&json!({
         "iova": mapping.iova().get(),
