@@ -78,12 +78,14 @@ pub struct Holdings {
 }
 
 impl Holdings {
-    /// The same without what may stay after use: how many mappings were ever made and removed, and table pages, which are kept
-    /// for the next mapping and count as free here.
+    /// The same without what may stay after use: what was ever done, free addresses that are kept for the next mapping, and table pages,
+    /// which are kept too and count as free here.
     pub fn at_rest(mut self) -> Self {
         for domain in &mut self.domains {
             self.memory_free_bytes += domain.table_bytes;
             (domain.maps, domain.unmaps, domain.table_bytes) = (0, 0, 0);
+            (domain.iova_allocations, domain.iova_visits, domain.cached_iova_ranges) = (0, 0, 0);
+            (domain.flushes, domain.invalidations, domain.copied_bytes) = (0, 0, 0);
         }
         self
     }
