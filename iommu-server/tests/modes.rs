@@ -347,6 +347,16 @@ async fn a_deferred_unmap_is_answered_at_once_and_flushed_with_its_batch() {
         assert_eq!(agent.write(iova, &[3]).await, Err(5));
     }
     driver.free(gpa).await.unwrap();
+    // What a domain has done is still counted when it is gone.
+    driver.attach(ENGINE0, None).await.unwrap();
+    for gone in [false, true] {
+        if gone {
+            driver.destroy(id).await.unwrap();
+        }
+        let text = metrics(&server);
+        let line = "iommu_domain_flushes_total{mode=\"deferred\"} 1\n";
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -314,9 +314,7 @@ async fn metrics_are_those_of_the_unit_and_all_described() {
     let (_driver, mut agent, _, iova) = mapped(&server, 1).await;
     agent.read(iova, 8).await.unwrap();
     agent.read(0x7777_0000, 8).await.unwrap_err();
-    let mut text = String::new();
-    let registry = iommu_server::metrics::registry(&server.host);
-    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    let text = metrics(&server);
     for line in [
         "iommu_faults_total 1",
         "iommu_device_operations_total{device=\"0000:00:01.0\"} 1",

@@ -246,12 +246,20 @@ async fn what_is_mapped_when_its_device_or_driver_lets_go_has_leaked() {
     let device = Some(device(ENGINE0));
     admin(&operator).detach(pb::DetachRequest { device }).await.unwrap();
     assert_eq!(leaks().await[2..], [(third, gpa + 2 * PAGE)]);
+    // Mapped where no device ever was.
+    let lonely = driver.create_domain(watched(mode(Strict))).await.unwrap();
+    let (header, permissions) = (driver.header(), Some(pb::Permissions { read: true, write: true }));
+    let (iova, size_bytes) = (1 << 30, PAGE);
+    let map = pb::MapRequest { header, domain_id: lonely, iova, gpa, size_bytes, permissions };
+    driver.client().map(map).await.unwrap();
+    driver.destroy(lonely).await.unwrap();
+    assert_eq!(leaks().await[3..], [(lonely, gpa)]);
     // A driver that never comes back.
     let (fourth, _) = fresh(3).await;
     drop(driver);
-    let told = async || leaks().await.len() == 4;
+    let told = async || leaks().await.len() == 5;
     eventually("what it left is reclaimed", told).await;
-    assert_eq!(leaks().await[3..], [(fourth, gpa + 3 * PAGE)]);
+    assert_eq!(leaks().await[4..], [(fourth, gpa + 3 * PAGE)]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -394,9 +402,7 @@ async fn i7_one_tenants_reports_do_not_hide_anothers_and_one_batch_is_one_round(
     }
     let own = listed(&driver.channel).await;
     assert_eq!((own.reports.last().unwrap().repeats, own.overwritten_count), (2999, 3001 - 1024));
-    let mut text = String::new();
-    let registry = iommu_server::metrics::registry(&server.host);
-    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    let text = metrics(&server);
     let line = "iommu_sanitizer_reports_total{class=\"stray-access\"} 6001";
     assert!(text.contains(line), "{line} is not in\n{text}");
 }

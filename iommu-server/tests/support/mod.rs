@@ -402,6 +402,14 @@ pub fn write_batch(iova: u64, data: &[u8]) -> pb::DmaBatch {
     }
 }
 
+/// What a scrape shows.
+pub fn metrics(server: &Server) -> String {
+    let mut text = String::new();
+    let registry = iommu_server::metrics::registry(&server.host);
+    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    text
+}
+
 /// A driver with a mapped buffer of whole pages and its agent.
 pub async fn mapped(server: &Server, pages: u64) -> (Driver, Agent, u64, u64) {
     let driver = Driver::open(server, 0).await;
