@@ -1,6 +1,7 @@
 //! Which measurements there are.
 
 use crate::in_process;
+use crate::modes;
 use crate::report::Report;
 use crate::stand::Bench;
 use crate::wire;
@@ -30,6 +31,7 @@ pub(crate) const ALL: &[Measurement] = &[
     measurement("map-unmap-in-process", "a strict map and unmap of 4 KiB through the kernel floor"),
     measurement("growth-domains", "the same from 1 to 1,024 domains"),
     measurement("growth-mappings", "the same, first in first out, from 1 k to 1 M live mappings"),
+    measurement("modes-rings", "a replay of a NIC's rings in every mode: counts, modelled cycles, time"),
     measurement("start", "from spawning the server to its ready line"),
     measurement("latency-tcp", "one DMA in flight over TCP, beside the echo"),
     measurement("latency-unix", "one DMA in flight over a UNIX socket, beside the echo"),
@@ -76,6 +78,7 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "growth-domains" => in_process::growth::domains(bench),
         "growth-mappings" => in_process::growth::mappings(bench),
         "memory-mapping" => in_process::memory::per_mapping(bench),
+        "modes-rings" => modes::rings::rings(bench),
         "start" => wire::start::ready(bench).await,
         "latency-tcp" => wire::latency::one_in_flight(bench, wire::Transport::Tcp).await,
         "latency-unix" => wire::latency::one_in_flight(bench, wire::Transport::Unix).await,

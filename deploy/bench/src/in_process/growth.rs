@@ -126,8 +126,8 @@ impl World {
         let mut tenants = Vec::new();
         for _ in 0..domains {
             let pages = Pages::of(host.buffer(256 << 10)?);
-            let domain = host.domain()?;
-            let mut port = host.device(&domain)?;
+            let mut domain = host.domain()?;
+            let mut port = host.device(&mut domain)?;
             drop(port.burst());
             tenants.push(Tenant { domain, pages, live: VecDeque::with_capacity(live + 1), _port: port });
         }
