@@ -35,7 +35,7 @@ impl Sheet {
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(&self.header);
-        self.rows.iter().for_each(|row| drop(table.add_row(row)));
+        table.add_rows(&self.rows);
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(CellAlignment::Right);
         }

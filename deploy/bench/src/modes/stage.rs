@@ -101,6 +101,10 @@ impl HostStage {
         let pending = domain.dma_unmap(&host.kernel, request, now).expect("the buffer is mapped");
         host.finish(domain, pending);
     }
+    /// The device uses buffers in turn, each whole, in its direction. `bytes` is what it writes, and where its reads go.
+    pub(crate) fn use_all<'b>(&mut self, buffers: impl Iterator<Item = &'b Buffer>, bytes: &mut [u8]) {
+        use_all(&mut self.port, buffers, bytes);
+    }
     /// Flushes if it is time.
     pub(crate) fn flush_if_due(&mut self, now: Tick) {
         if self.domain.flush_at().is_some_and(|at| at <= now) {
@@ -182,19 +186,19 @@ impl Stage {
     }
     /// The device uses buffers in turn, each whole, in its direction. `bytes` is what it writes, and where its reads go.
     pub(crate) fn use_all<'b>(&mut self, buffers: impl Iterator<Item = &'b Buffer>, bytes: &mut [u8]) {
-        let port = match self {
-            Self::Host(stage) => &mut stage.port,
-            Self::Bare { port, .. } => port,
-        };
-        let mut run = Run::new(port);
-        for buffer in buffers {
-            let part = &mut bytes[..buffer.memory.size_bytes() as usize];
-            let transfer = if buffer.direction == Direction::ToDevice {
-                Transfer::Read(part)
-            } else {
-                Transfer::Write(part)
-            };
-            run.execute(buffer.iova, None, transfer).expect("the buffer is the device's");
+        match self {
+            Self::Host(stage) => use_all(&mut stage.port, buffers, bytes),
+            Self::Bare { port, .. } => use_all(port, buffers, bytes),
         }
+    }
+}
+
+fn use_all<'b>(port: &mut Port, buffers: impl Iterator<Item = &'b Buffer>, bytes: &mut [u8]) {
+    let mut run = Run::new(port);
+    for buffer in buffers {
+        let part = &mut bytes[..buffer.memory.size_bytes() as usize];
+        let reads = buffer.direction == Direction::ToDevice;
+        let transfer = if reads { Transfer::Read(part) } else { Transfer::Write(part) };
+        run.execute(buffer.iova, None, transfer).expect("the buffer is the device's");
     }
 }
