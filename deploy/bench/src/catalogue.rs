@@ -32,6 +32,12 @@ pub(crate) const ALL: &[Measurement] = &[
     measurement("growth-domains", "the same from 1 to 1,024 domains"),
     measurement("growth-mappings", "the same, first in first out, from 1 k to 1 M live mappings"),
     measurement("modes-rings", "a replay of a NIC's rings in every mode: counts, modelled cycles, time"),
+    measurement("modes-pair", "a map and unmap in every mode, in batches of 200"),
+    measurement("modes-growth-domains", "the same from 1 to 1,024 domains, in the modes beside strict"),
+    measurement(
+        "modes-growth-mappings",
+        "the same from 1 k to 1 M live mappings, where the mode allows so many",
+    ),
     measurement("modes-visits", "what finding a free address takes, by live addresses and allocator"),
     measurement("modes-ageing", "a day of mixed sizes with the cached allocator"),
     measurement("modes-iotlb", "misses per MiB of an IOTLB of 64 entries, by buffer size and order"),
@@ -57,6 +63,11 @@ impl Wanted {
     /// Whether a figure is wanted.
     pub(crate) fn figure(&self, name: &str) -> bool {
         self.0.is_empty() || self.0.iter().any(|word| name.starts_with(word.as_str()))
+    }
+
+    /// Whether any figure whose name begins so is wanted.
+    pub(crate) fn any_of(&self, prefix: &str) -> bool {
+        self.figure(prefix) || self.0.iter().any(|word| word.starts_with(prefix))
     }
 
     /// The measurements that give them. `Err` names a word that stands for nothing.
@@ -86,6 +97,9 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "growth-mappings" => in_process::growth::mappings(bench),
         "memory-mapping" => in_process::memory::per_mapping(bench),
         "modes-rings" => modes::rings::rings(bench),
+        "modes-pair" => modes::growth::pair(bench),
+        "modes-growth-domains" => modes::growth::domains(bench),
+        "modes-growth-mappings" => modes::growth::mappings(bench),
         "modes-visits" => modes::visits::visits(bench),
         "modes-ageing" => modes::ageing::ageing(bench),
         "modes-iotlb" => modes::reach::misses(bench),
@@ -129,6 +143,7 @@ mod tests {
     fn figures_are_chosen_within_a_measurement() {
         let wanted = Wanted(vec!["dma-unix-read".to_owned()]);
         assert!(wanted.figure("dma-unix-read-64") && !wanted.figure("dma-unix-write-64"));
+        assert!(wanted.any_of("dma-unix") && wanted.any_of("dma-unix-read-64") && !wanted.any_of("dma-tcp"));
         assert!(Wanted::default().figure("anything"));
     }
 }

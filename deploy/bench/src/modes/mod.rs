@@ -9,6 +9,7 @@ pub(crate) mod configuration;
 pub(crate) mod copies;
 pub(crate) mod costs;
 pub(crate) mod counts;
+pub(crate) mod growth;
 pub(crate) mod model;
 pub(crate) mod reach;
 pub(crate) mod replay;
