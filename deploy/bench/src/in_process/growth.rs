@@ -8,7 +8,7 @@ use iommu_types::IovaRange;
 
 use super::host::{Caches, Host, LARGE, Pages, map, unmap};
 use crate::figure::{Figure, RatioOf, Target};
-use crate::plot::{Chart, Line, Scale};
+use crate::plot::{Chart, Line, Points, Scale};
 use crate::report::Report;
 use crate::rounds::{in_turn, nanoseconds_each};
 use crate::samples::Samples;
@@ -92,7 +92,7 @@ pub(crate) fn grown<W: Pairs>(
     bench: &Bench,
     growth: &Growth,
     world: impl Fn(usize) -> anyhow::Result<W>,
-) -> anyhow::Result<(Vec<Figure>, Vec<(f64, f64)>)> {
+) -> anyhow::Result<(Vec<Figure>, Points)> {
     let counts = bench.plan.pick(growth.quick, growth.full);
     let operations = bench.plan.operations() / 4;
     let (&smallest, larger) = counts.split_first().expect("a growth begins somewhere");

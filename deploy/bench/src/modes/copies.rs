@@ -14,7 +14,7 @@ use super::model::Bill;
 use super::stage::HostStage;
 use crate::figure::{Figure, RatioOf, Target};
 use crate::in_process::host::{Caches, LARGE};
-use crate::plot::{Chart, Line, Scale};
+use crate::plot::{Chart, Line, Points, Scale};
 use crate::report::Report;
 use crate::rounds::{all_in_turn, nanoseconds_each};
 use crate::samples::Samples;
@@ -62,7 +62,7 @@ impl Pairs {
 }
 
 /// Modelled cycles of a pair by size: invalidated, and copied.
-pub(crate) fn modelled(costs: &Costs) -> anyhow::Result<[Vec<(f64, f64)>; 2]> {
+pub(crate) fn modelled(costs: &Costs) -> anyhow::Result<[Points; 2]> {
     let mut lines = [Vec::new(), Vec::new()];
     for size_bytes in SIZES_LOG2.map(|log2| 1 << log2) {
         for (line, configuration) in
@@ -76,7 +76,7 @@ pub(crate) fn modelled(costs: &Costs) -> anyhow::Result<[Vec<(f64, f64)>; 2]> {
 }
 
 /// The size from which on the second line is above the first; between two points as the crow flies.
-pub(crate) fn crossover([first, second]: &[Vec<(f64, f64)>; 2]) -> Option<f64> {
+pub(crate) fn crossover([first, second]: &[Points; 2]) -> Option<f64> {
     let above = |index: usize| second[index].1 - first[index].1;
     let index = (1..first.len()).rev().find(|&index| above(index - 1) <= 0.0 && above(index) > 0.0)?;
     let share = -above(index - 1) / (above(index) - above(index - 1));
@@ -106,7 +106,7 @@ pub(crate) fn copies(bench: &mut Bench) -> anyhow::Result<Report> {
         let figure = Figure::alone(format!("modes-copy-{size_bytes}"), "ns/pair", &measured[1]);
         report.figures.push(figure.beside("strict+", &measured[0], RatioOf::ValueToReference));
     }
-    let met = |name: &str, lines: &[Vec<(f64, f64)>; 2]| match crossover(lines) {
+    let met = |name: &str, lines: &[Points; 2]| match crossover(lines) {
         Some(size_bytes) => Some(Figure::alone(name, "bytes", &Samples::exactly(size_bytes))),
         None => {
             bench.progress.say(&format!("{name}: the lines do not meet between 64 B and 256 KiB"));
@@ -123,7 +123,7 @@ pub(crate) fn copies(bench: &mut Bench) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-fn chart(file: &str, y: &'static str, [strict, bounce]: [Vec<(f64, f64)>; 2]) -> Chart {
+fn chart(file: &str, y: &'static str, [strict, bounce]: [Points; 2]) -> Chart {
     let line = |name: &str, points| Line { name: name.into(), points, reference: false };
     Chart {
         file: file.into(),

@@ -41,6 +41,8 @@ pub(crate) fn rings(bench: &mut Bench) -> anyhow::Result<Report> {
         report.figures.extend(rows.iter().map(|row| entry(workload, row)));
         if workload == Workload::PAPER {
             report.figures.extend(judged(&rows));
+            bench.progress.detail("with every promise checked");
+            report.figures.extend(promises(workload, bench.plan.pick(4, 40))?);
         }
         if (Workload { burst: workload.burst, ..Workload::PAPER }) == workload {
             by_burst.push((workload.burst, rows));
@@ -156,6 +158,9 @@ fn judged(rows: &[Row]) -> Vec<Figure> {
             .judged(Target::ratio_between(1.0 - MODEL_TOLERANCE, 1.0 + MODEL_TOLERANCE));
         figures.push(figure);
     }
+    let steps = EXPECTED.windows(2).filter(|pair| of(pair[0].0).cycles > of(pair[1].0).cycles).count();
+    let figure = Figure::alone("modes-rings-order", "steps down of 6", &Samples::exactly(steps as f64));
+    figures.push(figure.judged(Target::value_at_least(6.0)));
     for (name, ours, base, paper) in [
         ("modes-rings-speedup-over-strict", Configuration::Ring, Configuration::Strict, 7.56),
         ("modes-rings-share-of-none", Configuration::Ring, Configuration::None, 0.77),
@@ -180,6 +185,32 @@ fn judged(rows: &[Row]) -> Vec<Figure> {
         figures.push(figure);
     }
     figures
+}
+
+/// The load once more, with what each mode promises checked at every step: a broken promise panics. What was the most at once.
+fn promises(workload: Workload, interrupts: u32) -> anyhow::Result<Vec<Figure>> {
+    let mut figures = Vec::new();
+    let mut most = |name: String, unit, value: usize, allowed: u32| {
+        let figure = Figure::alone(name, unit, &Samples::exactly(value as f64));
+        figures.push(figure.judged(Target::value_at_most(allowed.into())));
+    };
+    for (configuration, allowed) in [
+        (Configuration::StrictCached, 0),
+        (Configuration::Deferred, 256),
+        (Configuration::DeferredCached, 256),
+        (Configuration::Ring, 2),
+    ] {
+        let mut replay = Replay::watched(configuration, workload)?;
+        replay.run(interrupts);
+        let (name, seen) = (format!("modes-rings-stale-{}", configuration.name()), replay.seen());
+        if configuration == Configuration::Ring {
+            most(name.clone(), "slots of a ring", seen.stale_max, allowed);
+            most(format!("{name}-after-burst"), "slots of a ring", seen.stale_after_burst_max, 0);
+        } else {
+            most(name, "unmaps", seen.waiting_max, allowed);
+        }
+    }
+    Ok(figures)
 }
 
 fn chart(file: &str, y: &'static str, by_burst: &[(u32, Vec<Row>)], value: impl Fn(&Row) -> f64) -> Chart {

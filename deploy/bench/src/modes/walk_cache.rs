@@ -140,7 +140,7 @@ impl Receiver {
             if is_full {
                 self.recycle(flow);
             }
-            if self.pages % PAGES_PER_ACKNOWLEDGEMENT == 0 {
+            if self.pages.is_multiple_of(PAGES_PER_ACKNOWLEDGEMENT) {
                 self.acknowledge(memory);
             }
         }

@@ -79,8 +79,9 @@ impl Workload {
     /// So many interrupts, or a few more: then the unmaps are whole batches of a deferred domain, and counts come out even.
     pub(crate) fn interrupts(self, wanted: u32) -> u32 {
         let unmaps = self.packets_per_interrupt() * self.profile.buffers().len() as u32;
-        let even =
-            (1..=256).find(|n| unmaps * n % 256 == 0).expect("256 of anything are whole batches of 256");
+        let even = (1..=256)
+            .find(|n| (unmaps * n).is_multiple_of(256))
+            .expect("256 of anything are whole batches of 256");
         wanted.next_multiple_of(even)
     }
 }

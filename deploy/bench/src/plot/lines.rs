@@ -14,13 +14,16 @@ const COLOURS: [&str; 12] = [
     "#bcbd22", "#393b79", "#637939",
 ];
 
+/// Points of a line, as x and y.
+pub(crate) type Points = Vec<(f64, f64)>;
+
 /// One line of a chart.
 #[derive(Clone, Debug)]
 pub(crate) struct Line {
     /// What it is.
     pub(crate) name: String,
     /// Its points, in the order of x.
-    pub(crate) points: Vec<(f64, f64)>,
+    pub(crate) points: Points,
     /// Whether it is a reference, drawn dashed.
     pub(crate) reference: bool,
 }
