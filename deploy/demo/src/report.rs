@@ -4,8 +4,10 @@
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::{Deserialize, Serialize};
 
+use crate::modes::seen::Seen;
+
 /// One step: what was tried, what was expected, what came.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Step {
     /// Short name.
     pub(crate) name: String,
@@ -17,6 +19,9 @@ pub(crate) struct Step {
     pub(crate) passed: bool,
     /// What a person should see, line by line: records, walks, counters.
     pub(crate) details: Vec<String>,
+    /// For programs: what an attack did, where the step was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) attack: Option<Seen>,
 }
 
 /// What the driver process tells its parent, one JSON line each.
@@ -30,8 +35,15 @@ pub(crate) enum Told {
         /// What will be tried, in a sentence.
         story: String,
     },
+    /// The driver made a device and needs an agent for it.
+    NeedsAgent {
+        /// Name of the device.
+        name: String,
+        /// Its address.
+        address: String,
+    },
     /// A step is over.
-    End(Step),
+    End(Box<Step>),
 }
 
 impl Told {
@@ -67,6 +79,7 @@ pub(crate) fn close(
     name: &str,
     steps: &[Step],
     took: std::time::Duration,
+    table: impl Fn(&[Step]) -> Table,
 ) -> anyhow::Result<bool> {
     let passed = !steps.is_empty() && steps.iter().all(|step| step.passed);
     if json {
@@ -74,20 +87,35 @@ pub(crate) fn close(
         println!("{}", serde_json::to_string_pretty(&document)?);
         return Ok(passed);
     }
+    println!("\n{}", table(steps));
+    let count = steps.iter().filter(|step| step.passed).count();
+    println!("{count} of {} steps as expected, in {:.1} s", steps.len(), took.as_secs_f64());
+    Ok(passed)
+}
+
+/// An empty table as wide as a page.
+pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
         .load_style(presets::UTF8_FULL_CONDENSED)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_width(110);
-    table.set_header(["step", "expected", "observed", ""]);
+    table.set_header(header);
+    table
+}
+
+/// What was expected of each step, and what came.
+pub(crate) fn steps_table(steps: &[Step]) -> Table {
+    let mut table = table(&["step", "expected", "observed", ""]);
     for step in steps {
-        let verdict = if step.passed { "✓" } else { "✗" };
-        table.add_row([step.name.as_str(), &step.expected, &step.observed, verdict]);
+        table.add_row([step.name.as_str(), &step.expected, &step.observed, verdict(step)]);
     }
-    println!("\n{table}");
-    let count = steps.iter().filter(|step| step.passed).count();
-    println!("{count} of {} steps as expected, in {:.1} s", steps.len(), took.as_secs_f64());
-    Ok(passed)
+    table
+}
+
+/// Whether a step passed, in one character.
+pub(crate) fn verdict(step: &Step) -> &'static str {
+    if step.passed { "✓" } else { "✗" }
 }
 
 /// Why the demonstration could not run.
