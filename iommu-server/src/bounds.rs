@@ -80,6 +80,11 @@ pub const MAPPINGS_PER_OWNER_MAX: u64 = 1 << 20;
 pub const INTERRUPTS_PER_OWNER_MAX: u32 = 2048;
 /// Fault records kept for one owner; older ones are overwritten and counted.
 pub const FAULT_RECORDS_PER_OWNER: u32 = 1024;
+/// Sanitizer reports kept for one owner; older ones are overwritten and counted. One takes about 250 bytes here.
+pub const SANITIZER_REPORTS_PER_OWNER: usize = 1024;
+/// How often domains give back cached addresses that they did not need since: a burst that comes again within a second still finds
+/// them, and a domain's turn holds its lock for a millisecond at most.
+pub const TRIM_INTERVAL: Duration = Duration::from_secs(1);
 /// Request IDs remembered per session identity.
 pub const REQUEST_WINDOW: usize = 1024;
 /// Bytes of answers remembered per session identity; the oldest go first.

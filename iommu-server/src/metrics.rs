@@ -19,6 +19,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::host::Host;
+use crate::host::domains::ModeCount;
 use crate::host::reclaim::Reclaimed;
 use crate::server::SERVICES;
 
@@ -148,6 +149,16 @@ struct DeviceLabels {
     device: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModeLabels {
+    mode: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClassLabels {
+    class: &'static str,
+}
+
 type Encoded = Result<(), std::fmt::Error>;
 
 fn counter(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> Encoded {
@@ -209,7 +220,38 @@ impl HostCollector {
         )?;
         counter(encoder, "faults_overflowed", "Faults dropped by the full unit", unit.faults_overflowed)?;
         counter(encoder, "faults_suppressed", "Faults suppressed by FPD", unit.faults_suppressed)?;
-        counter(encoder, "interrupts", "Interrupts remapped", unit.interrupts)
+        counter(encoder, "interrupts", "Interrupts remapped", unit.interrupts)?;
+        let ring = unit.ring;
+        counter(encoder, "ring_hits", "Ring translations answered by the entry of their ring", ring.hits)?;
+        counter(
+            encoder,
+            "ring_promotions",
+            "Ring translations answered by a prefetched entry",
+            ring.promotions,
+        )?;
+        counter(encoder, "ring_walks", "Ring table walks begun", ring.walks)?;
+        counter(encoder, "ring_walk_reads", "Ring table entries read by walks", ring.walk_reads)?;
+        counter(encoder, "ring_prefetch_reads", "Ring table entries read ahead", ring.prefetch_reads)?;
+        counter(encoder, "ring_invalidations", "Invalidations of a ring's entry", ring.invalidations)
+    }
+    /// What domains do, by protection mode: seven of them.
+    fn modes(host: &Host, encoder: &mut DescriptorEncoder<'_>) -> Encoded {
+        let counts = host.domains.mode_counts();
+        let of = |pick: fn(&ModeCount) -> u64| -> Vec<_> {
+            counts.iter().map(|(mode, count)| (ModeLabels { mode }, pick(count))).collect()
+        };
+        counters(
+            encoder,
+            "domain_invalidations",
+            "Invalidations that domains asked for",
+            of(|c| c.invalidations),
+        )?;
+        counters(encoder, "domain_flushes", "Of them flushes of deferred unmaps", of(|c| c.flushes))?;
+        counters(encoder, "domain_evictions", "Kept pages that domains gave up", of(|c| c.evictions))?;
+        counters(encoder, "domain_copied_bytes", "Bytes to and from shadow buffers", of(|c| c.copied_bytes))?;
+        let reports = host.reports.counts();
+        let rows = reports.iter().map(|(class, count)| (ClassLabels { class: class.name() }, *count));
+        counters(encoder, "sanitizer_reports", "Reports of sanitizers, repeats included", rows)
     }
     fn devices(host: &Host, encoder: &mut DescriptorEncoder<'_>) -> Encoded {
         // Devices are bounded by the configuration and an operator, so their labels are too; machines' devices are left out.
@@ -236,6 +278,7 @@ impl Collector for HostCollector {
         let encoder = &mut encoder;
         Self::unit(&host, encoder)?;
         Self::devices(&host, encoder)?;
+        Self::modes(&host, encoder)?;
         gauge(encoder, "connections", "Connections", host.connections.open() as u64)?;
         gauge(
             encoder,

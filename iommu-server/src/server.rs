@@ -14,6 +14,7 @@ use iommu_proto::pb::driver_service_server::DriverServiceServer;
 use iommu_proto::pb::fault_service_server::FaultServiceServer;
 use iommu_proto::pb::inspect_service_server::InspectServiceServer;
 use iommu_proto::pb::memory_service_server::MemoryServiceServer;
+use iommu_proto::pb::sanitizer_service_server::SanitizerServiceServer;
 use iommu_proto::pb::session_service_server::SessionServiceServer;
 use iommu_proto::{DESCRIPTOR, limits};
 use prost::Message;
@@ -27,6 +28,7 @@ use crate::bounds;
 use crate::config::Config;
 use crate::connection::Connection;
 use crate::host::faults::collect_regularly;
+use crate::host::trim::trim_regularly;
 use crate::host::{Host, StartError};
 use crate::layers::gate::GateLayer;
 use crate::layers::limits::LimitLayer;
@@ -39,16 +41,18 @@ use crate::services::driver::Drivers;
 use crate::services::fault::Faults;
 use crate::services::inspect::Inspect;
 use crate::services::memory::Memory;
+use crate::services::sanitizer::Sanitizers;
 use crate::services::session::Sessions;
 
 /// The services of the schema.
-pub const SERVICES: [&str; 8] = [
+pub const SERVICES: [&str; 9] = [
     "iommu.v1.SessionService",
     "iommu.v1.DeviceService",
     "iommu.v1.DriverService",
     "iommu.v1.BareMachineService",
     "iommu.v1.MemoryService",
     "iommu.v1.FaultService",
+    "iommu.v1.SanitizerService",
     "iommu.v1.InspectService",
     "iommu.v1.AdminService",
 ];
@@ -126,6 +130,7 @@ fn routes(host: &Arc<Host>) -> Result<(Routes, HealthReporter), ServerError> {
         .add_service(sized!(BareMachineServiceServer::new(BareMachines { host: shared() })))
         .add_service(sized!(MemoryServiceServer::new(Memory { host: shared() })))
         .add_service(sized!(FaultServiceServer::new(Faults { host: shared() })))
+        .add_service(sized!(SanitizerServiceServer::new(Sanitizers { host: shared() })))
         .add_service(sized!(InspectServiceServer::new(Inspect { host: shared() })))
         .add_service(sized!(AdminServiceServer::new(Admin { host: shared() })));
     Ok((routes.prepare(), health))
@@ -185,6 +190,7 @@ impl Server {
         let background = vec![
             tokio::spawn(Arc::clone(&host.watchdog).run()),
             tokio::spawn(collect_regularly(Arc::clone(&host))),
+            tokio::spawn(trim_regularly(Arc::clone(&host))),
         ];
         Ok(Self { host, listen, unix, health, transport, background })
     }

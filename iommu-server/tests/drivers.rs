@@ -113,7 +113,7 @@ async fn the_domain_api_answers_each_error_of_its_table() {
     assert_eq!(refused(driver.attach(ENGINE0, Some(999)).await), "UNKNOWN_DOMAIN");
     assert_eq!(refused(driver.destroy(id).await), "DOMAIN_IN_USE");
     assert_eq!(refused(stranger.destroy(id).await), "NOT_YOURS");
-    let mut agent = Agent::server.attach(ENGINE0).await;
+    let mut agent = Agent::attach(&server, ENGINE0).await;
     driver.write(gpa, b"fixed").await;
     assert_eq!(agent.read(0x10_0000, 5).await.unwrap(), "fixed");
     assert_eq!(unmap_fixed(&driver, id, 0x10_0000, 16 * PAGE).await.unwrap(), 4 * PAGE);
@@ -127,7 +127,7 @@ async fn the_domain_api_answers_each_error_of_its_table() {
 async fn coherent_memory_comes_and_goes_as_one() {
     let server = server().await;
     let driver = Driver::open(&server, 0).await;
-    let mut agent = Agent::server.attach(ENGINE0).await;
+    let mut agent = Agent::attach(&server, ENGINE0).await;
     let ask = pb::AllocateCoherentRequest {
         header: driver.header(),
         device: Some(device(ENGINE0)),
@@ -217,7 +217,7 @@ async fn i1_unmaps_of_a_stream_under_dma_load_are_settled_before_they_are_answer
     let server = server().await;
     let driver = Driver::open(&server, 0).await;
     let gpa = driver.buffer(16 * PAGE).await;
-    let mut agent = Agent::server.attach(ENGINE0).await;
+    let mut agent = Agent::attach(&server, ENGINE0).await;
     let stop = tokio_util::sync::CancellationToken::new();
     let target = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(PAGE));
     let load = tokio::spawn({

@@ -44,8 +44,16 @@ pub(crate) enum Command {
     /// Owners: list them, declare a driver.
     #[command(subcommand)]
     Owner(OwnerCommand),
-    /// Domains with their devices and counters.
+    /// Domains: mode, allocator, mappings, pending flushes, sanitizer.
+    ///
+    /// The table has a line per domain: "live" are mappings in use, "cached" mappings that are kept for the next map (persistent mode), "pending"
+    /// unmaps that are answered and not yet invalidated, and "oldest" how long the oldest of them has waited: that is how long a device may
+    /// already have used a stale translation (deferred mode). With a domain's number, a page tells everything about it.
+    ///
+    /// Example: iommuctl domains --owner driver:1
     Domains {
+        /// Only this one, on a page with all its counters.
+        domain: Option<u16>,
         /// Only those of this owner.
         #[arg(long)]
         owner: Option<Owner>,
@@ -89,6 +97,14 @@ pub(crate) enum Command {
     /// Faults: list what is kept, or follow what comes.
     #[command(subcommand)]
     Fault(FaultCommand),
+    /// Reports of the DMA sanitizer: list, follow, explain.
+    ///
+    /// They tell misuse that the hardware cannot see. The sanitizer looks only at domains that were created with it; `iommuctl domains` shows which. A report tells what went wrong (such as
+    /// use-after-unmap, overrun, double-unmap), when, with which mapping, and who is to blame: the driver, the device, or unknown. Its kind,
+    /// where that can be known, is V1 (the driver gave a wrong address), V2 (the device made a wrong access by itself) or V3 (memory was used
+    /// after it was repurposed, or before).
+    #[command(subcommand)]
+    Sanitizer(SanitizerCommand),
     /// Memory of an owner as its processor sees it. Operators only.
     #[command(subcommand)]
     Memory(MemoryCommand),
@@ -232,6 +248,58 @@ pub(crate) enum FaultCommand {
         /// End after so many records.
         #[arg(long, value_name = "COUNT")]
         count: Option<u64>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReportFilter {
+    /// Only on this owner's domains.
+    #[arg(long)]
+    pub(crate) owner: Option<Owner>,
+    /// Only on this domain.
+    #[arg(long)]
+    pub(crate) domain: Option<u16>,
+    /// Only about this device.
+    #[arg(long)]
+    pub(crate) device: Option<DeviceAddress>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SanitizerCommand {
+    /// The reports that are kept, oldest first, one line each.
+    List {
+        #[command(flatten)]
+        filter: ReportFilter,
+        /// Only those with a larger number, and of them the oldest; numbers count per owner.
+        #[arg(long, value_name = "NUMBER")]
+        after: Option<u64>,
+        /// At most so many; the newest, unless --after is given.
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+    },
+    /// New reports as they come, until interrupted.
+    Follow {
+        #[command(flatten)]
+        filter: ReportFilter,
+        /// Go on after this resume token (printed by list and follow with --json).
+        #[arg(long, default_value = "", value_name = "TOKEN")]
+        from: String,
+        /// End after so many reports.
+        #[arg(long, value_name = "COUNT")]
+        count: Option<u64>,
+    },
+    /// One report in sentences, from what happened to what to do.
+    ///
+    /// It tells what and when, the life of the mapping with its requests, how long after, who is to blame and why, and what to do.
+    ///
+    /// Example: iommuctl sanitizer explain 7 --owner driver:1
+    Explain {
+        /// Its number, the first column of the list.
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        number: u64,
+        /// Whose; needed where several owners have a report of this number.
+        #[arg(long)]
+        owner: Option<Owner>,
     },
 }
 

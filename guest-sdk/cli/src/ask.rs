@@ -1,7 +1,7 @@
 //! The commands that look and change nothing.
 
 use guest_sdk::{
-    AccessQuestion, CacheCounters, DeviceAddress, DeviceState, DomainId, FaultFilter, Iova, Operator, Owner,
+    AccessQuestion, CacheCounters, DeviceAddress, DeviceState, DomainId, FaultFilter, Iova, Operator,
     WalkStep,
 };
 use iommu_types::Outcome;
@@ -11,11 +11,7 @@ use crate::Ended;
 use crate::args::{self, AccessArgs, FaultCommand};
 use crate::json::{self, hex};
 use crate::print::{Output, table};
-use crate::words;
-
-fn or_dash<T: ToString>(value: Option<T>) -> String {
-    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
-}
+use crate::words::{self, or_dash};
 
 fn yes_no(value: bool) -> String {
     if value { "yes" } else { "no" }.to_owned()
@@ -138,57 +134,6 @@ pub(crate) async fn owners(operator: &Operator, out: Output) -> anyhow::Result<(
     Ok(())
 }
 
-/// `domains`.
-pub(crate) async fn domains(operator: &Operator, out: Output, owner: Option<Owner>) -> anyhow::Result<()> {
-    let domains = operator.inspect().domains(owner).await?;
-    let value = domains
-        .iter()
-        .map(|domain| {
-            json!({
-                "domain_id": domain.domain_id.get(),
-                "owner": domain.owner.to_string(),
-                "protection": domain.protection.to_string(),
-                "width_bits": domain.width_bits,
-                "devices": domain.devices.iter().map(ToString::to_string).collect::<Vec<_>>(),
-                "mappings": domain.mappings,
-                "mapped_bytes": domain.mapped_bytes,
-                "table_bytes": domain.table_bytes,
-                "maps": domain.maps,
-                "unmaps": domain.unmaps,
-            })
-        })
-        .collect();
-    let rows = domains.iter().map(|domain| {
-        let devices: Vec<String> = domain.devices.iter().map(ToString::to_string).collect();
-        vec![
-            domain.domain_id.to_string(),
-            domain.owner.to_string(),
-            domain.protection.to_string(),
-            domain.width_bits.to_string(),
-            devices.join(" "),
-            domain.mappings.to_string(),
-            domain.mapped_bytes.to_string(),
-            domain.table_bytes.to_string(),
-            domain.maps.to_string(),
-            domain.unmaps.to_string(),
-        ]
-    });
-    let head = [
-        "domain",
-        "owner",
-        "protection",
-        "bits",
-        "devices",
-        "mappings",
-        "mapped bytes",
-        "table bytes",
-        "maps",
-        "unmaps",
-    ];
-    out.table(&value, &head, rows.collect());
-    Ok(())
-}
-
 /// `mappings`.
 pub(crate) async fn mappings(
     operator: &Operator,
@@ -300,6 +245,8 @@ pub(crate) async fn iotlb(
             "page_bytes": entry.page_bytes.bytes(),
             "hpa": hex(entry.hpa.get()),
             "permissions": entry.permissions.to_string(),
+            "first_byte": entry.first_byte,
+            "last_byte": entry.last_byte,
         })).collect::<Vec<_>>(),
     });
     out.page(&value, || {
@@ -310,9 +257,13 @@ pub(crate) async fn iotlb(
                 entry.page_bytes.to_string(),
                 entry.hpa.to_string(),
                 entry.permissions.to_string(),
+                entry
+                    .first_byte
+                    .zip(entry.last_byte)
+                    .map_or_else(|| "all".to_owned(), |(first, last)| format!("{first} to {last}")),
             ]
         });
-        let rows = table(&["domain", "iova", "page", "hpa", "permissions"], rows.collect());
+        let rows = table(&["domain", "iova", "page", "hpa", "permissions", "bytes"], rows.collect());
         format!("{rows}{} of at most {} entries are filled\n", content.total, content.capacity)
     });
     Ok(())
@@ -353,6 +304,20 @@ pub(crate) async fn counters(operator: &Operator, out: Output) -> anyhow::Result
     for (name, number) in numbers {
         value[name] = json!(number);
     }
+    let ring = counters.ring.map(|ring| {
+        [
+            ("hits", ring.hits),
+            ("promotions", ring.promotions),
+            ("walks", ring.walks),
+            ("walk_reads", ring.walk_reads),
+            ("prefetch_reads", ring.prefetch_reads),
+            ("invalidations", ring.invalidations),
+        ]
+    });
+    value["ring"] = match &ring {
+        Some(numbers) => numbers.iter().map(|(name, number)| ((*name).to_owned(), json!(number))).collect(),
+        None => Value::Null,
+    };
     out.page(&value, || {
         let rows = caches.iter().map(|(name, cache)| {
             std::iter::once((*name).to_owned())
@@ -361,8 +326,12 @@ pub(crate) async fn counters(operator: &Operator, out: Output) -> anyhow::Result
         });
         let head: Vec<&str> = std::iter::once("cache").chain(NAMES).collect();
         let caches = table(&head, rows.collect());
-        let rows = numbers.map(|(name, number)| vec![name.to_owned(), number.to_string()]);
-        format!("{caches}\n{}", table(&["counter", ""], rows.into()))
+        let rows = |numbers: &[(&str, u64)]| {
+            numbers.iter().map(|(name, number)| vec![(*name).to_owned(), number.to_string()]).collect()
+        };
+        let unit = table(&["counter", ""], rows(&numbers));
+        let ring = ring.map_or_else(String::new, |ring| format!("\n{}", table(&["rIOMMU", ""], rows(&ring))));
+        format!("{caches}\n{unit}{ring}")
     });
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! What the SDK's values look like as JSON: addresses as hexadecimal strings (64 bits do not fit a JSON number), devices and owners as printed.
 
-use iommu_types::{CacheState, Explanation, Fault, FaultRecord, Outcome, Step, Structure, Translation};
+use iommu_types::{
+    CacheState, Explanation, Fault, FaultRecord, Outcome, SanitizerReport, Step, Structure, Translation,
+};
 use serde_json::{Value, json};
 
 /// A number as a hexadecimal string.
@@ -33,6 +35,41 @@ pub(crate) fn fault(record: &FaultRecord) -> Value {
         }
     }
     value
+}
+
+/// A report of the sanitizer. Times are in microseconds since the UNIX epoch.
+pub(crate) fn report(report: &SanitizerReport) -> Value {
+    json!({
+        "sequence": report.sequence,
+        "at_us": report.at_us,
+        "owner": report.owner.to_string(),
+        "domain_id": report.domain_id.get(),
+        "device": report.device.map(|device| device.to_string()),
+        "class": report.class.name(),
+        "meaning": report.class.meaning(),
+        "violation": report.violation.map(|violation| violation.to_string()),
+        "blame": report.blame.to_string(),
+        "access": report.access.as_ref().map(|access| json!({
+            "iova": hex(access.iova.get()),
+            "size_bytes": access.size_bytes,
+            "done_bytes": access.done_bytes,
+            "access": access.access.to_string(),
+            "refused": access.refused.map(|reason| json!({ "reason": reason.0, "meaning": reason.meaning() })),
+        })),
+        "mapping": report.mapping.as_ref().map(|mapping| json!({
+            "iova": hex(mapping.iova.get()),
+            "size_bytes": mapping.size_bytes,
+            "gpa": hex(mapping.gpa.get()),
+            "direction": mapping.direction.to_string(),
+            "coherent": mapping.coherent,
+            "born_at_us": mapping.born_at_us,
+            "born_by": mapping.born_by.0,
+            "death": mapping.death.map(|(at_us, by)| json!({ "at_us": at_us, "by": by.0 })),
+        })),
+        "request_id": report.request_id.map(|id| id.0),
+        "age_us": report.age_us,
+        "repeats": report.repeats,
+    })
 }
 
 /// One table entry.

@@ -5,9 +5,12 @@
 
 mod args;
 mod ask;
+mod domains;
 mod json;
 mod memory;
 mod print;
+mod reports;
+mod sanitizer;
 mod steer;
 mod words;
 
@@ -68,7 +71,7 @@ async fn run(operator: &Operator, cli: &Cli) -> anyhow::Result<Ended> {
     let out = print::Output { json: cli.json };
     match &cli.command {
         Command::Status => ask::status(operator, out).await?,
-        Command::Domains { owner } => ask::domains(operator, out, *owner).await?,
+        Command::Domains { domain, owner } => domains::run(operator, out, *domain, *owner).await?,
         Command::Mappings { domain, from, limit } => {
             ask::mappings(operator, out, *domain, *from, *limit).await?
         }
@@ -80,6 +83,7 @@ async fn run(operator: &Operator, cli: &Cli) -> anyhow::Result<Ended> {
         Command::Iotlb { domain, limit } => ask::iotlb(operator, out, *domain, *limit).await?,
         Command::Counters => ask::counters(operator, out).await?,
         Command::Fault(command) => ask::faults(operator, out, command).await?,
+        Command::Sanitizer(command) => sanitizer::run(operator, out, command).await?,
         Command::Device(command) => steer::device(operator, out, command).await?,
         Command::Owner(command) => steer::owner(operator, out, command).await?,
         Command::Mmio(command) => steer::mmio(operator, out, command).await?,

@@ -1,8 +1,44 @@
-//! Faults, explanations and memory in words, for people.
+//! Faults, explanations, memory and numbers in words, for people. Reports of the sanitizer are in `reports.rs`.
 
 use std::fmt::Write;
 
 use iommu_types::{CacheState, Explanation, Fault, FaultRecord, Outcome, Step, Structure, Translation};
+
+/// A value, or a dash where there is none.
+pub(crate) fn or_dash<T: ToString>(value: Option<T>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+/// A number with what it counts; the first word of `what` takes the plural.
+pub(crate) fn count(number: u64, what: &str) -> String {
+    let (noun, rest) = what.split_once(' ').unwrap_or((what, ""));
+    let plural = if number == 1 { "" } else { "s" };
+    let space = if rest.is_empty() { "" } else { " " };
+    format!("{number} {noun}{plural}{space}{rest}")
+}
+
+/// A duration of so many microseconds, in the unit that fits it.
+pub(crate) fn duration(us: u64) -> String {
+    // Sums for people: three digits are enough, and a double has more.
+    #[expect(clippy::cast_precision_loss, reason = "it is printed with two decimals")]
+    let in_unit = |us_of_unit: u64| us as f64 / us_of_unit as f64;
+    match us {
+        0..1_000 => format!("{us} µs"),
+        1_000..1_000_000 => format!("{:.2} ms", in_unit(1_000)),
+        _ => format!("{:.2} s", in_unit(1_000_000)),
+    }
+}
+
+/// The last microsecond that has a date of four digits.
+const LAST_DATE_US: u64 = 253_402_300_799_999_999;
+
+/// When it was, so many microseconds after the UNIX epoch.
+pub(crate) fn instant(us: u64) -> String {
+    if us > LAST_DATE_US {
+        return format!("{us} µs after 1970");
+    }
+    humantime::format_rfc3339_micros(std::time::UNIX_EPOCH + std::time::Duration::from_micros(us)).to_string()
+}
 
 /// One fault record in one line.
 pub(crate) fn fault_line(record: &FaultRecord) -> String {
@@ -139,4 +175,49 @@ pub(crate) fn hex_dump(base: u64, bytes: &[u8]) -> String {
         let _ = writeln!(dump, "{address:012x}  {hex:<48} {text}");
     }
     dump
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_have_their_plural_at_the_noun() {
+        for (number, what, expected) in [
+            (0, "byte", "0 bytes"),
+            (1, "byte", "1 byte"),
+            (2, "byte", "2 bytes"),
+            (1, "node visited", "1 node visited"),
+            (9, "node visited", "9 nodes visited"),
+        ] {
+            assert_eq!(count(number, what), expected);
+        }
+    }
+
+    #[test]
+    fn durations_have_the_unit_that_fits() {
+        for (us, expected) in [
+            (0, "0 µs"),
+            (999, "999 µs"),
+            (1_000, "1.00 ms"),
+            (9_876, "9.88 ms"),
+            (1_000_000, "1.00 s"),
+            (90_500_000, "90.50 s"),
+        ] {
+            assert_eq!(duration(us), expected);
+        }
+    }
+
+    #[test]
+    fn instants_are_dates_and_nonsense_is_shown_as_it_is() {
+        for (us, expected) in [
+            (0, "1970-01-01T00:00:00.000000Z"),
+            (1_767_323_045_000_006, "2026-01-02T03:04:05.000006Z"),
+            (LAST_DATE_US, "9999-12-31T23:59:59.999999Z"),
+            (LAST_DATE_US + 1, "253402300800000000 µs after 1970"),
+            (u64::MAX, "18446744073709551615 µs after 1970"),
+        ] {
+            assert_eq!(instant(us), expected);
+        }
+    }
 }

@@ -1,16 +1,17 @@
 //! What the service keeps of each device: its counters, its owner, and its session.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use crossbeam_utils::CachePadded;
 use dashmap::DashMap;
-use iommu_types::DeviceAddress;
 use iommu_types::errors::UnknownDevice;
-use parking_lot::{Mutex, RwLock};
+use iommu_types::{DeviceAddress, DmaLimits};
+use parking_lot::{MappedRwLockReadGuard, Mutex, RwLock, RwLockReadGuard};
 
 use crate::ending::Ending;
 use crate::host::owners::OwnerState;
+use crate::host::sanitizer::WatchedDomain;
 use crate::machine::Machine;
 use crate::session::device::DeviceSession;
 
@@ -107,6 +108,13 @@ pub struct DeviceState {
     /// device waits for them.
     pub placement: tokio::sync::Mutex<()>,
     owner: RwLock<Option<Arc<OwnerState>>>,
+    /// What its driver said that it can address.
+    limits: Mutex<DmaLimits>,
+    /// Whether `watched` is there; asked for every batch.
+    is_watched: AtomicBool,
+    /// Held for reading while a batch is carried out and the sanitizer told of it, so that no DMA is told to the sanitizer of a domain
+    /// in which it was not done.
+    watched: RwLock<Option<WatchedDomain>>,
     seat: Mutex<DeviceSeat>,
 }
 
@@ -120,6 +128,9 @@ impl DeviceState {
             counters: CachePadded::default(),
             placement: tokio::sync::Mutex::default(),
             owner: RwLock::new(None),
+            limits: Mutex::default(),
+            is_watched: AtomicBool::new(false),
+            watched: RwLock::new(None),
             seat: Mutex::default(),
         }
     }
@@ -130,6 +141,28 @@ impl DeviceState {
     /// Changes to whom its interrupts go.
     pub fn set_owner(&self, owner: Option<Arc<OwnerState>>) {
         *self.owner.write() = owner;
+    }
+    /// What it can address, as its driver said.
+    pub fn limits(&self) -> DmaLimits {
+        *self.limits.lock()
+    }
+    /// Changes what it can address.
+    pub fn set_limits(&self, limits: DmaLimits) {
+        *self.limits.lock() = limits;
+    }
+    /// The domain whose sanitizer looks at what the device does. One relaxed load where there is none.
+    #[inline]
+    pub fn watched(&self) -> Option<MappedRwLockReadGuard<'_, WatchedDomain>> {
+        if !self.is_watched.load(Ordering::Relaxed) {
+            return None;
+        }
+        RwLockReadGuard::try_map(self.watched.read(), Option::as_ref).ok()
+    }
+    /// Puts the device before the eyes of a domain's sanitizer, or takes it away. Waits for a batch that is watched.
+    pub fn watch(&self, domain: Option<WatchedDomain>) {
+        let mut watched = self.watched.write();
+        self.is_watched.store(domain.is_some(), Ordering::Relaxed);
+        *watched = domain;
     }
     /// The live session, if any.
     pub fn session(&self) -> Option<Arc<DeviceSession>> {

@@ -8,11 +8,11 @@ use iommu_kernel::{
     DmaMap, DmaSync, DmaUnmap, DmaUnmapSg, Domain, MapFixed, OwnerMemory, PendingUnmap, Segment,
 };
 use iommu_types::errors::{
-    DmaLimitsError, DmaMapError, DmaSyncError, DmaUnmapError, InvalidField, MapError, NotAttached, NotYours,
-    UnknownDevice, UnknownDomain, UnmapError,
+    DmaMapError, DmaSyncError, DmaUnmapError, InvalidField, MapError, NotAttached, NotYours, UnknownDevice,
+    UnknownDomain, UnmapError,
 };
 use iommu_types::{
-    DeviceAddress, Direction, DmaAttributes, DmaLimits, DomainId, GpaRange, Iova, IovaRange, Owner, RequestId,
+    DeviceAddress, Direction, DmaAttributes, DomainId, GpaRange, Iova, IovaRange, Owner, RequestId,
 };
 
 use super::Host;
@@ -83,7 +83,7 @@ macro_rules! attached_into_operations {
         }
     )* };
 }
-attached_into_operations!(DmaMapError, DmaLimitsError);
+attached_into_operations!(DmaMapError);
 
 /// What is mapped by one call, and how.
 #[derive(Clone, Copy, Debug)]
@@ -302,21 +302,6 @@ impl Host {
             }
         }
         last
-    }
-
-    /// Says what a device can address. Returns what holds from now on.
-    pub fn set_dma_limits(
-        &self,
-        owner: Owner,
-        device: DeviceAddress,
-        change: impl Fn(DmaLimits) -> DmaLimits,
-    ) -> Result<DmaLimits, DmaLimitsError> {
-        let slot = self.attached_domain(owner, device)?;
-        let set = slot.with(|domain| {
-            domain.set_limits(change(domain.limits()))?;
-            Ok(domain.limits())
-        });
-        set.map_err(|_| NotAttached { device })?
     }
 
     /// The domain `id` of this owner.

@@ -3,16 +3,19 @@
 //! A domain is locked by itself, never together with another. Whoever has to wait for a drain lets go of the lock, and the slot
 //! remembers that somebody is still to come back (`pending`), so that a domain is not destroyed under an unfinished unmap.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dashmap::DashMap;
-use iommu_kernel::{Domain, Kernel, PendingUnmap, Tick};
+use iommu_kernel::{Domain, DomainCounters, Kernel, PendingUnmap, Tick};
 use iommu_types::errors::UnknownDomain;
-use iommu_types::{DeviceAddress, DomainId, Owner};
+use iommu_types::{DeviceAddress, DomainId, Owner, RequestId};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use super::sanitizer::{SanitizerHub, WatchedDomain};
 use crate::telemetry;
 
 struct SlotState {
@@ -23,6 +26,19 @@ struct SlotState {
     pending: usize,
     /// Whether somebody sleeps until the domain's deferred unmaps are to be flushed.
     flush_armed: bool,
+    /// What it had done when it was taken out.
+    done: Option<(&'static str, DomainCounters)>,
+}
+
+fn counted(domain: &Domain) -> (&'static str, DomainCounters) {
+    (domain.protection().name(), domain.counters())
+}
+
+impl SlotState {
+    /// The domain, for those who looked under this lock whether it is there.
+    fn there(&mut self) -> &mut Domain {
+        self.domain.as_mut().expect("the caller found the domain under this lock")
+    }
 }
 
 /// A domain and its lock.
@@ -33,8 +49,12 @@ pub struct DomainSlot {
     pub owner: Owner,
     /// The device whose default domain it is.
     pub default_of: Option<DeviceAddress>,
+    /// Its sanitizer, if it has one. What a call causes it to report is filed when the domain's lock is free again.
+    pub watched: Option<WatchedDomain>,
     state: Mutex<SlotState>,
     settled: Notify,
+    /// Whether what is mapped was reported as leaked when the last device went.
+    leak_told: AtomicBool,
 }
 
 impl std::fmt::Debug for DomainSlot {
@@ -44,29 +64,62 @@ impl std::fmt::Debug for DomainSlot {
 }
 
 impl DomainSlot {
-    fn new(domain: Domain, default_of: Option<DeviceAddress>) -> Self {
+    fn new(domain: Domain, default_of: Option<DeviceAddress>, reports: &Arc<SanitizerHub>) -> Self {
+        let watched =
+            domain.sanitizer().map(|handle| WatchedDomain::new(handle.clone(), Arc::clone(reports)));
         Self {
             id: domain.id(),
             owner: domain.owner(),
             default_of,
+            watched,
+            leak_told: AtomicBool::new(false),
             state: Mutex::new(SlotState {
                 domain: Some(domain),
                 closing: false,
                 pending: 0,
                 flush_armed: false,
+                done: None,
             }),
             settled: Notify::new(),
         }
     }
 
+    /// Runs `operation` under the slot's lock, if the domain is there; then files what its sanitizer reported.
+    fn locked<R>(&self, operation: impl FnOnce(&mut SlotState) -> R) -> Result<R, UnknownDomain> {
+        let result = {
+            let mut state = self.state.lock();
+            if state.closing || state.domain.is_none() {
+                return Err(UnknownDomain { domain_id: self.id });
+            }
+            operation(&mut state)
+        };
+        if let Some(watched) = &self.watched {
+            watched.file();
+        }
+        Ok(result)
+    }
+
     /// Runs `operation` under the domain's lock.
     pub fn with<R>(&self, operation: impl FnOnce(&mut Domain) -> R) -> Result<R, UnknownDomain> {
-        let mut state = self.state.lock();
-        if state.closing {
-            return Err(UnknownDomain { domain_id: self.id });
+        self.locked(|state| operation(state.there()))
+    }
+
+    /// The last device or the driver lets go: what is mapped now was leaked. Nothing where no sanitizer looks.
+    pub fn leaked(&self, by: RequestId) {
+        if self.watched.is_some() {
+            let _gone = self.with(|domain| domain.leaked(telemetry::now(), by));
+            self.leak_told.store(true, Ordering::Relaxed);
         }
-        let domain = state.domain.as_mut().ok_or(UnknownDomain { domain_id: self.id })?;
-        Ok(operation(domain))
+    }
+    /// The same when the domain is to go, unless that was said when its last device went.
+    pub fn leaked_at_last(&self, by: RequestId) {
+        if !self.leak_told.load(Ordering::Relaxed) {
+            self.leaked(by);
+        }
+    }
+    /// A device is attached: what is mapped is in use again.
+    pub fn taken_up(&self) {
+        self.leak_told.store(false, Ordering::Relaxed);
     }
 
     /// Runs `operation`, which removes mappings. Where all DMA is quiet the unmap is finished under the same lock; else the
@@ -76,16 +129,12 @@ impl DomainSlot {
         kernel: &Arc<Kernel>,
         operation: impl FnOnce(&mut Domain) -> (R, Option<PendingUnmap>),
     ) -> Result<(R, Option<Unsettled>), UnknownDomain> {
-        let mut state = self.state.lock();
-        if state.closing {
-            return Err(UnknownDomain { domain_id: self.id });
-        }
-        let state = &mut *state;
-        let domain = state.domain.as_mut().ok_or(UnknownDomain { domain_id: self.id })?;
-        let (result, pending) = operation(domain);
-        let unsettled = pending.and_then(|pending| self.settle_or_keep(kernel, state, pending));
-        self.arm_flush(kernel, state);
-        Ok((result, unsettled))
+        self.locked(|state| {
+            let (result, pending) = operation(state.there());
+            let unsettled = pending.and_then(|pending| self.settle_or_keep(kernel, state, pending));
+            self.arm_flush(kernel, state);
+            (result, unsettled)
+        })
     }
 
     /// Runs `operation`, which maps. What it had to evict for that is settled behind the answer: nobody waits for it.
@@ -94,19 +143,15 @@ impl DomainSlot {
         kernel: &Arc<Kernel>,
         operation: impl FnOnce(&mut Domain) -> R,
     ) -> Result<R, UnknownDomain> {
-        let mut state = self.state.lock();
-        if state.closing {
-            return Err(UnknownDomain { domain_id: self.id });
-        }
-        let state = &mut *state;
-        let domain = state.domain.as_mut().ok_or(UnknownDomain { domain_id: self.id })?;
-        let result = operation(domain);
-        for evicted in domain.take_evicted() {
-            if let Some(unsettled) = self.settle_or_keep(kernel, state, evicted) {
-                tokio::spawn(unsettled.settle());
+        self.locked(|state| {
+            let result = operation(state.there());
+            for evicted in state.there().take_evicted() {
+                if let Some(unsettled) = self.settle_or_keep(kernel, state, evicted) {
+                    tokio::spawn(unsettled.settle());
+                }
             }
-        }
-        Ok(result)
+            result
+        })
     }
 
     /// Finishes an unmap where all DMA is quiet, under the lock that is held; else it is to be settled.
@@ -119,8 +164,7 @@ impl DomainSlot {
         let (drain, undone) = pending.split();
         match drain.try_complete() {
             Ok(drained) => {
-                let domain = state.domain.as_mut().expect("the caller found the domain under this lock");
-                domain.finish_unmap(kernel, undone, drained);
+                state.there().finish_unmap(kernel, undone, drained);
                 None
             }
             Err(drain) => {
@@ -140,6 +184,12 @@ impl DomainSlot {
         }
     }
 
+    /// Its mode and what it has done, also while it is being destroyed.
+    fn counted(&self) -> Option<(&'static str, DomainCounters)> {
+        let state = self.state.lock();
+        state.domain.as_ref().map(counted).or(state.done)
+    }
+
     /// From now on nobody finds it.
     pub fn close(&self) {
         self.state.lock().closing = true;
@@ -155,7 +205,9 @@ impl DomainSlot {
             {
                 let mut state = self.state.lock();
                 if state.pending == 0 {
-                    return state.domain.take();
+                    let domain = state.domain.take()?;
+                    state.done = Some(counted(&domain));
+                    return Some(domain);
                 }
             }
             settled.await;
@@ -207,8 +259,7 @@ async fn flush_when_due(slot: Arc<DomainSlot>, kernel: Arc<Kernel>, first_due: T
                     continue;
                 }
                 Some(_) => {
-                    let domain = state.domain.as_mut().expect("it said when it is due");
-                    let pending = domain.flush(&kernel);
+                    let pending = state.there().flush(&kernel);
                     slot.settle_or_keep(&kernel, state, pending)
                 }
             }
@@ -222,14 +273,43 @@ async fn flush_when_due(slot: Arc<DomainSlot>, kernel: Arc<Kernel>, first_due: T
 /// All domains.
 #[derive(Debug, Default)]
 pub struct Domains {
+    /// Where their sanitizers' reports go.
+    reports: Arc<SanitizerHub>,
+    retired: Mutex<BTreeMap<&'static str, ModeCount>>,
     by_id: DashMap<DomainId, Arc<DomainSlot>>,
     defaults: DashMap<(Owner, DeviceAddress), Arc<DomainSlot>>,
 }
 
+/// What the domains of one mode have done, those that are gone included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModeCount {
+    /// Invalidations asked for.
+    pub invalidations: u64,
+    /// Of them flushes of deferred unmaps.
+    pub flushes: u64,
+    /// Pages evicted.
+    pub evictions: u64,
+    /// Bytes copied from and to shadow buffers.
+    pub copied_bytes: u64,
+}
+
+impl ModeCount {
+    fn add(&mut self, counters: DomainCounters) {
+        self.invalidations += counters.invalidations;
+        self.flushes += counters.flushes;
+        self.evictions += counters.evictions;
+        self.copied_bytes += counters.copied_bytes;
+    }
+}
+
 impl Domains {
+    /// None yet; what their sanitizers report goes to `reports`.
+    pub fn new(reports: Arc<SanitizerHub>) -> Self {
+        Self { reports, ..Self::default() }
+    }
     /// Adds a domain.
     pub fn insert(&self, domain: Domain, default_of: Option<DeviceAddress>) -> Arc<DomainSlot> {
-        let slot = Arc::new(DomainSlot::new(domain, default_of));
+        let slot = Arc::new(DomainSlot::new(domain, default_of, &self.reports));
         self.by_id.insert(slot.id, Arc::clone(&slot));
         if let Some(device) = default_of {
             self.defaults.insert((slot.owner, device), Arc::clone(&slot));
@@ -244,8 +324,12 @@ impl Domains {
     pub fn default_of(&self, owner: Owner, device: DeviceAddress) -> Option<Arc<DomainSlot>> {
         self.defaults.get(&(owner, device)).map(|entry| Arc::clone(entry.value()))
     }
-    /// Takes a domain out of the registry; its identifier is reused only after its destruction.
+    /// Takes a domain out of the registry; its identifier is reused only after its destruction. What it has done is still counted.
     pub fn remove(&self, slot: &DomainSlot) {
+        let mut retired = self.retired.lock();
+        if let Some((mode, counters)) = slot.counted() {
+            retired.entry(mode).or_default().add(counters);
+        }
         self.by_id.remove(&slot.id);
         if let Some(device) = slot.default_of {
             self.defaults.remove(&(slot.owner, device));
@@ -257,6 +341,18 @@ impl Domains {
             self.by_id.iter().map(|entry| Arc::clone(entry.value())).filter(|slot| wanted(slot)).collect();
         found.sort_by_key(|slot| slot.id);
         found
+    }
+    /// What the domains of each mode have done. Never goes back: a domain goes from the registry to the retired in one step.
+    pub fn mode_counts(&self) -> BTreeMap<&'static str, ModeCount> {
+        let retired = self.retired.lock();
+        let mut counts = retired.clone();
+        for slot in self.list(|_| true) {
+            if let Some((mode, counters)) = slot.counted() {
+                counts.entry(mode).or_default().add(counters);
+            }
+        }
+        drop(retired);
+        counts
     }
     /// How many there are.
     pub fn count(&self) -> usize {

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use iommu_kernel::Domain;
 use iommu_types::errors::{AllocateError, CreateDomainError, FreeError, LimitReached, MapError, StillMapped};
-use iommu_types::{DomainOptions, Gpa, GpaRange, Owner};
+use iommu_types::{DomainOptions, Gpa, GpaRange, Owner, RequestId};
 
 use super::Host;
 use super::domains::DomainSlot;
 use super::owners::OwnerState;
+use crate::telemetry;
 
 impl Host {
     fn passthrough_domains(&self, owner: Owner) -> Vec<Arc<DomainSlot>> {
@@ -68,7 +69,12 @@ impl Host {
     }
 
     /// Frees a buffer. Domains let go of what they keep of it first; what is in use keeps it from being freed.
-    pub async fn free_buffer(&self, owner: &OwnerState, gpa: Gpa) -> Result<GpaRange, FreeError> {
+    pub async fn free_buffer(
+        &self,
+        owner: &OwnerState,
+        gpa: Gpa,
+        by: RequestId,
+    ) -> Result<GpaRange, FreeError> {
         let buffer = owner.memory.read().buffers().into_iter().find(|buffer| buffer.base() == gpa);
         if let Some(buffer) = buffer {
             let uses = |slot: &Arc<DomainSlot>| {
@@ -77,14 +83,14 @@ impl Host {
             };
             // Asked before anything is closed, so that a refusal leaves a direct map as it is.
             if self.domains.list(|slot| slot.owner == owner.owner).iter().any(uses) {
-                self.released_while_mapped(owner.owner, buffer);
+                self.released_while_mapped(owner.owner, buffer, by);
                 return Err(StillMapped { gpa }.into());
             }
             self.let_go(owner.owner, buffer).await;
         }
         let freed = owner.memory.write().free(&self.kernel, gpa);
         if let (Err(FreeError::StillMapped(_)), Some(buffer)) = (&freed, buffer) {
-            self.released_while_mapped(owner.owner, buffer);
+            self.released_while_mapped(owner.owner, buffer, by);
             self.open_again(owner, buffer);
         }
         freed
@@ -111,7 +117,12 @@ impl Host {
         }
     }
 
-    fn released_while_mapped(&self, _owner: Owner, _buffer: GpaRange) {}
+    /// Tells the sanitizers of the owner's domains, each of which knows what it maps.
+    fn released_while_mapped(&self, owner: Owner, buffer: GpaRange, by: RequestId) {
+        for slot in self.domains.list(|slot| slot.owner == owner && slot.watched.is_some()) {
+            let _gone = slot.with(|domain| domain.released_while_mapped(buffer, telemetry::now(), by));
+        }
+    }
 }
 
 /// A direct map is refused for want of something, or because an address does not fit the domain.

@@ -1,6 +1,6 @@
 //! The host: the kernel floor, and the registries around it.
 //!
-//! **Lock order:** topology, owner memory, domain, fault logs. No lock is held across an await; what has to be quiet is awaited
+//! **Lock order:** topology, owner memory, domain, the watched domain of a device, sanitizer, logs of faults and reports. No lock is held across an await; what has to be quiet is awaited
 //! in between. Registries hand out `Arc`s and keep their guards to themselves.
 
 pub mod devices;
@@ -11,6 +11,8 @@ pub mod memory;
 pub mod owners;
 pub mod placement;
 pub mod reclaim;
+pub mod sanitizer;
+pub mod trim;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,6 +30,7 @@ use self::devices::{DeviceState, Devices, Home};
 use self::domains::Domains;
 use self::faults::FaultHub;
 use self::owners::{OwnerState, Owners};
+use self::sanitizer::SanitizerHub;
 use crate::bounds;
 use crate::config::Config;
 use crate::connection::Connections;
@@ -55,6 +58,8 @@ pub struct Host {
     pub machines: Machines,
     /// Fault logs.
     pub faults: FaultHub,
+    /// What sanitizers report.
+    pub reports: Arc<SanitizerHub>,
     /// Looks after device streams.
     pub watchdog: Arc<Watchdog>,
     /// What is counted about the service itself.
@@ -123,15 +128,17 @@ impl Host {
         let kernel = Kernel::boot(Arc::new(memory), kernel_config(&config))?;
         let (devices, drivers) = (config.devices.clone(), config.drivers.clone());
         let watchdog = Arc::new(Watchdog::new(config.stream_stalled));
+        let reports = Arc::<SanitizerHub>::default();
         let host = Arc::new(Self {
             config,
             kernel,
             topology: RwLock::new(Topology::new(bounds::DEVICES_MAX, bounds::OWNERS_MAX)),
             owners: Owners::default(),
             devices: Devices::default(),
-            domains: Domains::default(),
+            domains: Domains::new(Arc::clone(&reports)),
             machines: Machines::default(),
             faults: FaultHub::default(),
+            reports,
             watchdog,
             metrics: Arc::default(),
             connections: Arc::default(),
@@ -176,7 +183,7 @@ impl Host {
         }
         self.devices.insert(Arc::clone(&device));
         let Some(owner_state) = owner_state else { return Ok(()) };
-        let attached = self.give(&device, &owner_state, None).await;
+        let attached = self.give(&device, &owner_state, None, placement::OPERATOR).await;
         if let Err(error) = attached {
             // Nothing is left of a declaration that failed.
             self.devices.remove(address);

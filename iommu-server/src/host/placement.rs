@@ -5,17 +5,22 @@
 
 use std::sync::Arc;
 
-use iommu_kernel::DeviceEntry;
+use iommu_kernel::{DeviceEntry, Topology};
 use iommu_types::errors::{
-    AttachError, CreateDomainError, DestroyDomainError, DetachError, DomainInUse, LimitReached, NotYours,
-    UnknownDevice,
+    AttachError, CreateDomainError, DestroyDomainError, DetachError, DmaLimitsError, DomainInUse,
+    LimitReached, NotAttached, NotYours, UnknownDevice,
 };
-use iommu_types::{DeviceAddress, DomainId, DomainOptions, Owner, Protection};
+use iommu_types::{
+    DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId,
+};
 
 use super::Host;
 use super::devices::DeviceState;
 use super::domains::DomainSlot;
 use super::owners::OwnerState;
+
+/// Stands where a driver's request is named, for what no driver asked for.
+pub const OPERATOR: RequestId = RequestId(0);
 
 fn not_yours(object: impl std::fmt::Display) -> NotYours {
     NotYours { object: object.to_string() }
@@ -58,9 +63,10 @@ impl Host {
         device: &Arc<DeviceState>,
         owner: &Arc<OwnerState>,
         domain_id: Option<DomainId>,
+        by: RequestId,
     ) -> Result<DomainId, AttachError> {
         let _placement = device.placement.lock().await;
-        self.give_locked(device, owner, domain_id).await
+        self.give_locked(device, owner, domain_id, by).await
     }
 
     /// The same for a device that the owner already has: it may have been given to another while this call waited.
@@ -69,10 +75,11 @@ impl Host {
         device: &Arc<DeviceState>,
         owner: &Arc<OwnerState>,
         domain_id: Option<DomainId>,
+        by: RequestId,
     ) -> Result<DomainId, AttachError> {
         let _placement = device.placement.lock().await;
         self.device_of(owner.owner, device.address)?;
-        self.give_locked(device, owner, domain_id).await
+        self.give_locked(device, owner, domain_id, by).await
     }
 
     async fn give_locked(
@@ -80,6 +87,7 @@ impl Host {
         device: &Arc<DeviceState>,
         owner: &Arc<OwnerState>,
         domain_id: Option<DomainId>,
+        by: RequestId,
     ) -> Result<DomainId, AttachError> {
         let address = device.address;
         self.still_declared(device)?;
@@ -110,7 +118,8 @@ impl Host {
         if before.domain_id == Some(target.id) {
             return Ok(target.id);
         }
-        self.detach_locked(device).await;
+        self.fits(device, &target)?;
+        self.detach_locked(device, by).await;
         if let Some(former) = before.owner.filter(|former| *former != owner.owner) {
             self.leave_owner(device, former).await;
         }
@@ -126,46 +135,124 @@ impl Host {
     ) -> Result<(), AttachError> {
         let mut topology = self.topology.write();
         topology.device(device.address)?;
-        target.with(|domain| self.kernel.attach(device.address.source_id, domain))??;
+        let limits = self.limits_in(&topology, target.id, Some(device));
+        target.with(|domain| {
+            self.kernel.attach(device.address.source_id, domain)?;
+            // A ring domain has addresses of 64 bits, whatever the device; that it fits was asked before it was detached.
+            let _refused = domain.set_limits(limits);
+            Ok::<(), AttachError>(())
+        })??;
         topology.set_attached(device.address, owner.owner, target.id)?;
         drop(topology);
+        target.taken_up();
+        // A batch that began while the device was attached to nothing goes unseen; what it did before was refused.
+        device.watch(target.watched.clone());
         device.set_owner(Some(Arc::clone(owner)));
         Ok(())
     }
 
-    /// Detaches a device, invalidated and drained. Nothing to do when it is attached to nothing.
-    async fn detach_locked(&self, device: &DeviceState) -> Option<DomainId> {
+    /// Detaches a device, invalidated and drained. Nothing to do when it is attached to nothing. What the last device of a domain leaves
+    /// mapped there was leaked.
+    async fn detach_locked(&self, device: &DeviceState, by: RequestId) -> Option<DomainId> {
         let (domain_id, drain) = {
             let mut topology = self.topology.write();
             let domain_id = topology.set_detached(device.address).ok()?;
             let slot = self.domains.get(domain_id).expect("a domain with a device is in the registry");
-            let drain = slot.with(|domain| self.kernel.detach(device.address.source_id, domain));
+            if topology.attached_to(domain_id).is_empty() {
+                slot.leaked(by);
+            }
+            let limits = self.limits_in(&topology, domain_id, None);
+            let drain = slot.with(|domain| {
+                let drain = self.kernel.detach(device.address.source_id, domain);
+                // Those of fewer devices are no stricter, so nothing refuses them.
+                let _refused = domain.set_limits(limits);
+                drain
+            });
             (domain_id, drain.expect("a domain with a device is not destroyed"))
         };
         let _drained = drain.await;
+        // Not before: until here its sanitizer is told what the device is refused.
+        device.watch(None);
         Some(domain_id)
     }
 
+    /// What all devices of a domain can address, together with one that is not attached to it yet.
+    fn limits_in(&self, topology: &Topology, id: DomainId, also: Option<&DeviceState>) -> DmaLimits {
+        let attached = topology.attached_to(id);
+        let attached = attached.iter().filter_map(|address| self.devices.get(*address).ok());
+        let attached = attached.map(|device| device.limits());
+        attached.chain(also.map(DeviceState::limits)).fold(DmaLimits::NONE, |strictest, limits| DmaLimits {
+            mask_bits: strictest.mask_bits.min(limits.mask_bits),
+            segment_bytes_max: strictest.segment_bytes_max.min(limits.segment_bytes_max),
+            segment_boundary_mask: strictest.segment_boundary_mask.min(limits.segment_boundary_mask),
+        })
+    }
+
+    /// Whether a device can name the addresses of a domain: those of a ring domain have 64 bits.
+    fn fits(&self, device: &DeviceState, target: &DomainSlot) -> Result<(), AttachError> {
+        let is_ring = target.with(|domain| matches!(domain.protection(), Protection::Ring(_)))?;
+        if is_ring && device.limits().mask_bits < DMA_MASK_BITS_MAX {
+            let limit = "mask_bits of the device in a ring domain, at least".to_owned();
+            return Err(LimitReached { limit, allowed: DMA_MASK_BITS_MAX.into() }.into());
+        }
+        Ok(())
+    }
+
+    /// Says what a device can address. It holds for the domain that it is attached to now, together with what its other devices can, and goes
+    /// with the device from domain to domain, until it is given to another owner. Returns what holds from now on.
+    pub fn set_dma_limits(
+        &self,
+        owner: Owner,
+        device: DeviceAddress,
+        change: impl Fn(DmaLimits) -> DmaLimits,
+    ) -> Result<DmaLimits, DmaLimitsError> {
+        // With this lock held nobody attaches a device meanwhile.
+        let topology = self.topology.write();
+        let entry = topology.device(device)?;
+        if entry.owner != Some(owner) {
+            return Err(not_yours(device).into());
+        }
+        let slot = entry.domain_id.and_then(|id| self.domains.get(id).ok());
+        let slot = slot.filter(|slot| slot.owner == owner).ok_or(NotAttached { device })?;
+        let state = self.devices.get(device)?;
+        let before = state.limits();
+        let wanted = change(before);
+        wanted.check()?;
+        state.set_limits(wanted);
+        let all = self.limits_in(&topology, slot.id, None);
+        let set = slot.with(|domain| domain.set_limits(all)).unwrap_or(Err(NotAttached { device }.into()));
+        if let Err(refused) = set {
+            state.set_limits(before);
+            return Err(refused);
+        }
+        Ok(wanted)
+    }
+
     /// Detaches a device; it keeps its owner.
-    pub async fn detach(&self, device: &DeviceState) -> Result<(), DetachError> {
+    pub async fn detach(&self, device: &DeviceState, by: RequestId) -> Result<(), DetachError> {
         let _placement = device.placement.lock().await;
-        self.detach_or_say_why(device).await
+        self.detach_or_say_why(device, by).await
     }
 
     /// The same for a device that the owner still has.
-    pub async fn detach_own(&self, device: &DeviceState, owner: Owner) -> Result<(), DetachError> {
+    pub async fn detach_own(
+        &self,
+        device: &DeviceState,
+        owner: Owner,
+        by: RequestId,
+    ) -> Result<(), DetachError> {
         let _placement = device.placement.lock().await;
         self.device_of(owner, device.address)?;
-        self.detach_or_say_why(device).await
+        self.detach_or_say_why(device, by).await
     }
 
-    async fn detach_or_say_why(&self, device: &DeviceState) -> Result<(), DetachError> {
-        match self.detach_locked(device).await {
+    async fn detach_or_say_why(&self, device: &DeviceState, by: RequestId) -> Result<(), DetachError> {
+        match self.detach_locked(device, by).await {
             Some(_) => Ok(()),
             None => {
                 // Says which of the two reasons it is: unknown, or attached to nothing.
                 self.topology.read().device(device.address)?;
-                Err(iommu_types::errors::NotAttached { device: device.address }.into())
+                Err(NotAttached { device: device.address }.into())
             }
         }
     }
@@ -173,6 +260,7 @@ impl Host {
     /// What a former owner had for a device goes: what the device holds of it, interrupts, the default domain with its mappings.
     async fn leave_owner(&self, device: &DeviceState, former: Owner) {
         device.set_owner(None);
+        device.set_limits(DmaLimits::NONE);
         if let Some(session) = device.session() {
             session.reset().await;
         }
@@ -200,6 +288,7 @@ impl Host {
         self: &Arc<Self>,
         owner: Owner,
         id: DomainId,
+        by: RequestId,
     ) -> Result<(), DestroyDomainError> {
         let slot = self.domains.get(id)?;
         if slot.owner != owner {
@@ -215,6 +304,7 @@ impl Host {
             if let Some(device) = topology.attached_to(id).first() {
                 return Err(DomainInUse { domain_id: id, device: *device }.into());
             }
+            slot.leaked_at_last(by);
             slot.close();
         }
         self.dissolve(&slot).await;
@@ -228,7 +318,7 @@ impl Host {
         device.remove();
         let _placement = device.placement.lock().await;
         self.still_declared(&device)?;
-        self.detach_locked(&device).await;
+        self.detach_locked(&device, OPERATOR).await;
         // The address can be declared anew from the last line on, so nothing of this device is left then.
         let owner = self.topology.read().device(address)?.owner;
         if let Some(owner) = owner {
@@ -246,7 +336,8 @@ impl Host {
         if self.device_of(owner.owner, address).is_err() {
             return;
         }
-        if let Err(reason) = self.give_locked(&device, owner, None).await {
+        device.set_limits(DmaLimits::NONE);
+        if let Err(reason) = self.give_locked(&device, owner, None, OPERATOR).await {
             tracing::error!(device = %address, owner = %owner.owner, %reason, "device not attached again");
         }
     }

@@ -7,6 +7,7 @@ use iommu_types::DeviceAddress;
 
 use super::Host;
 use super::owners::OwnerState;
+use super::placement::OPERATOR;
 use crate::bounds;
 use crate::telemetry;
 
@@ -28,6 +29,7 @@ impl Host {
         let devices = self.topology.read().devices_of(owner.owner);
         self.reset_all(&devices).await;
         for slot in self.domains.list(|slot| slot.owner == owner.owner) {
+            slot.leaked_at_last(OPERATOR);
             let unmapped = slot.unmap_with(&self.kernel, |domain| {
                 ((), Some(domain.unmap_all(&self.kernel, telemetry::now())))
             });
@@ -41,7 +43,7 @@ impl Host {
             self.restore(owner, *address).await;
         }
         for slot in self.domains.list(|slot| slot.owner == owner.owner && slot.default_of.is_none()) {
-            match self.destroy_domain(owner.owner, slot.id).await {
+            match self.destroy_domain(owner.owner, slot.id, OPERATOR).await {
                 Ok(()) => reclaimed.domains += 1,
                 Err(reason) => {
                     tracing::error!(owner = %owner.owner, domain_id = %slot.id, %reason, "domain not reclaimed")

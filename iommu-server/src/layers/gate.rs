@@ -70,6 +70,7 @@ const TABLE: &[(&str, Needs)] = &[
     ("/iommu.v1.BareMachineService/", Needs::Roles(BARE)),
     ("/iommu.v1.MemoryService/", Needs::Roles(MEMORY)),
     ("/iommu.v1.FaultService/", Needs::Roles(LOOK)),
+    ("/iommu.v1.SanitizerService/", Needs::Roles(LOOK)),
     ("/iommu.v1.InspectService/", Needs::Roles(LOOK)),
     ("/iommu.v1.InspectService/GetCounters", Needs::Roles(COUNT)),
     ("/iommu.v1.InspectService/Explain", Needs::Roles(LOOK_AT_UNIT)),
@@ -193,7 +194,7 @@ mod tests {
             Needs::Roles(roles) => Some((path, roles)),
             Needs::Nothing => None,
         }) {
-            let looks = path.contains("Inspect") || path.contains("Fault");
+            let looks = ["Inspect", "Fault", "Sanitizer"].iter().any(|service| path.contains(service));
             assert_eq!(roles.admit(Role::Observer), looks, "{path}");
             assert_eq!(path.contains("Admin"), *roles == OPERATOR, "{path}");
         }

@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status};
 use super::driver::mmio_call;
 use super::{Caller, internal, parse};
 use crate::host::Host;
+use crate::host::placement::OPERATOR;
 use crate::session::open::{quarantine, tenant_of};
 
 /// The service.
@@ -97,7 +98,7 @@ impl AdminService for Admin {
         let attached = to_its_end(async move {
             let device = host.devices.get(address)?;
             let owner = host.owners.get(owner)?;
-            host.give(&device, &owner, domain_id).await
+            host.give(&device, &owner, domain_id, OPERATOR).await
         });
         let domain_id = attached.await?;
         tracing::info!(device = %address, %owner, %domain_id, by = %caller.session.identity, "device given");
@@ -114,7 +115,7 @@ impl AdminService for Admin {
         let host = Arc::clone(&self.host);
         to_its_end::<_, DetachError>(async move {
             let device = host.devices.get(address)?;
-            host.detach(&device).await
+            host.detach(&device, OPERATOR).await
         })
         .await?;
         tracing::info!(device = %address, by = %caller.session.identity, "device detached");

@@ -22,10 +22,12 @@ use super::{Caller, parse, reclaimed};
 use crate::bounds;
 use crate::ending::Ending;
 use crate::host::Host;
+use crate::host::devices::DeviceState;
 use crate::host::dma::MapAsk;
 use crate::host::owners::OwnerState;
 use crate::interrupts::Signal;
 use crate::session::replay::RequestName;
+use crate::telemetry;
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -78,7 +80,7 @@ async fn allocate_coherent(
         Ok(iova) => Ok(model::AllocatedCoherent { gpa: range.base(), iova, size_bytes: range.size_bytes() }),
         Err(error) => {
             // Another call of the owner may have freed it meanwhile, or mapped it: then it is that call's.
-            let _freed = host.free_buffer(owner, range.base()).await;
+            let _freed = host.free_buffer(owner, range.base(), ask.header.request_id).await;
             Err(status(error))
         }
     }
@@ -93,7 +95,7 @@ async fn free_coherent(host: &Host, owner: &OwnerState, ask: &model::FreeCoheren
         ..kernel::DmaUnmap::single(range, Direction::Bidirectional, ask.header.request_id)
     };
     host.dma_unmap(owner.owner, ask.device, request).await.map_err(status)?;
-    host.free_buffer(owner, ask.gpa).await.map(|_| ()).map_err(status)
+    host.free_buffer(owner, ask.gpa, ask.header.request_id).await.map(|_| ()).map_err(status)
 }
 
 impl Drivers {
@@ -115,6 +117,19 @@ impl Drivers {
     }
 }
 
+/// What is written to a register of a device may be an address: its domain's sanitizer knows it before the device does. Who writes makes no
+/// difference: it was not the device.
+fn supply(device: &DeviceState, mmio: &model::Mmio) {
+    let Some(value) = mmio.access.write_value else { return };
+    let Some(domain) = device.watched() else { return };
+    // Registers of two BARs are not neighbours.
+    let offset = mmio.access.offset.wrapping_add(u64::from(mmio.access.bar) << 60);
+    let write = kernel::RegisterWrite { offset, width: mmio.access.width, value };
+    let now = kernel::Moment { at_us: telemetry::now().0, order: domain.handle().clock().now() };
+    domain.handle().with(|sanitizer| sanitizer.supplied(now, device.address, write));
+    domain.file();
+}
+
 /// Brings a register access to the agent of its device, which must belong to `owner` if one is named.
 pub(super) async fn mmio_call(
     host: &Host,
@@ -128,6 +143,7 @@ pub(super) async fn mmio_call(
     if owner.is_some() && device.owner().map(|now| now.owner) != owner {
         return Err(NotYours { object: mmio.device.to_string() }.into());
     }
+    supply(&device, &mmio);
     session.mmio(ticket, mmio.access).await
 }
 
@@ -157,7 +173,7 @@ impl DriverService for Drivers {
         request: Request<pb::FreeBufferRequest>,
     ) -> Result<Response<pb::FreeBufferResponse>, Status> {
         once!(self, request, model::FreeBuffer, |host, owner, ask| {
-            host.free_buffer(&owner, ask.gpa).await.map_err(status)?;
+            host.free_buffer(&owner, ask.gpa, ask.header.request_id).await.map_err(status)?;
             Ok(pb::FreeBufferResponse {})
         })
     }
@@ -294,7 +310,7 @@ impl DriverService for Drivers {
         request: Request<pb::DestroyDomainRequest>,
     ) -> Result<Response<pb::DestroyDomainResponse>, Status> {
         once!(self, request, model::DestroyDomain, |host, owner, ask| {
-            host.destroy_domain(owner.owner, ask.domain_id).await.map_err(status)?;
+            host.destroy_domain(owner.owner, ask.domain_id, ask.header.request_id).await.map_err(status)?;
             Ok(pb::DestroyDomainResponse {})
         })
     }
@@ -306,7 +322,8 @@ impl DriverService for Drivers {
         once!(self, request, model::AttachDevice, |host, owner, ask| {
             host.device_of(owner.owner, ask.device).map_err(|e| status(AttachError::from(e)))?;
             let device = host.devices.get(ask.device).map_err(status)?;
-            let domain_id = host.give_own(&device, &owner, ask.domain_id).await.map_err(status)?;
+            let domain_id =
+                host.give_own(&device, &owner, ask.domain_id, ask.header.request_id).await.map_err(status)?;
             Ok(pb::AttachDeviceResponse { domain_id: u32::from(domain_id.get()) })
         })
     }
@@ -318,7 +335,7 @@ impl DriverService for Drivers {
         once!(self, request, model::DetachDevice, |host, owner, ask| {
             host.device_of(owner.owner, ask.device).map_err(|e| status(DetachError::from(e)))?;
             let device = host.devices.get(ask.device).map_err(status)?;
-            host.detach_own(&device, owner.owner).await.map_err(status)?;
+            host.detach_own(&device, owner.owner, ask.header.request_id).await.map_err(status)?;
             Ok(pb::DetachDeviceResponse {})
         })
     }

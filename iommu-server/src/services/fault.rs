@@ -11,8 +11,8 @@ use iommu_types::{FaultRecord, Owner};
 use tonic::{Request, Response, Status};
 
 use super::driver::watcher;
-use super::fault_token::Positions;
 use super::feed::{Feed, feed};
+use super::log_token::Positions;
 use super::{Caller, parse};
 use crate::bounds;
 use crate::host::Host;

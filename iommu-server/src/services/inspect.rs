@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use iommu_hardware::vtd::{CacheCounters, Counters, Unit};
+use iommu_kernel::SanitizerHandle;
 use iommu_proto::errors::WireError;
 use iommu_proto::model::{
     self, DomainState, DumpIotlb, DumpTables, DumpedIotlb, Explain, Explained, GetCounters, ListDomains,
@@ -115,7 +116,7 @@ impl Inspect {
                 idle_mappings: counters.idle_pages,
                 shadow_bytes: counters.shadow_bytes,
                 copied_bytes: counters.copied_bytes,
-                sanitizer_reports: 0,
+                sanitizer_reports: domain.sanitizer().map_or(0, SanitizerHandle::total),
             }
         });
         // One that is being destroyed is gone.

@@ -7,10 +7,11 @@ pub mod device;
 mod dma_stream;
 pub mod driver;
 pub mod fault;
-pub mod fault_token;
 pub mod feed;
 pub mod inspect;
+pub mod log_token;
 pub mod memory;
+pub mod sanitizer;
 pub mod session;
 mod tables;
 

@@ -262,7 +262,7 @@ mod tests {
         // The device changes hands, and the frames of the old tables become tables of its new owner.
         let state = host.devices.get(device).unwrap();
         let owner = host.owners.get(Owner::Driver(1)).unwrap();
-        host.give(&state, &owner, None).await.unwrap();
+        host.give(&state, &owner, None, RequestId(2)).await.unwrap();
         let now = map(&host, Owner::Driver(1), device).await;
         dump.resume(Scope::Domain(now));
         assert_eq!(dump.count(), 0);

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
 use iommu_hardware::vtd::Port;
+use iommu_hardware::vtd::interrupt::DeliveredInterrupt;
 use iommu_proto::errors::WireError;
 use iommu_proto::framing::typed_framing_status;
 use iommu_proto::pb::{self, device_to_server, server_to_device};
@@ -24,7 +25,8 @@ use tokio::task::coop;
 use tonic::{Status, Streaming};
 
 use super::device::DeviceSession;
-use super::execute::{Executed, execute, refuse};
+use super::execute::{Executed, NoWatch, execute, refuse};
+use super::watch::BatchWatch;
 use crate::bounds;
 use crate::connection::ConnectionHandle;
 use crate::ending::Ending;
@@ -265,7 +267,7 @@ impl Live {
             refuse(batch, Refusal::Fenced)
         } else {
             let device = &self.device;
-            execute(&mut self.port, batch, |interrupt| {
+            let deliver = |interrupt: DeliveredInterrupt| {
                 let signal = Signal::Device {
                     device: device.address,
                     vector: interrupt.vector,
@@ -279,7 +281,16 @@ impl Live {
                     }
                     Home::Machine(machine) => machine.interrupts.deliver(signal),
                 }
-            })?
+            };
+            match device.watched() {
+                None => execute(&mut self.port, batch, deliver, &mut NoWatch)?,
+                Some(domain) => {
+                    let mut watch = BatchWatch::new(&domain, device.address);
+                    let executed = execute(&mut self.port, batch, deliver, &mut watch)?;
+                    watch.tell(&executed.completions.payload);
+                    executed
+                }
+            }
         };
         self.device.counters.add(executed.count);
         if executed.count.faults > 0 && matches!(self.device.home, Home::Host) {

@@ -1,4 +1,9 @@
 //! One batch of DMA, carried out.
+//!
+//! Somebody may [`Watch`] what is done, operation by operation. Without a watch ([`NoWatch`]) the code is that of a crate that knows no
+//! watches: which of the two it is, is decided when this is compiled, and chosen once for each batch.
+
+use std::ops::Range;
 
 use iommu_hardware::dma::{Done, Run, Transfer};
 use iommu_hardware::vtd::Port;
@@ -11,13 +16,47 @@ use crate::bounds;
 use crate::host::devices::BatchCount;
 
 /// What came of a batch.
-pub(crate) struct Executed {
-    pub(crate) completions: pb::DmaCompletions,
-    pub(crate) count: BatchCount,
+#[derive(Debug)]
+pub struct Executed {
+    /// The answer.
+    pub completions: pb::DmaCompletions,
+    /// What it adds to the counters of its device.
+    pub count: BatchCount,
+}
+
+/// Looks at each operation of a batch.
+pub trait Watch {
+    /// Whether there is anything to look at. What is done for a watch alone is not compiled where this is `false`.
+    const IS_ON: bool;
+    /// What is to be known of an operation before it begins.
+    type Begun;
+    /// An operation begins.
+    fn begin(&mut self) -> Self::Begun;
+    /// It ended; what it brought back is `result` of all results of the batch.
+    fn end(
+        &mut self,
+        begun: Self::Begun,
+        operation: &Operation<'_>,
+        outcome: Result<Done, DmaFault>,
+        result: Range<usize>,
+    );
+}
+
+/// Nobody watches.
+#[derive(Clone, Copy, Debug)]
+pub struct NoWatch;
+
+impl Watch for NoWatch {
+    const IS_ON: bool = false;
+    type Begun = ();
+    #[inline]
+    fn begin(&mut self) {}
+    #[inline]
+    fn end(&mut self, (): (), _: &Operation<'_>, _: Result<Done, DmaFault>, _: Range<usize>) {}
 }
 
 /// Refuses every operation.
-pub(crate) fn refuse(batch: &pb::DmaBatch, refusal: Refusal) -> Executed {
+pub fn refuse(batch: &pb::DmaBatch, refusal: Refusal) -> Executed {
     let refusals = batch.iova.len() as u64;
     Executed {
         completions: refuse_whole(batch, refusal),
@@ -25,11 +64,13 @@ pub(crate) fn refuse(batch: &pb::DmaBatch, refusal: Refusal) -> Executed {
     }
 }
 
-/// Carries out `batch`, operation by operation; interrupts go to `deliver`. The error is the peer's violation of the protocol.
-pub(crate) fn execute(
+/// Carries out `batch`, operation by operation, before the eyes of `watch`; interrupts go to `deliver`. The error is the peer's
+/// violation of the protocol.
+pub fn execute<W: Watch>(
     port: &mut Port,
     batch: &pb::DmaBatch,
     mut deliver: impl FnMut(DeliveredInterrupt),
+    watch: &mut W,
 ) -> Result<Executed, String> {
     let view = match BatchView::parse(batch, bounds::BATCH) {
         Ok(view) => view,
@@ -40,7 +81,14 @@ pub(crate) fn execute(
     let mut count = BatchCount::default();
     let mut run = Run::new(port).with_address_type(view.address_type());
     for operation in view.operations() {
-        match one(&mut run, &view, &operation, &mut completions) {
+        let results_before = if W::IS_ON { completions.results().len() } else { 0 };
+        let begun = watch.begin();
+        let outcome = one(&mut run, &view, &operation, &mut completions);
+        if W::IS_ON {
+            let result = results_before..completions.results().len();
+            watch.end(begun, &operation, outcome, result);
+        }
+        match outcome {
             Ok(done) => {
                 if let Done::Interrupt(interrupt) = done {
                     deliver(interrupt);

@@ -3,11 +3,12 @@
 pub mod device;
 mod device_stream;
 pub mod driver;
-mod execute;
+pub mod execute;
 mod mailbox;
 pub mod mmio;
 pub mod open;
 pub mod replay;
+mod watch;
 pub mod watchdog;
 
 pub use device_stream::DeviceStream;

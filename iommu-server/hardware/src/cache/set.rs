@@ -1,9 +1,7 @@
 //! Sets of a cache: a few ways behind a sequence lock.
 //!
 //! An entry is two words, a tag and its data; tag 0 is an empty way. A reader takes no lock and writes
-//! nothing: it reads the sequence, the ways and the sequence again, and believes what it read only if no
-//! writer was there. A writer makes the sequence odd by compare-and-swap, which is the writer lock, and even
-//! again when it is done.
+//! nothing ([`Sequence`]).
 //!
 //! **Architecture invariant (I4):** a fill asks whether its generation is current *behind the writer lock and
 //! a fence*, and an invalidation has moved the generation, behind a fence, before it looks at a set. Hence an
@@ -15,7 +13,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use super::{CacheGeometry, Filled};
+use super::{CacheGeometry, Filled, Sequence};
 use crate::drain::{AtomicWord, Atomics};
 
 /// Ways that a set has room for.
@@ -26,7 +24,7 @@ pub(super) const WAYS_MAX: usize = 4;
 const READ_ATTEMPTS: u32 = 2;
 
 struct Set<A: Atomics> {
-    sequence: A::Word,
+    sequence: Sequence<A>,
     tags: [A::Word; WAYS_MAX],
     data: [A::Word; WAYS_MAX],
 }
@@ -56,8 +54,7 @@ impl<A: Atomics> Sets<A> {
     pub(super) fn find(&self, index: usize, tag: u64) -> Option<u64> {
         let set = self.set(index);
         for turn in 0..READ_ATTEMPTS {
-            let before = set.sequence.load(Ordering::Acquire);
-            if before & 1 == 0 {
+            if let Some(before) = set.sequence.begin() {
                 // Every way is compared, without a branch: which of them holds the tag is not predictable.
                 let holds = |way: usize| usize::from(set.tags[way].load(Ordering::Relaxed) == tag);
                 let (first, second, third, fourth) = (holds(0), holds(1), holds(2), holds(3));
@@ -65,8 +62,7 @@ impl<A: Atomics> Sets<A> {
                     return None;
                 }
                 let data = set.data[(second + 2 * third + 3 * fourth) % WAYS_MAX].load(Ordering::Relaxed);
-                A::fence(Ordering::Acquire);
-                if set.sequence.load(Ordering::Relaxed) == before {
+                if set.sequence.is_unchanged(before) {
                     return Some(data);
                 }
             }
@@ -85,9 +81,9 @@ impl<A: Atomics> Sets<A> {
         is_current: impl FnOnce() -> bool,
     ) -> Filled {
         let set = self.set(index);
-        let sequence = set.lock();
+        let sequence = set.sequence.lock();
         if !is_current() {
-            set.unlock(sequence);
+            set.sequence.unlock(sequence);
             return Filled::Outdated;
         }
         let holds = |wanted: u64| {
@@ -100,7 +96,7 @@ impl<A: Atomics> Sets<A> {
         };
         set.tags[way].store(tag, Ordering::Relaxed);
         set.data[way].store(data, Ordering::Relaxed);
-        set.unlock(sequence);
+        set.sequence.unlock(sequence);
         Filled::Inserted { evicted }
     }
 
@@ -112,15 +108,14 @@ impl<A: Atomics> Sets<A> {
             let tag = set.tags[way].load(Ordering::Relaxed);
             tag != 0 && matches(tag, set.data[way].load(Ordering::Relaxed))
         };
-        let sequence = set.sequence.load(Ordering::Acquire);
-        if sequence & 1 == 0 && !(0..WAYS_MAX).any(is_meant) {
+        if set.sequence.begin().is_some() && !(0..WAYS_MAX).any(is_meant) {
             return;
         }
-        let sequence = set.lock();
+        let sequence = set.sequence.lock();
         for way in (0..WAYS_MAX).filter(|&way| is_meant(way)) {
             set.tags[way].store(0, Ordering::Relaxed);
         }
-        set.unlock(sequence);
+        set.sequence.unlock(sequence);
     }
 
     /// As [`Self::clear`], in several sets.
@@ -150,38 +145,17 @@ impl<A: Atomics> Sets<A> {
 impl<A: Atomics> Set<A> {
     fn new() -> Self {
         let words = || std::array::from_fn(|_| A::Word::new(0));
-        Self { sequence: A::Word::new(0), tags: words(), data: words() }
-    }
-
-    /// Makes the sequence odd and returns it. The fence orders the lock before the look at the generation,
-    /// and before what is written to the ways: who sees any of that sees the odd sequence too.
-    fn lock(&self) -> u64 {
-        let mut turns = 0;
-        loop {
-            let even = self.sequence.load(Ordering::Relaxed);
-            if even & 1 == 0 && self.sequence.replace(even, even + 1, Ordering::Acquire) {
-                A::fence(Ordering::SeqCst);
-                return even + 1;
-            }
-            A::relax(turns);
-            turns = turns.saturating_add(1);
-        }
-    }
-
-    fn unlock(&self, odd: u64) {
-        self.sequence.store(odd + 1, Ordering::Release);
+        Self { sequence: Sequence::new(), tags: words(), data: words() }
     }
 
     fn snapshot(&self) -> [(u64, u64); WAYS_MAX] {
         let mut turns = 0;
         loop {
-            let before = self.sequence.load(Ordering::Acquire);
-            if before & 1 == 0 {
+            if let Some(before) = self.sequence.begin() {
                 let ways = std::array::from_fn(|way| {
                     (self.tags[way].load(Ordering::Relaxed), self.data[way].load(Ordering::Relaxed))
                 });
-                A::fence(Ordering::Acquire);
-                if self.sequence.load(Ordering::Relaxed) == before {
+                if self.sequence.is_unchanged(before) {
                     return ways;
                 }
             }

@@ -184,12 +184,13 @@ impl MappingRecords {
 
     /// Writes a free record as *granting*, its state last.
     pub fn begin(&self, index: RecordIndex, record: &MappingRecord) {
-        let (state, _) = self.get(index);
+        let state = state_of(index, self.load(index, 0));
         assert!(state == RecordState::Free, "only a free record begins: {index:?} is {state:?}");
-        let words = record.words(RecordState::Granting);
-        for (word, value) in words.into_iter().enumerate().rev() {
-            self.store(index, word, value);
-        }
+        let words = record.words(RecordState::Granting).map(u64::to_le_bytes);
+        let (head, rest) = words.split_at(1);
+        let at = self.place(index, 1);
+        self.memory.write(at, rest.as_flattened()).expect("the records lie in RAM");
+        self.store(index, 0, u64::from_le_bytes(head[0]));
     }
 
     /// Moves a record on.
@@ -202,7 +203,10 @@ impl MappingRecords {
 
     /// The state of a record, and what it says; of a free record that is what it last said.
     pub fn get(&self, index: RecordIndex) -> (RecordState, MappingRecord) {
-        let words = std::array::from_fn(|word| self.load(index, word));
+        let mut bytes = [[0; WORD_BYTES as usize]; 8];
+        let at = self.place(index, 0);
+        self.memory.read(at, bytes.as_flattened_mut()).expect("the records lie in RAM");
+        let words = bytes.map(u64::from_le_bytes);
         (state_of(index, words[0]), MappingRecord::from_words(words))
     }
 

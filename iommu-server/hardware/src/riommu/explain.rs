@@ -144,11 +144,11 @@ fn in_words(structure: Structure, index: u32, raw: u128) -> String {
         }
         Structure::RingDevice => {
             let entry = RingDevice::from_bits(raw);
-            entry.is_present().then(|| format!("{} rings at {}", entry.count(), entry.rings()))
+            entry.is_present().then(|| format!("rings {}, at {}", entry.count(), entry.rings()))
         }
         Structure::Ring => {
             let entry = Ring::from_bits(raw);
-            (entry.size() != 0).then(|| format!("{} slots at {}", entry.size(), entry.slots()))
+            (entry.size() != 0).then(|| format!("slots {}, at {}", entry.size(), entry.slots()))
         }
         _ => {
             let entry = RingPte::from_bits(raw);

@@ -179,6 +179,7 @@ pub struct RingIova {
 
 impl RingIova {
     /// The address. Panics when the slot or the offset has more bits than an address has for it.
+    #[inline]
     pub const fn pack(self) -> Iova {
         assert!(self.slot < SLOTS_MAX && self.offset <= SLOT_BYTES_MAX, "slot and offset fit an address");
         Iova::new((self.ring as u64) << RING_SHIFT | (self.slot as u64) << OFFSET_BITS | self.offset as u64)
@@ -196,11 +197,13 @@ impl RingIova {
 }
 
 /// Where the entry of an index lies, or `None` when that is beyond 64 bits.
+#[inline]
 pub const fn entry_address(table: Hpa, index: u32) -> Option<Hpa> {
     table.checked_add(index as u64 * ENTRY_BYTES)
 }
 
 /// Where a ring is described, or `None` when that is beyond 64 bits.
+#[inline]
 pub const fn ring_address(rings: Hpa, ring: u16) -> Option<Hpa> {
     rings.checked_add(ring as u64 * RING_BYTES)
 }

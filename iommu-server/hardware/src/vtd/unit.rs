@@ -326,7 +326,7 @@ impl Unit {
     }
     /// The ring tables of a source and its entries.
     #[inline]
-    pub(super) fn rings_of<'a>(
+    pub(crate) fn rings_of<'a>(
         &'a self,
         source: SourceId,
         cache: &'a RingCache,

@@ -129,8 +129,25 @@ impl Domain {
         request: DmaUnmap,
         now: Tick,
     ) -> Result<PendingUnmap, DmaUnmapError> {
-        let (mut results, pending) = self.dma_unmap_batch(kernel, &[request], now);
-        results.pop().expect("one operation has one result").map(|()| pending)
+        let outcome = self.unmap_one(kernel, &request, now);
+        if self.sanitizer.is_some() {
+            self.tell_unmapped(&request, outcome.as_ref().map(|_| ()), now);
+        }
+        outcome
+    }
+    fn unmap_one(
+        &mut self,
+        kernel: &Kernel,
+        request: &DmaUnmap,
+        now: Tick,
+    ) -> Result<PendingUnmap, DmaUnmapError> {
+        if let Mode::Ring(_) = self.mode {
+            return self.unmap_slot(kernel, request, now);
+        }
+        let mut remains = self.unfinished.fresh();
+        let revoked = self.revoke_dma(kernel, request, &mut remains);
+        let pending = self.settle_for(kernel, remains, request.function == DmaFunction::Coherent, now);
+        revoked.map(|()| pending)
     }
     /// Unmaps many buffers with one invalidation and one drain. Results are per operation, in order; one that fails
     /// changes nothing and stops none of the others.
@@ -143,7 +160,7 @@ impl Domain {
         let (results, pending) = self.unmap_untold(kernel, requests, now);
         if self.sanitizer.is_some() {
             std::iter::zip(requests, &results).for_each(|(request, result)| {
-                self.tell_unmapped(request, result, now);
+                self.tell_unmapped(request, result.as_ref().map(|()| ()), now);
             });
         }
         (results, pending)
@@ -205,7 +222,7 @@ impl Domain {
                 self.ledger.remove(base, record);
                 return self.revoke_noted(kernel, found, copies, remains);
             }
-            Place::Ring(_) => unreachable!("slots are unmapped by themselves"),
+            Place::Ring => unreachable!("slots are unmapped by themselves"),
         }
         let pages = pages_of(&facts);
         let size_bytes = facts.size_bytes;

@@ -5,7 +5,6 @@ use iommu_types::errors::{DirectionMismatch, DmaUnmapError, NotMapped, SizeMisma
 use iommu_types::{Direction, Iova};
 
 use super::request::{DmaFunction, DmaUnmap};
-use super::ring::SlotPlace;
 use super::{Domain, Mode};
 use crate::boot::Kernel;
 
@@ -27,7 +26,7 @@ pub(super) enum Place {
     /// In the ledger.
     Ledger,
     /// In a ring.
-    Ring(SlotPlace),
+    Ring,
 }
 
 impl Domain {
@@ -48,7 +47,7 @@ impl Domain {
     fn beginning_at(&self, kernel: &Kernel, iova: Iova) -> impl Iterator<Item = Found> {
         let first = iova.page_number();
         let in_ring = match &self.mode {
-            Mode::Ring(rings) => rings.live_at(iova).map(|(place, record)| (record, Place::Ring(place))),
+            Mode::Ring(rings) => rings.live_at(iova).map(|(_, record)| (record, Place::Ring)),
             _ => None,
         };
         let in_slot = self.tables.slot(first).map(|record| (record, Place::Slot));
@@ -72,9 +71,7 @@ impl Domain {
     pub(super) fn find_covering(&self, kernel: &Kernel, iova: Iova) -> Option<Found> {
         let page = iova.page_number();
         let in_ring = match &self.mode {
-            Mode::Ring(rings) => {
-                rings.live_covering(iova).map(|(place, record)| (record, Place::Ring(place)))
-            }
+            Mode::Ring(rings) => rings.live_covering(iova).map(|(_, record)| (record, Place::Ring)),
             _ => None,
         };
         let in_slot = self.tables.slot_up_to(page).map(|record| (record, Place::Slot));
@@ -93,7 +90,8 @@ impl Domain {
     }
 }
 
-fn check_exact(record: &MappingRecord, request: &DmaUnmap) -> Result<(), DmaUnmapError> {
+/// Whether an unmap names this mapping exactly.
+pub(super) fn check_exact(record: &MappingRecord, request: &DmaUnmap) -> Result<(), DmaUnmapError> {
     let iova = request.range.base();
     let made = function_of(record.kind);
     if made != Some(request.function) {

@@ -158,6 +158,15 @@ pub struct DomainCounters {
     pub copied_bytes: u64,
 }
 
+impl DomainCounters {
+    /// A mapping is gone from the tables.
+    fn revoked(&mut self, size_bytes: u64) {
+        self.mappings -= 1;
+        self.mapped_bytes -= size_bytes;
+        self.unmaps += 1;
+    }
+}
+
 impl Domain {
     /// Identifier, as it stands in context entries and cache tags.
     pub fn id(&self) -> DomainId {

@@ -14,11 +14,11 @@ use iommu_hardware::drain::PendingDrain;
 use iommu_hardware::memory::{PhysicalMemory, RecordIndex};
 use iommu_hardware::riommu::spec::{self, Ring as RingEntry, RingIova, RingPte, SLOT_BYTES_MAX};
 use iommu_types::errors::{
-    DmaMapError, DmaUnmapError, InvalidField, NotContiguous, RingOverflow, SegmentOverLimit,
+    DmaMapError, DmaUnmapError, InvalidField, NotContiguous, NotMapped, RingOverflow, SegmentOverLimit,
 };
 use iommu_types::{Gpa, Hpa, Iova, PAGE_SIZE_BYTES, Rings, SourceId};
 
-use super::find::Place;
+use super::find::check_exact;
 use super::flush::Waiting;
 use super::request::{DmaFunction, DmaMap, DmaUnmap, Tick};
 use super::table::append;
@@ -49,7 +49,8 @@ impl SlotPlace {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Slot {
     Free,
-    Mapped(RecordIndex),
+    /// By which record, and from which address.
+    Mapped(RecordIndex, Hpa),
     /// Unmapped, and not yet invalidated and drained.
     Leaving,
 }
@@ -116,13 +117,13 @@ impl RingTables {
     }
     /// The mapping whose slot an address names with offset 0.
     pub(super) fn live_at(&self, iova: Iova) -> Option<(SlotPlace, RecordIndex)> {
-        self.live_covering(iova).filter(|(place, _)| place.iova() == iova)
+        self.live_covering(iova).filter(|_| RingIova::unpack(iova).offset == 0)
     }
     /// The mapping whose slot an address names.
     pub(super) fn live_covering(&self, iova: Iova) -> Option<(SlotPlace, RecordIndex)> {
         let RingIova { ring, slot, .. } = RingIova::unpack(iova);
         match *self.rings.get(usize::from(ring))?.slots.get(slot as usize)? {
-            Slot::Mapped(record) => Some((SlotPlace { ring, slot }, record)),
+            Slot::Mapped(record, _) => Some((SlotPlace { ring, slot }, record)),
             Slot::Free | Slot::Leaving => None,
         }
     }
@@ -135,20 +136,29 @@ impl RingTables {
     fn live(&self) -> impl Iterator<Item = (SlotPlace, RecordIndex)> {
         (0u16..).zip(&self.rings).flat_map(|(number, ring)| {
             (0u32..).zip(&ring.slots).filter_map(move |(slot, state)| match state {
-                Slot::Mapped(record) => Some((SlotPlace { ring: number, slot }, *record)),
+                Slot::Mapped(record, _) => Some((SlotPlace { ring: number, slot }, *record)),
                 Slot::Free | Slot::Leaving => None,
             })
         })
     }
-    /// Writes a ring's entry: where its table is and how large; tail and count are software's.
+    /// Writes a ring's entry: where its table is and how large.
     fn publish(&self, memory: &PhysicalMemory, number: usize) {
         let ring = &self.rings[number];
-        let at = spec::ring_address(self.array.base, number as u16).expect("ring tables lie in memory");
-        let size = ring.slots.len() as u32;
-        let entry = RingEntry::with_slots_at(ring.table.base, size).with_tail(ring.tail);
-        memory.store_u128(at, entry.into_bits()).expect("ring tables lie in memory");
-        let at = at.checked_add(spec::RING_MAPPED_OFFSET_BYTES).expect("ring tables lie in memory");
-        memory.store_u32(at, ring.mapped).expect("ring tables lie in memory");
+        let entry = RingEntry::with_slots_at(ring.table.base, ring.slots.len() as u32);
+        memory.store_u128(self.entry_at(number, 0), entry.into_bits()).expect("ring tables lie in memory");
+    }
+    /// Writes what is software's of a ring's entry: tail and count.
+    fn publish_use(&self, memory: &PhysicalMemory, number: usize) {
+        let ring = &self.rings[number];
+        for (offset, value) in
+            [(spec::RING_TAIL_OFFSET_BYTES, ring.tail), (spec::RING_MAPPED_OFFSET_BYTES, ring.mapped)]
+        {
+            memory.store_u32(self.entry_at(number, offset), value).expect("ring tables lie in memory");
+        }
+    }
+    fn entry_at(&self, number: usize, offset: u64) -> Hpa {
+        let at = spec::ring_address(self.array.base, number as u16);
+        at.and_then(|at| at.checked_add(offset)).expect("ring tables lie in memory")
     }
     fn pte_address(&self, place: SlotPlace) -> Hpa {
         let base = self.rings[usize::from(place.ring)].table.base;
@@ -244,10 +254,10 @@ impl Domain {
         self.counters.entry_writes += 1;
         let rings = rings_of(&mut self.mode);
         let ring = &mut rings.rings[usize::from(number)];
-        ring.slots[slot as usize] = Slot::Mapped(index);
+        ring.slots[slot as usize] = Slot::Mapped(index, address);
         ring.tail = (slot + 1) % ring.slots.len() as u32;
         ring.mapped += 1;
-        rings.publish(kernel.memory(), number.into());
+        rings.publish_use(kernel.memory(), number.into());
         Ok(place.iova())
     }
     /// The first frame of `self.extents`, which must be one run.
@@ -263,6 +273,21 @@ impl Domain {
         }
         Ok(first)
     }
+    /// Unmaps one slot. At the end of a burst its ring is invalidated.
+    pub(super) fn unmap_slot(
+        &mut self,
+        kernel: &Kernel,
+        request: &DmaUnmap,
+        now: Tick,
+    ) -> Result<PendingUnmap, DmaUnmapError> {
+        let place = self.revoke_asked(kernel, request, now)?;
+        let mut told = Undone::told(self.id, &Remains::default());
+        told.add(request.range.size_bytes());
+        if !request.end_of_burst {
+            return Ok(PendingUnmap::answered(told));
+        }
+        Ok(self.end_bursts_of(kernel, &[place.ring]).telling(&told))
+    }
     /// Unmaps slots. At the end of a burst the rings that were touched are invalidated, each once.
     pub(super) fn unmap_slots(
         &mut self,
@@ -273,10 +298,8 @@ impl Domain {
         let mut told = Undone::told(self.id, &Remains::default());
         let mut touched: Vec<u16> = Vec::new();
         let mut revoke = |request: &DmaUnmap| {
-            let found = self.find_exact(kernel, request)?;
-            let Place::Ring(place) = found.place else { unreachable!("a ring domain has slots only") };
-            self.revoke_slot(kernel, place, found.record, found.facts.size_bytes, now);
-            told.add(found.facts.size_bytes);
+            let place = self.revoke_asked(kernel, request, now)?;
+            told.add(request.range.size_bytes());
             if !touched.contains(&place.ring) {
                 touched.push(place.ring);
             }
@@ -289,6 +312,18 @@ impl Domain {
         let pending = self.end_bursts_of(kernel, &touched);
         (results, pending.telling(&told))
     }
+    fn revoke_asked(
+        &mut self,
+        kernel: &Kernel,
+        request: &DmaUnmap,
+        now: Tick,
+    ) -> Result<SlotPlace, DmaUnmapError> {
+        let iova = request.range.base();
+        let (place, record) = rings_of(&mut self.mode).live_at(iova).ok_or(NotMapped { iova })?;
+        check_exact(&kernel.records.records().get(record).1, request)?;
+        self.revoke_slot(kernel, place, record, request.range.size_bytes(), now);
+        Ok(place)
+    }
     /// Clears an entry; the rest waits for the end of the burst.
     fn revoke_slot(
         &mut self,
@@ -299,23 +334,21 @@ impl Domain {
         now: Tick,
     ) {
         let rings = rings_of(&mut self.mode);
-        let at = rings.pte_address(place);
+        clear_pte(kernel.memory(), rings.pte_address(place));
         let ring = &mut rings.rings[usize::from(place.ring)];
+        ring.mapped -= 1;
+        let before = std::mem::replace(&mut ring.slots[place.slot as usize], Slot::Leaving);
+        let Slot::Mapped(_, address) = before else { unreachable!("only a mapped slot is revoked") };
         if ring.waiting.records.is_empty() {
             ring.waiting_since = now;
         }
-        let mut waiting = std::mem::take(&mut ring.waiting);
-        self.revoke_record(kernel, record, size_bytes, &mut waiting);
-        append(&mut waiting.frames, frames_of(read_pte(kernel.memory(), at)));
-        write_pte(kernel.memory(), at, RingPte::new());
+        self.counters.revoked(size_bytes);
         self.counters.entry_writes += 1;
+        let waiting = &mut ring.waiting;
+        waiting.take_record(kernel, record, size_bytes);
+        append(&mut waiting.frames, frames_of(address, size_bytes));
         waiting.slots.push(place);
-        let rings = rings_of(&mut self.mode);
-        let ring = &mut rings.rings[usize::from(place.ring)];
-        ring.waiting = waiting;
-        ring.slots[place.slot as usize] = Slot::Leaving;
-        ring.mapped -= 1;
-        rings.publish(kernel.memory(), place.ring.into());
+        rings.publish_use(kernel.memory(), place.ring.into());
     }
     /// Ends the bursts of all rings.
     pub(super) fn end_bursts(&mut self, kernel: &Kernel) -> PendingUnmap {
@@ -368,17 +401,24 @@ impl Domain {
     }
 }
 
-/// The frames that an entry leads to.
-fn frames_of(pte: RingPte) -> FrameRun {
-    let (address, size_bytes) = (pte.address(), u64::from(pte.size_bytes()));
+/// The frames behind a slot.
+fn frames_of(address: Hpa, size_bytes: u64) -> FrameRun {
     let pages = (address.page_offset() + size_bytes).div_ceil(PAGE_SIZE_BYTES);
     FrameRun { base: address.page_base(), frames: pages }
 }
 
-fn read_pte(memory: &PhysicalMemory, at: Hpa) -> RingPte {
-    RingPte::from_bits(memory.load_u128(at).expect("ring tables lie in memory"))
+/// Writes an entry of a slot that is not valid: where it leads first, and that it is valid last.
+fn write_pte(memory: &PhysicalMemory, at: Hpa, pte: RingPte) {
+    let bits = pte.into_bits();
+    memory.store_u64(at, bits as u64).expect("ring tables lie in memory");
+    memory.store_u64(high_word(at), (bits >> 64) as u64).expect("ring tables lie in memory");
 }
 
-fn write_pte(memory: &PhysicalMemory, at: Hpa, pte: RingPte) {
-    memory.store_u128(at, pte.into_bits()).expect("ring tables lie in memory");
+/// Makes an entry invalid. Where it led stays until the slot is used again.
+fn clear_pte(memory: &PhysicalMemory, at: Hpa) {
+    memory.store_u64(high_word(at), 0).expect("ring tables lie in memory");
+}
+
+fn high_word(at: Hpa) -> Hpa {
+    at.checked_add(8).expect("ring tables lie in memory")
 }

@@ -122,6 +122,12 @@ pub(super) enum IovaUse {
 }
 
 impl Remains {
+    /// A mapping is going: its record is freed with the rest.
+    pub(super) fn take_record(&mut self, kernel: &Kernel, record: RecordIndex, size_bytes: u64) {
+        kernel.records.records().set_state(record, RecordState::Revoking);
+        self.records.push(record);
+        self.bytes += size_bytes;
+    }
     fn is_empty(&self) -> bool {
         let Self { records, iovas, frames, tables, shadows, slots, bytes: _ } = self;
         records.is_empty()
@@ -216,12 +222,8 @@ impl Domain {
         size_bytes: u64,
         remains: &mut Remains,
     ) {
-        kernel.records.records().set_state(record, RecordState::Revoking);
-        remains.records.push(record);
-        remains.bytes += size_bytes;
-        self.counters.mappings -= 1;
-        self.counters.mapped_bytes -= size_bytes;
-        self.counters.unmaps += 1;
+        remains.take_record(kernel, record, size_bytes);
+        self.counters.revoked(size_bytes);
     }
     /// Closes a page that belongs to no one mapping.
     pub(super) fn close_page(&mut self, kernel: &Kernel, page: u64, remains: &mut Remains) {

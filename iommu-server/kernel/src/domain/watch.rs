@@ -116,7 +116,7 @@ impl Domain {
             }
         });
     }
-    pub(super) fn tell_unmapped(&self, request: &DmaUnmap, outcome: &Result<(), DmaUnmapError>, now: Tick) {
+    pub(super) fn tell_unmapped(&self, request: &DmaUnmap, outcome: Result<(), &DmaUnmapError>, now: Tick) {
         self.tell(now, request.request_id, |sanitizer, call| match outcome {
             Ok(()) => {
                 sanitizer.unmapped(call, request.range, request.direction, request.function.into());

@@ -102,3 +102,42 @@ impl Graveyard {
         self.forgotten.is_some_and(|all| (all.first..=all.last).contains(&address))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use iommu_types::{Gpa, Iova, IovaRange, RequestId};
+
+    use super::*;
+    use crate::sanitizer::NewMapping;
+
+    fn dead(number: u64, base: u64, died: u64) -> Mapping {
+        let range = IovaRange::new(Iova::new(base), 0x100).expect("a range");
+        let (direction, kind) = (Direction::ToDevice, MappingKind::Single);
+        let mut mapping = Mapping::new(
+            number,
+            NewMapping { range, gpa: Gpa::new(0), direction, kind },
+            0,
+            RequestId(number),
+        );
+        mapping.died = Some(died);
+        mapping
+    }
+
+    #[test]
+    fn i7_equal_ones_take_one_place_and_the_earliest_death_makes_place() {
+        let mut graveyard = Graveyard::new(3);
+        for n in 0..100 {
+            graveyard.bury(dead(n, 0x1000, n));
+            assert_eq!(graveyard.latest_before(0x1000, u64::MAX).map(|mapping| mapping.number), Some(n));
+        }
+        assert!(!graveyard.may_have_lived(0));
+        for n in 100..104 {
+            graveyard.bury(dead(n, n << 12, n));
+        }
+        let sizes = (graveyard.dead.iter().count(), graveyard.by_shape.len(), graveyard.by_death.len());
+        assert_eq!(sizes, (3, 3, 3));
+        let forgotten = Forgotten { latest_death: 100, first: 0x1000, last: (100 << 12) + 0xff };
+        assert_eq!(graveyard.forgotten, Some(forgotten));
+        assert!(graveyard.may_have_lived(100) && !graveyard.may_have_lived(101));
+    }
+}

@@ -50,6 +50,11 @@ impl Live {
     pub(super) fn count(&self) -> usize {
         self.count
     }
+    /// Entries by address and by memory.
+    #[cfg(test)]
+    pub(super) fn sizes(&self) -> (usize, usize) {
+        (self.mappings.iter().count(), self.by_memory.iter().count())
+    }
     pub(super) fn holds_coherent(&self) -> bool {
         self.coherent_count != 0
     }

@@ -13,6 +13,7 @@ pub(super) struct Log {
     capacity: usize,
     reports: VecDeque<SanitizerReport>,
     latest: u64,
+    overwritten: u64,
     counts: BTreeMap<ReportClass, u64>,
 }
 
@@ -26,7 +27,13 @@ fn compared(report: &SanitizerReport) -> SanitizerReport {
 
 impl Log {
     pub(super) fn new(capacity: usize) -> Self {
-        Self { capacity: capacity.max(1), reports: VecDeque::new(), latest: 0, counts: BTreeMap::new() }
+        Self {
+            capacity: capacity.max(1),
+            reports: VecDeque::new(),
+            latest: 0,
+            overwritten: 0,
+            counts: BTreeMap::new(),
+        }
     }
     /// Adds a report. Its `repeats` say how many further ones it stands for already.
     pub(super) fn append(&mut self, report: SanitizerReport) {
@@ -40,13 +47,15 @@ impl Log {
         }
         if self.reports.len() >= self.capacity {
             self.reports.pop_front();
+            self.overwritten += 1;
         }
         self.latest += 1;
         self.reports.push_back(SanitizerReport { sequence: self.latest, ..report });
     }
     /// Reports after a sequence number, oldest first, with how many between were overwritten.
     pub(super) fn after(&self, after: u64, limit: usize) -> (Vec<SanitizerReport>, u64) {
-        let before_oldest = self.overwritten();
+        // What was taken out is not lost.
+        let before_oldest = self.latest - self.reports.len() as u64;
         let overwritten = before_oldest.saturating_sub(after);
         let skip = usize::try_from(after.saturating_sub(before_oldest)).unwrap_or(usize::MAX);
         (self.reports.iter().skip(skip).take(limit).copied().collect(), overwritten)
@@ -59,7 +68,7 @@ impl Log {
         self.latest
     }
     pub(super) fn overwritten(&self) -> u64 {
-        self.latest - self.reports.len() as u64
+        self.overwritten
     }
     pub(super) fn counts(&self) -> &BTreeMap<ReportClass, u64> {
         &self.counts

@@ -8,13 +8,14 @@
 //! One [`Sanitizer`] per domain, plain data behind a lock of its own, below the domain's: the domain tells it of mappings, device
 //! threads of DMA. Their calls come in any order; what counts is the [`Moment`] that each carries, from the domain's [`EventClock`].
 //!
-//! **It promises:** no report for a race (`judge` says how), no blame of a device whose driver may have given the address, no blame of a
-//! driver for an address that only the device is known to have written, no panic for any input, and bounds on all it keeps (I7). Where
-//! room ran out it says *unknown*, or nothing, and counts what it [could not judge](Sanitizer::unjudged).
+//! **It promises:** no report for a race (`judge` says how), no blame of a device whose driver gave the address in a way that is looked at
+//! here (`supplied`, `observe`), no blame of a driver for a word that the device was seen to write itself, no panic for any input, and
+//! bounds on all it keeps (I7). Where room ran out it says *unknown*, or nothing, and counts what it [could not
+//! judge](Sanitizer::unjudged). It does not see addresses in streaming memory (indirect descriptors), nor page numbers in registers.
 //!
 //! **Memory**, with [`SanitizerBounds::USUAL`], at most: 300 bytes per live mapping (whose number the owner's limits bound); 1.5 MiB for dead
 //! mappings; 0.3 MiB for reports; 0.2 MiB for what devices wrote; and for each device 1.7 MiB of addresses given and of transfers. An idle
-//! domain has 4 KiB.
+//! domain has 5 KiB.
 
 mod devices;
 mod graveyard;

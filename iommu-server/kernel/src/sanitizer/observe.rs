@@ -103,7 +103,7 @@ impl Sanitizer {
         {
             self.take_words(device, mapping, &asked, bytes);
         }
-        self.note_write(&asked, access.done_bytes, place.mapping());
+        self.note_write(&asked, access.done_bytes, &place);
     }
     fn report_dma(
         &mut self,
@@ -155,7 +155,7 @@ impl Sanitizer {
         }
     }
     /// Coherent memory that the device wrote: by its address there, or through another mapping of the same memory.
-    fn note_write(&mut self, asked: &Asked, done_bytes: u32, through: Option<&Mapping>) {
+    fn note_write(&mut self, asked: &Asked, done_bytes: u32, place: &Place) {
         if asked.access == Access::Read || done_bytes == 0 || !self.live.holds_coherent() {
             return;
         }
@@ -164,8 +164,12 @@ impl Sanitizer {
             let (first, last) = mapping.memory(asked.first.max(mapping.first()), last.min(mapping.last()));
             self.written.note(first, last);
         }
+        if matches!(place, Place::Unjudged | Place::DoubtfulStray) {
+            // Through a mapping that is forgotten, it may have reached any memory.
+            self.written.note(0, u64::MAX);
+        }
         if let Some(through) =
-            through.filter(|mapping| !mapping.life.coherent && mapping.contains(asked.first))
+            place.mapping().filter(|mapping| !mapping.life.coherent && mapping.contains(asked.first))
         {
             let (first, last) = through.memory(asked.first, last);
             if self.live.of_memory(first, last).any(|mapping| mapping.life.coherent) {

@@ -607,6 +607,38 @@ fn i7_the_log_counts_equal_reports_and_what_it_overwrote() {
 }
 
 #[test]
+fn i7_what_was_unmapped_leaves_no_trace_among_the_living() {
+    let mut scene = Scene::new();
+    for n in 0..100 {
+        scene.map(0x1000 * n, 0x1800, ToDevice, Coherent);
+    }
+    for n in 0..100 {
+        scene.unmap(0x1000 * n, 0x1800, ToDevice, Coherent);
+    }
+    assert_eq!(scene.sanitizer.live.sizes(), (0, 0));
+    assert!(!scene.sanitizer.live.holds_coherent());
+}
+
+#[test]
+fn a_value_that_a_device_planted_counts_once_the_driver_gives_it() {
+    let mut scene = Scene::new();
+    scene.map(0x8000, 0x1000, Bidirectional, Coherent).dma(Write, 0x8000, 8);
+    scene.read_words(0x8000, &[0xabc_0000]).dma(Write, 0xabc_0000, 8).check(&["stray-access -- unknown -"]);
+    scene.give(0xabc_0000).dma(Write, 0xabc_0000, 8).check(&["stray-access V1 driver -"]);
+}
+
+#[test]
+fn what_is_written_through_a_forgotten_mapping_may_be_anywhere() {
+    let mut scene = Scene::with(SanitizerBounds { dead_mappings: 1, ..SanitizerBounds::USUAL });
+    scene.map(0x8000, 0x1000, Bidirectional, Coherent);
+    scene.map_memory(0x1000, 64, 0x8000 + (1 << 30), FromDevice, Fixed).unmap(0x1000, 64, FromDevice, Fixed);
+    scene.map(0x2000, 64, FromDevice, Single).unmap(0x2000, 64, FromDevice, Single);
+    scene.read_words(0x8000, &[0xabc_0000]).dma(Write, 0xabc_0000, 8).check(&["stray-access V1 driver -"]);
+    scene.refused_dma(Write, 0x1000, 8).dma(Write, 0x1000, 8).take();
+    scene.read_words(0x8000, &[0xdef_0000]).dma(Write, 0xdef_0000, 8).check(&["stray-access -- unknown -"]);
+}
+
+#[test]
 fn nonsense_changes_nothing() {
     let mut scene = Scene::new();
     scene.unmap(0x1000, 8, ToDevice, Single).map(0x1000, 8, ToDevice, Single);

@@ -1,7 +1,7 @@
-//! Resume tokens of fault logs: one sequence number per log, as text.
+//! Resume tokens of the logs of faults and of sanitizer reports: one sequence number per log, as text.
 //!
-//! `RUN;driver:0=12;-=3` — the run of the server, then each log with the last record that was seen; `-` is the log of devices that nobody
-//! owns. A token of another run names records that this server never had, and is refused.
+//! `RUN;driver:0=12;-=3` — the run of the server, then each log with the last record that was seen; `-` is the log of faults of devices
+//! that nobody owns. A token of another run names records that this server never had, and is refused.
 
 use std::collections::BTreeMap;
 

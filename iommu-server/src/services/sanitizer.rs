@@ -1,0 +1,186 @@
+//! `SanitizerService`: misuse that hardware cannot see.
+
+use std::sync::Arc;
+
+use iommu_proto::errors::WireError;
+use iommu_proto::model::{ListReports, NewReports, ReportList, SanitizerFilter, WatchReports};
+use iommu_proto::pb;
+use iommu_proto::pb::sanitizer_service_server::SanitizerService;
+use iommu_types::errors::NotYours;
+use iommu_types::{DomainId, Owner, SanitizerReport};
+use tonic::{Request, Response, Status};
+
+use super::driver::watcher;
+use super::feed::{Feed, feed};
+use super::log_token::Positions;
+use super::{Caller, parse};
+use crate::bounds;
+use crate::host::Host;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Sanitizers {
+    /// The host.
+    pub host: Arc<Host>,
+}
+
+/// Which logs a caller reads, and which of their reports.
+#[derive(Clone, Debug)]
+struct View {
+    host: Arc<Host>,
+    /// `None` for all logs there are, also those to come.
+    log: Option<Owner>,
+    filter: SanitizerFilter,
+}
+
+impl View {
+    fn new(host: &Arc<Host>, caller: &Caller, filter: Option<SanitizerFilter>) -> Result<Self, Status> {
+        let filter = filter.unwrap_or_default();
+        let log = match (caller.sees_all(), filter.owner) {
+            (true, named) => named,
+            (false, named) => {
+                let own = caller.driver()?.owner;
+                if let Some(named) = named.filter(|named| *named != own) {
+                    return Err(NotYours { object: format!("the reports on {named}") }.into_status());
+                }
+                Some(own)
+            }
+        };
+        let view = Self { host: Arc::clone(host), log, filter };
+        if let Some(domain_id) = filter.domain_id {
+            view.must_know(caller, domain_id)?;
+        }
+        if let (false, Some(device)) = (caller.sees_all(), filter.device) {
+            let entry_owner = host.topology.read().device(device).ok().and_then(|entry| entry.owner);
+            caller.must_see(entry_owner, device).map_err(WireError::into_status)?;
+        }
+        Ok(view)
+    }
+    /// A domain is there, or was and has left reports.
+    fn must_know(&self, caller: &Caller, domain_id: DomainId) -> Result<(), Status> {
+        if self.logs().iter().any(|log| self.host.reports.domains(*log).contains(&domain_id)) {
+            return Ok(());
+        }
+        let slot = self.host.domains.get(domain_id).map_err(WireError::into_status)?;
+        caller.must_see(Some(slot.owner), format!("domain {domain_id}")).map_err(WireError::into_status)
+    }
+    fn logs(&self) -> Vec<Owner> {
+        match self.log {
+            Some(log) => vec![log],
+            None => self.host.reports.owners(),
+        }
+    }
+    fn wants(&self, report: &SanitizerReport) -> bool {
+        self.filter.domain_id.is_none_or(|id| id == report.domain_id)
+            && self.filter.device.is_none_or(|device| Some(device) == report.device)
+    }
+    /// Where a log ends, if it is one of these.
+    fn latest(&self, log: Option<Owner>) -> Option<u64> {
+        let log = log.filter(|log| self.log.is_none_or(|only| only == *log))?;
+        Some(self.host.reports.latest(log))
+    }
+    /// Where all logs end now.
+    fn end(&self) -> Positions {
+        let mut positions = Positions::default();
+        for log in self.logs() {
+            positions.set(Some(log), self.host.reports.latest(log));
+        }
+        positions
+    }
+    /// At most one message of reports after `positions`, which move on. `None` when there is nothing new.
+    fn next(&self, positions: &mut Positions) -> Option<NewReports> {
+        let mut reports = Vec::new();
+        let mut missed_count = 0;
+        let mut moved = false;
+        for log in self.logs() {
+            let room = bounds::ITEMS_PER_MESSAGE_MAX - reports.len();
+            if room == 0 {
+                break;
+            }
+            let batch = self.host.reports.after(log, positions.of(Some(log)), room);
+            missed_count += batch.missed;
+            if let Some(last) = batch.reports.last() {
+                positions.set(Some(log), last.sequence);
+                moved = true;
+            }
+            reports.extend(batch.reports.into_iter().filter(|report| self.wants(report)));
+        }
+        let resume_token = positions.write(self.host.run_id);
+        moved.then_some(NewReports { reports, missed_count, resume_token })
+    }
+    /// What is kept: after a sequence number the oldest, in their order; else the newest.
+    fn kept(&self, after_sequence: Option<u64>, limit: usize) -> Vec<SanitizerReport> {
+        let mut reports = Vec::new();
+        for log in self.logs() {
+            let all = bounds::SANITIZER_REPORTS_PER_OWNER;
+            let batch = self.host.reports.after(log, after_sequence.unwrap_or(0), all);
+            reports.extend(batch.reports.into_iter().filter(|report| self.wants(report)));
+        }
+        match after_sequence {
+            Some(_) => {
+                // One pages through one log, whose order is that of its numbers.
+                reports.sort_by_key(|report| (report.sequence, report.owner));
+                reports.truncate(limit);
+            }
+            None => {
+                reports.sort_by_key(|report| (report.at_us, report.owner, report.sequence));
+                reports.drain(..reports.len().saturating_sub(limit));
+            }
+        }
+        reports
+    }
+}
+
+#[tonic::async_trait]
+impl SanitizerService for Sanitizers {
+    async fn list_reports(
+        &self,
+        request: Request<pb::ListReportsRequest>,
+    ) -> Result<Response<pb::ListReportsResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let ListReports { filter, after_sequence, limit } = parse(request.into_inner())?;
+        let view = View::new(&self.host, &caller, filter)?;
+        let resume_token = view.end().write(self.host.run_id);
+        let limit = match limit as usize {
+            0 => bounds::ITEMS_PER_MESSAGE_MAX,
+            limit => limit.min(bounds::ITEMS_PER_MESSAGE_MAX),
+        };
+        let reports = view.kept(after_sequence, limit);
+        let overwritten_count = view.logs().into_iter().map(|log| self.host.reports.overwritten(log)).sum();
+        Ok(Response::new(ReportList { reports, overwritten_count, resume_token }.into()))
+    }
+
+    type WatchStream = Feed<pb::WatchReportsResponse>;
+
+    async fn watch(
+        &self,
+        request: Request<pb::WatchReportsRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let place = watcher(&caller)?;
+        let WatchReports { filter, resume_token } = parse(request.into_inner())?;
+        let view = View::new(&self.host, &caller, filter)?;
+        let mut bell = self.host.reports.subscribe();
+        let mut positions = match resume_token.as_str() {
+            "" => view.end(),
+            token => Positions::read(token, self.host.run_id, |log| view.latest(log))
+                .map_err(WireError::into_status)?,
+        };
+        let stream = feed(&self.host, &caller, Some(place), |sender| async move {
+            let resume_token = positions.write(view.host.run_id);
+            let first = pb::WatchReportsResponse { resume_token, ..Default::default() };
+            sender.send(Ok(first)).await?;
+            loop {
+                while let Some(new) = view.next(&mut positions) {
+                    if !new.reports.is_empty() || new.missed_count > 0 {
+                        sender.send(Ok(new.into())).await?;
+                    }
+                }
+                if bell.changed().await.is_err() {
+                    return Ok(());
+                }
+            }
+        });
+        Ok(Response::new(stream))
+    }
+}
