@@ -7,8 +7,8 @@ use dma_engine::pattern;
 use dma_engine::registers::*;
 use dma_engine::ring::Descriptor;
 use guest_sdk::{
-    Access, AccessQuestion, Connection, DeviceAddress, Direction, DomainOptions, Driver, 
-    Iova, Observer, Owner, Permissions, Protection,
+    Access, AccessQuestion, Connection, DeviceAddress, Direction, DomainOptions, Driver, Iova, Observer,
+    Owner, Permissions, Protection,
 };
 use iommu_types::{Explanation, Fault, FaultReason, Outcome, Structure};
 use sha2::{Digest, Sha256};

@@ -99,6 +99,28 @@ impl Engine {
         self.ended().await
     }
 
+    /// Adds to the 8 bytes at an address (FetchAdd).
+    pub(crate) async fn add(&mut self, to: Iova, operand: u64) -> anyhow::Result<Ended> {
+        self.device.write64(DESTINATION, to.get()).await?;
+        self.device.write64(DATA, operand).await?;
+        self.command(COMMAND_FETCH_ADD, 8).await
+    }
+
+    /// Receives one packet of `bytes` bytes through the first descriptor of a ring.
+    pub(crate) async fn receive_one(&mut self, ring: Iova, bytes: u32) -> anyhow::Result<Ended> {
+        self.device.write64(RING_BASE, ring.get()).await?;
+        self.device.write32(RING_SIZE, 2).await?;
+        self.device.write32(PACKET_BYTES, bytes).await?;
+        self.device.write32(RING_CONTROL, RING_ENABLE | 1 << RING_BURST_SHIFT).await?;
+        self.device.write32(RING_TAIL, 1).await?;
+        self.interrupted().await?;
+        let ended = self.ended().await?;
+        let received = self.device.read32(RING_PACKETS).await?;
+        self.device.write32(RING_CONTROL, 0).await?;
+        // BYTES_DONE is the last command's.
+        Ok(Ended { bytes_done: received.saturating_mul(bytes), ..ended })
+    }
+
     /// Makes one read of `bytes` bytes.
     pub(crate) async fn read(&mut self, from: Iova, bytes: u32) -> anyhow::Result<Ended> {
         self.device.write64(SOURCE, from.get()).await?;

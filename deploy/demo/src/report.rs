@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::modes::seen::Seen;
 
+/// A page has 110 columns, and three of them are the margin.
+const LINE_COLUMNS: usize = 107;
+
 /// One step: what was tried, what was expected, what came.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Step {
@@ -61,7 +64,10 @@ pub(crate) fn progress(json: bool, line: &str) {
 
 /// A step as it begins.
 pub(crate) fn begin(json: bool, name: &str, story: &str) {
-    progress(json, &format!("\n── {name}\n   {story}"));
+    progress(json, &format!("\n── {name}"));
+    for line in wrapped("", story) {
+        progress(json, &format!("   {line}"));
+    }
 }
 
 /// A step as it ends.
@@ -79,7 +85,7 @@ pub(crate) fn close(
     name: &str,
     steps: &[Step],
     took: std::time::Duration,
-    table: impl Fn(&[Step]) -> Table,
+    summary: impl Fn(&[Step]) -> String,
 ) -> anyhow::Result<bool> {
     let passed = !steps.is_empty() && steps.iter().all(|step| step.passed);
     if json {
@@ -87,10 +93,27 @@ pub(crate) fn close(
         println!("{}", serde_json::to_string_pretty(&document)?);
         return Ok(passed);
     }
-    println!("\n{}", table(steps));
+    println!("\n{}", summary(steps));
     let count = steps.iter().filter(|step| step.passed).count();
     println!("{count} of {} steps as expected, in {:.1} s", steps.len(), took.as_secs_f64());
     Ok(passed)
+}
+
+/// A sentence in lines that fit a page, behind a label of as many columns as `label` has.
+pub(crate) fn wrapped(label: &str, sentence: &str) -> Vec<String> {
+    let mut lines = vec![label.to_owned()];
+    for word in sentence.split_whitespace() {
+        let line = lines.last_mut().expect("there is a line");
+        if line.len() + word.len() >= LINE_COLUMNS && line.trim_end() != label.trim_end() {
+            lines.push(" ".repeat(label.len()) + word);
+        } else {
+            if line.len() > label.len() {
+                line.push(' ');
+            }
+            line.push_str(word);
+        }
+    }
+    lines
 }
 
 /// An empty table as wide as a page.
@@ -105,12 +128,12 @@ pub(crate) fn table(header: &[&str]) -> Table {
 }
 
 /// What was expected of each step, and what came.
-pub(crate) fn steps_table(steps: &[Step]) -> Table {
+pub(crate) fn steps_table(steps: &[Step]) -> String {
     let mut table = table(&["step", "expected", "observed", ""]);
     for step in steps {
         table.add_row([step.name.as_str(), &step.expected, &step.observed, verdict(step)]);
     }
-    table
+    table.to_string()
 }
 
 /// Whether a step passed, in one character.
@@ -121,4 +144,24 @@ pub(crate) fn verdict(step: &Step) -> &'static str {
 /// Why the demonstration could not run.
 pub(crate) fn failure(error: &anyhow::Error) {
     eprintln!("the demonstration could not run: {error:#}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sentence_is_wrapped_between_words_and_loses_none() {
+        let sentence = "word ".repeat(60) + "end";
+        let lines = wrapped("because   ", &sentence);
+        assert!(lines.len() > 2);
+        for (n, line) in lines.iter().enumerate() {
+            let label = if n == 0 { "because   " } else { "          " };
+            assert!(line.starts_with(label) && line.len() <= LINE_COLUMNS, "{line:?}");
+        }
+        let words: Vec<&str> = lines.iter().flat_map(|line| line[10..].split(' ')).collect();
+        assert_eq!(words, sentence.split(' ').collect::<Vec<_>>());
+        let long = "x".repeat(2 * LINE_COLUMNS);
+        assert_eq!(wrapped("a ", &long), [format!("a {long}")], "a word is never cut");
+    }
 }

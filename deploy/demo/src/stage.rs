@@ -60,11 +60,7 @@ impl Stage {
     }
 
     /// Runs a driver, which is this program with another subcommand, until it ends; agents that it asks for are stopped then.
-    pub(crate) async fn play(
-        &mut self,
-        subcommand: &str,
-        arguments: &[String],
-    ) -> anyhow::Result<Vec<Step>> {
+    pub(crate) async fn play(&mut self, subcommand: &str, arguments: &[String]) -> anyhow::Result<Vec<Step>> {
         let mut all = vec![subcommand.to_owned(), "--server".to_owned(), self.server.endpoint().to_owned()];
         all.extend_from_slice(arguments);
         let log = self.path(&format!("{subcommand}.log"));
@@ -93,8 +89,7 @@ impl Stage {
 
     /// Passes on what the driver tells, until it ends.
     async fn follow(&mut self, driver: &mut Process) -> anyhow::Result<Vec<Step>> {
-        let mut lines =
-            BufReader::new(driver.take_stdout().context("the driver's output is taken")?).lines();
+        let mut lines = BufReader::new(driver.take_stdout().context("the driver's output is taken")?).lines();
         let mut steps = Vec::new();
         while let Some(line) = lines.next_line().await.context("read what the driver tells")? {
             match serde_json::from_str(&line).with_context(|| format!("the driver told {line:?}"))? {

@@ -6,8 +6,8 @@ use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use dma_engine::pattern;
 use guest_sdk::{
-    Buffer, Connection, DeviceAddress, Direction, DmaMapping, Domain, DomainOptions, DomainState, Driver,
-    Iova, Protection, SanitizerFilter, SanitizerReport,
+    Buffer, Connection, DeviceAddress, DeviceHandle, Direction, DmaMapping, Domain, DomainOptions,
+    DomainState, Driver, Iova, Protection, SanitizerFilter, SanitizerReport,
 };
 
 use super::blame;
@@ -16,7 +16,7 @@ use super::seen::{Memory, Recorded, Reported, Seen};
 use crate::driver::{NAME, OWNER};
 use crate::engine::{Ended, Engine, PATTERN};
 use crate::records::{end_of_log, record_after};
-use crate::report::{Step, Told};
+use crate::report::{self, Step, Told};
 
 /// Bytes of the buffer, and of what the device writes at its beginning.
 pub(super) const BUFFER_BYTES: u64 = 4096;
@@ -62,6 +62,22 @@ pub(super) struct Play {
     pub(super) engine: Engine,
 }
 
+/// A buffer that is mapped in a domain of its own.
+pub(super) struct Mapped {
+    options: DomainOptions,
+    domain: Domain,
+    buffer: Buffer,
+    mapping: DmaMapping,
+    neighbour: Option<(Buffer, DmaMapping)>,
+}
+
+impl Mapped {
+    /// Where.
+    pub(super) fn iova(&self) -> Iova {
+        self.mapping.iova()
+    }
+}
+
 /// A buffer of a domain that was mapped, written by the device, and unmapped.
 pub(super) struct Target {
     options: DomainOptions,
@@ -82,7 +98,7 @@ pub(super) struct Before {
     reports: u64,
 }
 
-fn canary() -> Vec<u8> {
+pub(super) fn canary() -> Vec<u8> {
     CANARY.repeat(BUFFER_BYTES as usize / CANARY.len())
 }
 
@@ -99,7 +115,7 @@ pub(super) fn begin(name: &str, story: &str) -> anyhow::Result<()> {
 pub(super) fn end(name: &str, expected: &Expected, seen: Seen) -> anyhow::Result<()> {
     let wrong = seen.differs(expected);
     let mut details = seen.lines();
-    details.push(format!("because   {}", expected.why));
+    details.extend(report::wrapped("because   ", expected.why));
     let observed = if wrong.is_empty() { seen.in_short() } else { wrong.join("; ") };
     Told::End(Box::new(Step {
         name: name.to_owned(),
@@ -115,16 +131,14 @@ pub(super) fn end(name: &str, expected: &Expected, seen: Seen) -> anyhow::Result
 impl Play {
     /// Map, write, unmap, attack.
     async fn right_after_unmap(&mut self, attack: Attack) -> anyhow::Result<()> {
-        begin(attack.name(), &attack.story())?;
-        let target = self.prepare(attack.domain()?, true).await?;
+        let target = self.prepare(attack, true).await?;
         self.strike(&target, attack).await?;
         self.leave(target).await
     }
 
     /// The attack inside the stale window, and again when the window is closed.
     async fn deferred(&mut self) -> anyhow::Result<()> {
-        begin(Attack::DeferredWithin.name(), &Attack::DeferredWithin.story())?;
-        let target = self.prepare(Attack::DeferredWithin.domain()?, true).await?;
+        let target = self.prepare(Attack::DeferredWithin, true).await?;
         self.strike(&target, Attack::DeferredWithin).await?;
         begin(Attack::DeferredAfter.name(), &Attack::DeferredAfter.story())?;
         let flushed = async {
@@ -142,8 +156,7 @@ impl Play {
 
     /// The attack while the burst goes on, and again when it has ended.
     async fn ring(&mut self) -> anyhow::Result<()> {
-        begin(Attack::RingWithin.name(), &Attack::RingWithin.story())?;
-        let mut target = self.prepare(Attack::RingWithin.domain()?, false).await?;
+        let mut target = self.prepare(Attack::RingWithin, false).await?;
         self.strike(&target, Attack::RingWithin).await?;
         begin(Attack::RingAfter.name(), &Attack::RingAfter.story())?;
         let (buffer, mapping) = target.neighbour.take().context("a ring has a neighbour")?;
@@ -151,6 +164,13 @@ impl Play {
         self.strike(&target, Attack::RingAfter).await?;
         buffer.free().await.map_err(|(_, error)| error)?;
         self.leave(target).await
+    }
+
+    async fn prepare(&mut self, attack: Attack, end_of_burst: bool) -> anyhow::Result<Target> {
+        begin(attack.name(), &attack.story())?;
+        let options = attack.options().context("a domain is attacked")?;
+        let mapped = self.map(options).await?;
+        self.unmap(mapped, end_of_burst).await
     }
 
     async fn strike(&mut self, target: &Target, attack: Attack) -> anyhow::Result<()> {
@@ -161,34 +181,40 @@ impl Play {
         end(attack.name(), &expected, seen)
     }
 
-    /// A domain with the device in it, and a buffer that was mapped, written by the device (so that its translation is cached), and
-    /// unmapped.
-    pub(super) async fn prepare(
-        &mut self,
-        options: DomainOptions,
-        end_of_burst: bool,
-    ) -> anyhow::Result<Target> {
+    /// A domain with the device in it, and a buffer that is mapped and that the device has written, so that its translation is cached.
+    pub(super) async fn map(&mut self, options: DomainOptions) -> anyhow::Result<Mapped> {
         let device = self.engine.device().clone();
         let domain = self.driver.create_domain(options).await.context("create a domain")?;
         domain.attach(&device).await.context("attach the device")?;
         let neighbour = match options.protection {
-            Protection::Ring(_) => {
-                let buffer = self.driver.allocate(BUFFER_BYTES).await?;
-                let mapping =
-                    self.driver.dma_map_single(&device, buffer.range(), Direction::FromDevice).await?;
-                Some((buffer, mapping))
-            }
+            Protection::Ring(_) => Some(self.map_buffer(&device).await?),
             _ => None,
         };
+        let (buffer, mapping) = self.map_buffer(&device).await?;
+        let allowed = self.engine.write(mapping.iova(), WRITE_BYTES).await?;
+        ensure!(!allowed.is_error(), "while it was mapped the write ended so: {allowed}");
+        Ok(Mapped { options, domain, buffer, mapping, neighbour })
+    }
+
+    async fn map_buffer(&self, device: &DeviceHandle) -> anyhow::Result<(Buffer, DmaMapping)> {
         let buffer = self.driver.allocate(BUFFER_BYTES).await?;
-        let mapping = self.driver.dma_map_single(&device, buffer.range(), Direction::FromDevice).await?;
+        let mapping = self.driver.dma_map_single(device, buffer.range(), Direction::FromDevice).await?;
+        Ok((buffer, mapping))
+    }
+
+    /// Unmaps; what the device wrote before has arrived.
+    pub(super) async fn unmap(&self, mapped: Mapped, end_of_burst: bool) -> anyhow::Result<Target> {
+        let Mapped { options, domain, buffer, mapping, neighbour } = mapped;
         let iova = mapping.iova();
-        let allowed = self.engine.write(iova, WRITE_BYTES).await?;
         let invalidations = self.state(&domain).await?.invalidations;
         let unmapped = Instant::now();
-        if end_of_burst { mapping.unmap().await? } else { mapping.unmap_within_burst().await? }
+        if end_of_burst {
+            mapping.unmap().await?
+        } else {
+            mapping.unmap_within_burst().await?
+        }
         let arrived = buffer.read(0, WRITE_BYTES.into()).await?;
-        ensure!(!allowed.is_error() && arrived == written(), "before the unmap the write ended so: {allowed}");
+        ensure!(arrived == written(), "what the device wrote before the unmap did not arrive");
         Ok(Target { options, domain, buffer, iova, neighbour, invalidations, unmapped })
     }
 

@@ -1,5 +1,6 @@
 //! What must come of a write after unmap, mode by mode, and why. Argued from what the modes promise, not copied from a run.
 
+use std::fmt;
 use std::time::Duration;
 
 use guest_sdk::{Blame, Deferral, DomainOptions, MappingGranularity, Protection, ReportClass, Violation};
@@ -124,27 +125,40 @@ impl Attack {
 
     /// What is tried, as it begins.
     pub(crate) fn story(self) -> String {
-        const SAME: &str =
-            "map, the device writes, unmap; the CPU puts a canary into the buffer; the device writes again";
-        match self {
+        let particulars = match self {
             Self::NoProtection => {
-                "a bare machine whose operating system never turned translation on; its device is told an address and keeps it"
-                    .to_owned()
+                return "a bare machine whose operating system never turned translation on: the device is given an address and keeps it"
+                    .to_owned();
             }
-            Self::Passthrough => format!("{SAME} (the same in every mode)"),
-            Self::DeferredWithin => {
-                format!("{SAME}; the window is {} ms here, so that a lecture can look into it", WINDOW.as_millis())
+            Self::Passthrough => {
+                return "map a buffer; the device writes, so that its translation is cached; unmap; the CPU puts a canary into the \
+                    buffer; and the device writes once more, to the address that its register still holds. The same in every mode \
+                    from here on; this one maps all memory of the owner once and for all"
+                    .to_owned();
             }
             Self::DeferredAfter => {
-                "the same domain and buffer: wait for the flush, put the canary back; the device writes again".to_owned()
+                return "the same buffer, once the window is closed; the canary is put back first".to_owned();
             }
-            Self::RingWithin => format!("{SAME}; the unmap says that the burst goes on"),
             Self::RingAfter => {
-                "the same domain and buffer: another unmap ends the burst, the canary is put back; the device writes again"
-                    .to_owned()
+                return "the same buffer, once another unmap has ended the burst; the canary is put back first".to_owned();
             }
-            _ => SAME.to_owned(),
-        }
+            Self::DeferredWithin => {
+                return format!(
+                    "the same attack; an unmap is answered at once, and {} of them or those of {} ms are invalidated together (Linux: \
+                     10 ms; longer here, so that one can look inside)",
+                    DEFERRAL.batch, DEFERRAL.interval_ms
+                );
+            }
+            Self::Strict => "an unmap is answered after invalidation and drain",
+            Self::StrictByte => "a mapping opens its bytes, and not its pages",
+            Self::Shared => "one mapping per page, and its users are counted",
+            Self::Persistent => "one mapping per page, kept after its last user for the next",
+            Self::Bounce => "the device sees permanent shadow buffers only, from and to which data is copied",
+            Self::RingWithin => {
+                "a mapping is a slot of a flat ring, which is invalidated once a burst; this unmap does not end the burst"
+            }
+        };
+        format!("the same attack; {particulars}")
     }
 
     /// What must come.
@@ -173,9 +187,7 @@ impl Attack {
             Self::Passthrough => lands(0, "unmap", PASSTHROUGH),
             Self::Strict => refused(FaultReason::WRITE_DENIED, "unmap", STRICT),
             Self::StrictByte => refused(FaultReason::WRITE_DENIED, "unmap", STRICT_BYTE),
-            Self::DeferredWithin => {
-                aged(lands(0, "unmap", DEFERRED_WITHIN), Duration::ZERO, WINDOW)
-            }
+            Self::DeferredWithin => aged(lands(0, "unmap", DEFERRED_WITHIN), Duration::ZERO, WINDOW),
             Self::DeferredAfter => {
                 aged(refused(FaultReason::WRITE_DENIED, "flush", DEFERRED_AFTER), WINDOW, Duration::MAX)
             }
@@ -209,6 +221,31 @@ const RING_WITHIN: &str = "The slot is not valid any more, and the ring's one IO
 const RING_AFTER: &str = "The end of the burst invalidated the ring's entry, once for all unmaps of the burst (here two); the walk \
     finds a slot that is not valid.";
 
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lands => f.write_str("lands, and nothing is recorded"),
+            Self::Refused(reason) => write!(f, "refused and recorded as {:#04x}", reason.0),
+            Self::Deflected => f.write_str("deflected, and nothing is recorded"),
+        }
+    }
+}
+
+impl fmt::Display for Expected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.fate)?;
+        if let Some(Report { class, violation, blame, .. }) = self.report {
+            write!(f, "; reported as {class}")?;
+            if let Some(violation) = violation {
+                write!(f, ", {violation}")?;
+            }
+            write!(f, ", blame {blame}")?;
+        }
+        let (count, per) = self.invalidations;
+        write!(f, "; {count} invalidations per {per}")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,7 +277,10 @@ mod tests {
             assert_ne!(attack.expected().fate, Fate::Lands, "{}", attack.name());
         }
         let deferred = Attack::DeferredWithin.expected();
-        assert_eq!((deferred.fate, deferred.report.map(|report| report.age_max)), (Fate::Lands, Some(WINDOW)));
+        assert_eq!(
+            (deferred.fate, deferred.report.map(|report| report.age_max)),
+            (Fate::Lands, Some(WINDOW))
+        );
     }
 
     #[test]
