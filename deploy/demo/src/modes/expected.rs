@@ -93,7 +93,7 @@ impl Attack {
             Self::Passthrough => "passthrough",
             Self::Strict => "strict",
             Self::StrictByte => "strict, by the byte",
-            Self::DeferredWithin => "deferred, inside the window",
+            Self::DeferredWithin => "deferred, in the window",
             Self::DeferredAfter => "deferred, after the flush",
             Self::Shared => "shared",
             Self::Persistent => "persistent",
@@ -221,6 +221,12 @@ const RING_WITHIN: &str = "The slot is not valid any more, and the ring's one IO
 const RING_AFTER: &str = "The end of the burst invalidated the ring's entry, once for all unmaps of the burst (here two); the walk \
     finds a slot that is not valid.";
 
+/// So many invalidations, in words.
+pub(crate) fn invalidations(count: u64) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} invalidation{plural}")
+}
+
 impl fmt::Display for Fate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -242,7 +248,7 @@ impl fmt::Display for Expected {
             write!(f, ", blame {blame}")?;
         }
         let (count, per) = self.invalidations;
-        write!(f, "; {count} invalidations per {per}")
+        write!(f, "; {} per {per}", invalidations(count))
     }
 }
 

@@ -7,7 +7,7 @@ use guest_sdk::{FaultRecord, Iova, MappingLife, SanitizerReport};
 use iommu_types::{Fault, FaultReason};
 use serde::{Deserialize, Serialize};
 
-use super::expected::{Expected, Fate, Report};
+use super::expected::{Expected, Fate, Report, invalidations};
 use crate::engine::Ended;
 use crate::records::record_line;
 
@@ -226,7 +226,7 @@ impl Seen {
             _ => wrong.push("a sanitizer where there is none, or none where there is one".to_owned()),
         }
         if self.invalidations != expected.invalidations.0 {
-            wrong.push(format!("{} invalidations", self.invalidations));
+            wrong.push(invalidations(self.invalidations));
         }
         wrong
     }
@@ -282,8 +282,7 @@ impl Seen {
             Some(reports) if reports.is_empty() => lines.push("sanitizer reported nothing".to_owned()),
             Some(reports) => lines.extend(reports.iter().flat_map(Reported::lines)),
         }
-        let plural = if self.invalidations == 1 { "" } else { "s" };
-        lines.push(format!("cost      {} invalidation{plural} per {}", self.invalidations, self.per));
+        lines.push(format!("cost      {} per {}", invalidations(self.invalidations), self.per));
         lines
     }
 }
