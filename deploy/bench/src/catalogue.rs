@@ -1,6 +1,7 @@
 //! Which measurements there are.
 
 use crate::in_process;
+use crate::modes;
 use crate::report::Report;
 use crate::stand::Bench;
 use crate::wire;
@@ -30,6 +31,20 @@ pub(crate) const ALL: &[Measurement] = &[
     measurement("map-unmap-in-process", "a strict map and unmap of 4 KiB through the kernel floor"),
     measurement("growth-domains", "the same from 1 to 1,024 domains"),
     measurement("growth-mappings", "the same, first in first out, from 1 k to 1 M live mappings"),
+    measurement("modes-rings", "a replay of a NIC's rings in every mode: counts, modelled cycles, time"),
+    measurement("modes-pair", "a map and unmap in every mode, in batches of 200"),
+    measurement("modes-growth-domains", "the same from 1 to 1,024 domains, in the modes beside strict"),
+    measurement(
+        "modes-growth-mappings",
+        "the same from 1 k to 1 M live mappings, where the mode allows so many",
+    ),
+    measurement("modes-visits", "what finding a free address takes, by live addresses and allocator"),
+    measurement("modes-ageing", "a day of mixed sizes with the cached allocator"),
+    measurement("modes-iotlb", "misses per MiB of an IOTLB of 64 entries, by buffer size and order"),
+    measurement("modes-walk-cache", "table entries read per page, by when cached tables are forgotten"),
+    measurement("modes-stale", "how long a device can use what was unmapped"),
+    measurement("modes-copy", "copy against invalidate by size, and where they meet"),
+    measurement("modes-tenants", "4 to 1,024 tenants and one that thrashes the IOTLB, shared or partitioned"),
     measurement("start", "from spawning the server to its ready line"),
     measurement("latency-tcp", "one DMA in flight over TCP, beside the echo"),
     measurement("latency-unix", "one DMA in flight over a UNIX socket, beside the echo"),
@@ -48,6 +63,11 @@ impl Wanted {
     /// Whether a figure is wanted.
     pub(crate) fn figure(&self, name: &str) -> bool {
         self.0.is_empty() || self.0.iter().any(|word| name.starts_with(word.as_str()))
+    }
+
+    /// Whether any figure whose name begins so is wanted.
+    pub(crate) fn any_of(&self, prefix: &str) -> bool {
+        self.figure(prefix) || self.0.iter().any(|word| word.starts_with(prefix))
     }
 
     /// The measurements that give them. `Err` names a word that stands for nothing.
@@ -76,6 +96,17 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "growth-domains" => in_process::growth::domains(bench),
         "growth-mappings" => in_process::growth::mappings(bench),
         "memory-mapping" => in_process::memory::per_mapping(bench),
+        "modes-rings" => modes::rings::rings(bench),
+        "modes-pair" => modes::growth::pair(bench),
+        "modes-growth-domains" => modes::growth::domains(bench),
+        "modes-growth-mappings" => modes::growth::mappings(bench),
+        "modes-visits" => modes::visits::visits(bench),
+        "modes-ageing" => modes::ageing::ageing(bench),
+        "modes-iotlb" => modes::reach::misses(bench),
+        "modes-walk-cache" => modes::walk_cache::policies(bench),
+        "modes-stale" => modes::stale::windows(bench),
+        "modes-copy" => modes::copies::copies(bench),
+        "modes-tenants" => modes::tenants::tenants(bench),
         "start" => wire::start::ready(bench).await,
         "latency-tcp" => wire::latency::one_in_flight(bench, wire::Transport::Tcp).await,
         "latency-unix" => wire::latency::one_in_flight(bench, wire::Transport::Unix).await,
@@ -112,6 +143,7 @@ mod tests {
     fn figures_are_chosen_within_a_measurement() {
         let wanted = Wanted(vec!["dma-unix-read".to_owned()]);
         assert!(wanted.figure("dma-unix-read-64") && !wanted.figure("dma-unix-write-64"));
+        assert!(wanted.any_of("dma-unix") && wanted.any_of("dma-unix-read-64") && !wanted.any_of("dma-tcp"));
         assert!(Wanted::default().figure("anything"));
     }
 }

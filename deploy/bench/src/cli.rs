@@ -18,29 +18,54 @@ Writes report.json and SVG plots into the directory `measure` of cargo's target 
 #[derive(Debug, Parser)]
 #[command(name = "measure", version, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
-    /// Another part that this binary plays.
+    /// A part of the measurements, or another part that this binary plays.
     #[command(subcommand)]
     pub(crate) role: Option<Role>,
     /// Fewer and shorter rounds: done within a minute.
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(crate) quick: bool,
     /// Exit with 3 if a target is missed.
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(crate) require: bool,
     /// Only the figures whose names begin so; see --list.
-    #[arg(long, value_name = "NAME", num_args = 1..)]
+    #[arg(long, value_name = "NAME", num_args = 1.., global = true)]
     pub(crate) only: Vec<String>,
+    /// Unit costs for the modelled cycles of `modes`, instead of those of the rIOMMU paper (deploy/bench/costs).
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) costs: Option<PathBuf>,
     /// Print the report as JSON instead of a table.
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(crate) json: bool,
     /// Say which measurements there are, and measure nothing.
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(crate) list: bool,
 }
 
-/// What else this binary does.
+impl Cli {
+    /// What the figures' names begin with; nothing means all of them.
+    pub(crate) fn words(&self) -> Vec<String> {
+        if !matches!(self.role, Some(Role::Modes)) {
+            return self.only.clone();
+        }
+        if self.only.is_empty() {
+            return vec![MODES.to_owned()];
+        }
+        let told = |word: &String| {
+            if word.starts_with(MODES) { word.clone() } else { format!("{MODES}-{word}") }
+        };
+        self.only.iter().map(told).collect()
+    }
+}
+
+/// What the names of the measurements of protection modes begin with.
+const MODES: &str = "modes";
+
+/// What this binary does.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Role {
+    /// Only what protection costs and what each shortcut gives up: a replay of rings in every mode, and what stands around it. Options as
+    /// without it; names may be told without their "modes-".
+    Modes,
     /// The reference on the wire: decodes what a device or a driver sends and answers with as many bytes.
     #[command(hide = true)]
     EchoServer {
@@ -51,4 +76,27 @@ pub(crate) enum Role {
         #[arg(long)]
         listen_unix: PathBuf,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::Cli;
+
+    fn check(line: &str, words: &[&str]) {
+        let cli = Cli::try_parse_from(line.split(' ')).expect(line);
+        assert_eq!(cli.words(), words, "{line}");
+        assert_eq!(cli.quick, line.contains("--quick"), "{line}");
+    }
+
+    #[test]
+    fn modes_is_a_part_of_the_measurements_with_the_same_options() {
+        check("measure", &[]);
+        check("measure --quick --only start dma", &["start", "dma"]);
+        check("measure modes", &["modes"]);
+        check("measure --quick modes", &["modes"]);
+        check("measure modes --quick --json --only rings modes-walk", &["modes-rings", "modes-walk"]);
+        check("measure modes --costs x.toml --quick", &["modes"]);
+    }
 }

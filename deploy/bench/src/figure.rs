@@ -2,6 +2,8 @@
 //!
 //! **Promise:** a figure with a target always has a verdict, and the verdict follows from the numbers that are printed beside it.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use crate::samples::Samples;
@@ -14,6 +16,8 @@ pub(crate) enum Bound {
     AtLeast,
     /// The less the better.
     AtMost,
+    /// Within a range.
+    Between,
 }
 
 /// What the target bounds.
@@ -43,24 +47,37 @@ pub(crate) struct Target {
     bound: Bound,
     bounded: Bounded,
     number: f64,
+    /// The upper end of a range.
+    number_max: Option<f64>,
 }
 
 impl Target {
+    const fn new(bound: Bound, bounded: Bounded, number: f64, number_max: Option<f64>) -> Self {
+        Self { bound, bounded, number, number_max }
+    }
     /// The ratio must be at least this.
     pub(crate) const fn ratio_at_least(number: f64) -> Self {
-        Self { bound: Bound::AtLeast, bounded: Bounded::Ratio, number }
+        Self::new(Bound::AtLeast, Bounded::Ratio, number, None)
     }
     /// The ratio must be at most this.
     pub(crate) const fn ratio_at_most(number: f64) -> Self {
-        Self { bound: Bound::AtMost, bounded: Bounded::Ratio, number }
+        Self::new(Bound::AtMost, Bounded::Ratio, number, None)
     }
     /// The value must be at least this.
     pub(crate) const fn value_at_least(number: f64) -> Self {
-        Self { bound: Bound::AtLeast, bounded: Bounded::Value, number }
+        Self::new(Bound::AtLeast, Bounded::Value, number, None)
     }
     /// The value must be at most this.
     pub(crate) const fn value_at_most(number: f64) -> Self {
-        Self { bound: Bound::AtMost, bounded: Bounded::Value, number }
+        Self::new(Bound::AtMost, Bounded::Value, number, None)
+    }
+    /// The ratio must lie between these.
+    pub(crate) const fn ratio_between(low: f64, high: f64) -> Self {
+        Self::new(Bound::Between, Bounded::Ratio, low, Some(high))
+    }
+    /// The value must lie between these.
+    pub(crate) const fn value_between(low: f64, high: f64) -> Self {
+        Self::new(Bound::Between, Bounded::Value, low, Some(high))
     }
 }
 
@@ -92,6 +109,9 @@ pub(crate) struct Figure {
     pub(crate) ratio: Option<f64>,
     /// The target's number; `bound` and `target_of` say how to read it.
     pub(crate) target: Option<f64>,
+    /// The upper end, when the target is a range.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) target_max: Option<f64>,
     /// The verdict; absent without a target.
     pub(crate) met: Option<bool>,
     /// Which way the target bounds.
@@ -108,6 +128,12 @@ pub(crate) struct Figure {
     pub(crate) reference_spread: Option<Spread>,
     /// How many rounds there were.
     pub(crate) rounds: usize,
+    /// What was counted beside the value, per packet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) counts: Option<BTreeMap<&'static str, f64>>,
+    /// Whether it stands in a table of its own, and not among the others.
+    #[serde(skip)]
+    pub(crate) tabulated: bool,
 }
 
 impl Figure {
@@ -120,6 +146,7 @@ impl Figure {
             reference: None,
             ratio: None,
             target: None,
+            target_max: None,
             met: None,
             bound: None,
             target_of: None,
@@ -128,6 +155,8 @@ impl Figure {
             spread: samples.into(),
             reference_spread: None,
             rounds: samples.rounds(),
+            counts: None,
+            tabulated: false,
         }
     }
 
@@ -161,8 +190,10 @@ impl Figure {
         let met = number.is_some_and(|number| match target.bound {
             Bound::AtLeast => number >= target.number,
             Bound::AtMost => number <= target.number,
+            Bound::Between => number >= target.number && target.number_max.is_some_and(|high| number <= high),
         });
         self.target = Some(target.number);
+        self.target_max = target.number_max;
         self.bound = Some(target.bound);
         self.target_of = Some(target.bounded);
         self.met = Some(met);
@@ -179,6 +210,7 @@ impl Figure {
         let reached = match self.bound? {
             Bound::AtLeast => number / target,
             Bound::AtMost => target / number,
+            Bound::Between => (number / target).min(self.target_max? / number),
         };
         reached.is_finite().then_some(reached)
     }
@@ -206,6 +238,9 @@ mod tests {
         check(80.0, 10.0, ValueToReference, Target::ratio_at_most(6.0), false, 0.75);
         check(400.0, 1.0, ValueToReference, Target::value_at_most(500.0), true, 1.25);
         check(0.5, 1.0, ValueToReference, Target::value_at_least(1.0), false, 0.5);
+        check(98.0, 100.0, ValueToReference, Target::ratio_between(0.98, 1.02), true, 1.0);
+        check(103.0, 100.0, ValueToReference, Target::ratio_between(0.98, 1.02), false, 1.02 / 1.03);
+        check(300.0, 1.0, ValueToReference, Target::value_between(360.0, 420.0), false, 300.0 / 360.0);
     }
 
     #[test]

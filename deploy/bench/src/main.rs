@@ -8,6 +8,7 @@ mod catalogue;
 mod cli;
 mod figure;
 mod in_process;
+mod modes;
 mod others;
 mod plot;
 mod progress;
@@ -27,6 +28,7 @@ use clap::{CommandFactory, Parser, error::ErrorKind};
 
 use crate::catalogue::Wanted;
 use crate::cli::{Cli, Role};
+use crate::modes::costs::Costs;
 use crate::others::Processors;
 use crate::progress::Progress;
 use crate::report::Report;
@@ -46,11 +48,11 @@ const EXIT_MISSED: u8 = 3;
 #[tokio::main]
 async fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
-    if let Some(Role::EchoServer { listen, listen_unix }) = cli.role {
-        wire::echo::serve(listen, &listen_unix).await?;
+    if let Some(Role::EchoServer { listen, listen_unix }) = &cli.role {
+        wire::echo::serve(*listen, listen_unix).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    let wanted = Wanted(cli.only.clone());
+    let wanted = Wanted(cli.words());
     let chosen = wanted.measurements().unwrap_or_else(|word| {
         let told = format!("no figure's name begins with {word:?}; --list tells the names");
         Cli::command().error(ErrorKind::InvalidValue, told).exit()
@@ -68,7 +70,11 @@ async fn main() -> anyhow::Result<ExitCode> {
 
 async fn measure(cli: &Cli, chosen: &[catalogue::Measurement], wanted: Wanted) -> anyhow::Result<ExitCode> {
     let directory = target_directory()?.join("measure");
-    let mut bench = Bench::new(Plan { quick: cli.quick }, Progress::new(chosen.len()), wanted);
+    let costs = match &cli.costs {
+        Some(path) => Costs::read(path)?,
+        None => Costs::of_riommu_paper(),
+    };
+    let mut bench = Bench::new(Plan { quick: cli.quick }, Progress::new(chosen.len()), wanted, costs);
     let mut report = Report::default();
     let mut could_not_run = Vec::new();
     let before = Processors::now()?;

@@ -15,6 +15,32 @@ pub(crate) struct Report {
     pub(crate) figures: Vec<Figure>,
     /// The charts.
     pub(crate) charts: Vec<Chart>,
+    /// Tables of their own, for figures that stand side by side.
+    pub(crate) tables: Vec<Sheet>,
+}
+
+/// A table of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct Sheet {
+    /// What it shows.
+    pub(crate) title: String,
+    /// What stands above its columns.
+    pub(crate) header: Vec<String>,
+    /// Its rows.
+    pub(crate) rows: Vec<Vec<String>>,
+}
+
+impl Sheet {
+    fn text(&self) -> String {
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+        table.set_header(&self.header);
+        table.add_rows(&self.rows);
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        format!("{}\n{table}", self.title)
+    }
 }
 
 impl Report {
@@ -22,6 +48,7 @@ impl Report {
     pub(crate) fn add(&mut self, other: Self) {
         self.figures.extend(other.figures);
         self.charts.extend(other.charts);
+        self.tables.extend(other.tables);
     }
 
     /// Whether a target is missed.
@@ -49,7 +76,7 @@ impl Report {
         Ok(written)
     }
 
-    /// The table.
+    /// The tables.
     pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
@@ -64,7 +91,7 @@ impl Report {
             "target",
             "verdict",
         ]);
-        for figure in &self.figures {
+        for figure in self.figures.iter().filter(|figure| !figure.tabulated) {
             table.add_row([
                 figure.name.clone(),
                 number(figure.value),
@@ -81,7 +108,9 @@ impl Report {
             let column = table.column_mut(index).expect("the header has nine columns");
             column.set_cell_alignment(CellAlignment::Right);
         }
-        table.to_string()
+        let mut told: Vec<String> = self.tables.iter().map(Sheet::text).collect();
+        told.push(table.to_string());
+        told.join("\n\n")
     }
 }
 
@@ -89,18 +118,19 @@ fn target(figure: &Figure) -> String {
     let (Some(target), Some(bound), Some(of)) = (figure.target, figure.bound, figure.target_of) else {
         return String::new();
     };
-    let sign = match bound {
-        Bound::AtLeast => "≥",
-        Bound::AtMost => "≤",
+    let told = |target: f64| match of {
+        Bounded::Ratio => format!("{target:.2}"),
+        Bounded::Value => format!("{} {}", number(target), figure.unit),
     };
-    match of {
-        Bounded::Ratio => format!("{sign} {target:.2}"),
-        Bounded::Value => format!("{sign} {} {}", number(target), figure.unit),
+    match (bound, figure.target_max) {
+        (Bound::AtLeast, _) => format!("≥ {}", told(target)),
+        (Bound::AtMost, _) => format!("≤ {}", told(target)),
+        (Bound::Between, high) => format!("{}..{}", number(target), told(high.unwrap_or(f64::NAN))),
     }
 }
 
 /// Three significant digits or more, thousands apart.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     if value.abs() < 100.0 {
         let digits = if value.abs() < 10.0 { 2 } else { 1 };
         return format!("{value:.digits$}");
@@ -119,7 +149,7 @@ fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Report, number};
+    use super::{Report, Sheet, number};
     use crate::figure::{Figure, RatioOf, Target};
     use crate::samples::Samples;
 
@@ -127,7 +157,7 @@ mod tests {
         let figure = Figure::alone("iotlb-hit-1024", "ns", &Samples::new(vec![9.0, 8.0, 10.0]))
             .beside("vm-memory Iotlb", &Samples::new(vec![110.0, 118.0, 115.0]), RatioOf::ReferenceToValue)
             .judged(Target::ratio_at_least(5.0));
-        Report { figures: vec![figure], charts: Vec::new() }
+        Report { figures: vec![figure], ..Report::default() }
     }
 
     #[test]
@@ -151,6 +181,18 @@ mod tests {
         for word in ["iotlb-hit-1024", "9.00", "8.00..10.0", "115", "12.78", "≥ 5.00", "met"] {
             assert!(table.contains(word), "{word} is missing in\n{table}");
         }
+    }
+
+    #[test]
+    fn a_table_of_its_own_stands_before_the_others_and_takes_its_figures() {
+        let mut report = report();
+        report.figures[0].tabulated = true;
+        let sheet =
+            Sheet { title: "Side by side".into(), header: vec!["x".into()], rows: vec![vec!["y".into()]] };
+        report.tables.push(sheet);
+        let told = report.table();
+        assert!(told.starts_with("Side by side\n x \n y "), "{told}");
+        assert!(!told.contains("iotlb-hit-1024"), "{told}");
     }
 
     #[test]

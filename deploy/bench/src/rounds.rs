@@ -57,6 +57,26 @@ pub(crate) fn in_turn(
     (Samples::new(values.0), Samples::new(values.1))
 }
 
+/// Runs all of them in turn; who begins changes from round to round. One round before the first is thrown away: it warms caches.
+pub(crate) fn all_in_turn<T>(
+    rounds: u32,
+    runners: &mut [T],
+    mut run: impl FnMut(&mut T) -> f64,
+) -> Vec<Samples> {
+    let count = runners.len();
+    let mut values = vec![Vec::new(); count];
+    for round in 0..=rounds as usize {
+        for turn in 0..count {
+            let index = (round + turn) % count;
+            let value = run(&mut runners[index]);
+            if round > 0 {
+                values[index].push(value);
+            }
+        }
+    }
+    values.into_iter().map(Samples::new).collect()
+}
+
 /// [`in_turn`] for what waits and can fail.
 pub(crate) async fn in_turn_async(
     plan: Plan,

@@ -8,6 +8,7 @@ use iommu_types::{DeviceAddress, Owner, SourceId};
 use serde::Deserialize;
 
 use crate::catalogue::Wanted;
+use crate::modes::costs::Costs;
 use crate::progress::Progress;
 use crate::rounds::Plan;
 
@@ -22,14 +23,16 @@ pub(crate) struct Bench {
     pub(crate) progress: Progress,
     /// Which figures are asked for.
     pub(crate) wanted: Wanted,
+    /// What one event costs in the model of protection modes.
+    pub(crate) costs: Costs,
     binaries: Option<Binaries>,
     ends: Option<Ends>,
 }
 
 impl Bench {
     /// Starts nothing yet.
-    pub(crate) fn new(plan: Plan, progress: Progress, wanted: Wanted) -> Self {
-        Self { plan, progress, wanted, binaries: None, ends: None }
+    pub(crate) fn new(plan: Plan, progress: Progress, wanted: Wanted, costs: Costs) -> Self {
+        Self { plan, progress, wanted, costs, binaries: None, ends: None }
     }
 
     /// The real binaries, built when they are first needed.

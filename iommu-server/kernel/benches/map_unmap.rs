@@ -116,6 +116,17 @@ fn every_mode(c: &mut Criterion) {
                 }
             });
         });
+        let mut requests = Vec::new();
+        group.bench_function(BenchmarkId::new("batched", protection.name()), |b| {
+            b.iter(|| {
+                let unmap = |range| DmaUnmap::single(range, Direction::ToDevice, RequestId(2));
+                requests.extend((0..BURST).map(|n| unmap(host.map(&mut domain, n % 64, PAGE))));
+                let (results, pending) = domain.dma_unmap_batch(&host.kernel, &requests, Tick(0));
+                assert!(results.iter().all(Result::is_ok), "the mappings are there");
+                host.finish(&mut domain, pending);
+                requests.clear();
+            });
+        });
     }
     group.finish();
 }

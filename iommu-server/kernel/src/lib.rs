@@ -1,9 +1,9 @@
-//! What host software does: domains, IOVA allocation, the DMA API and the domain API, ownership of memory, topology,
-//! interrupts, fault logs.
+//! What host software does: domains in seven protection modes, IOVA allocation, the DMA API and the domain API, the DMA sanitizer,
+//! ownership of memory, topology, interrupts, fault logs.
 //!
 //! Plain data without I/O, clock or runtime. [`Kernel`] holds what all share and is safe to use from any thread;
 //! everything else is plain and locked by the service, one lock per object. **Lock order:** topology, owner memory,
-//! domain, fault logs; the locks inside [`Kernel`] are leaves, held for a few instructions and never together.
+//! domain, fault logs; the locks inside [`Kernel`] and that of a sanitizer are leaves, held for a few instructions and never together.
 //!
 //! Operations that need DMA to be quiet return a pending value with a
 //! [`PendingDrain`](iommu_hardware::drain::PendingDrain) inside; the service awaits it with no lock held and then finishes

@@ -8,7 +8,7 @@ use std::sync::mpsc::channel;
 
 use fixture::*;
 use iommu_hardware::vtd::Request;
-use iommu_kernel::{DmaUnmap, OwnerLimits};
+use iommu_kernel::OwnerLimits;
 use iommu_types::errors::{AllocateError, CreateDomainError, FreeError, LimitReached, StillMapped};
 use iommu_types::{Access, AddressType, Direction, DomainOptions, FaultReason, Iova, Owner, Protection};
 

@@ -8,7 +8,7 @@ mod fixture;
 use std::collections::BTreeMap;
 
 use fixture::*;
-use iommu_kernel::{DmaMap, DmaUnmap, MapFixed, PendingUnmap};
+use iommu_kernel::{DmaMap, MapFixed, PendingUnmap};
 use iommu_types::errors::{DmaUnmapError, UnmapError};
 use iommu_types::{Access, Direction, FaultReason, Gpa, GpaRange, Iova, Permissions, RequestId};
 use proptest::prelude::*;

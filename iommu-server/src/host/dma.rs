@@ -12,7 +12,8 @@ use iommu_types::errors::{
     UnknownDomain, UnmapError,
 };
 use iommu_types::{
-    DeviceAddress, Direction, DmaAttributes, DomainId, GpaRange, Iova, IovaRange, Owner, RequestId,
+    DeviceAddress, Direction, DmaAttributes, DomainId, GpaRange, Iova, IovaRange, Owner, Protection,
+    RequestId,
 };
 
 use super::Host;
@@ -107,6 +108,15 @@ impl MapAsk {
     }
 }
 
+/// Only ring domains have rings; elsewhere the number is 0.
+fn check_ring(domain: &Domain, ring: u16) -> Result<(), InvalidField> {
+    if ring == 0 || matches!(domain.protection(), Protection::Ring(_)) {
+        return Ok(());
+    }
+    let why = format!("is {ring}, and a {} domain has no rings; leave it out", domain.protection().name());
+    Err(InvalidField { field: "ring".to_owned(), why })
+}
+
 /// Whether giving up what a domain keeps may help.
 fn is_shortage(error: &DmaMapError) -> bool {
     matches!(
@@ -173,8 +183,10 @@ impl Host {
         request: DmaMap,
     ) -> Result<Iova, DmaMapError> {
         let now = telemetry::now();
-        let map =
-            |domain: &mut Domain, memory: &OwnerMemory| domain.dma_map(&self.kernel, memory, request, now);
+        let map = |domain: &mut Domain, memory: &OwnerMemory| {
+            check_ring(domain, request.ring)?;
+            domain.dma_map(&self.kernel, memory, request, now)
+        };
         self.map_with_reclaim(owner, device, map).await
     }
 
@@ -193,6 +205,7 @@ impl Host {
         };
         let request = ask.of(*first);
         let map = |domain: &mut Domain, memory: &OwnerMemory| {
+            check_ring(domain, request.ring)?;
             domain.dma_map_sg(&self.kernel, memory, ranges, request, now)
         };
         self.map_with_reclaim(owner, device, map).await
@@ -211,9 +224,10 @@ impl Host {
         let memory = owner.memory.read();
         let now = telemetry::now();
         let mapped = slot.map_with(&self.kernel, |domain| {
-            ranges.map(|range| domain.dma_map(&self.kernel, &memory, ask.of(range?), now)).collect()
+            check_ring(domain, ask.ring)?;
+            Ok(ranges.map(|range| domain.dma_map(&self.kernel, &memory, ask.of(range?), now)).collect())
         });
-        Ok(mapped.map_err(|_| NotAttached { device })?)
+        mapped.map_err(|_| NotAttached { device })?
     }
 
     /// Unmaps many buffers with one invalidation and one drain. Works while the device is detached, too: what was mapped can be unmapped.

@@ -189,10 +189,11 @@ fn without_physical(mut explanation: Explanation) -> Explanation {
     blind(&mut explanation.iotlb);
     blind(&mut explanation.paging_structure_cache);
     for step in &mut explanation.steps {
+        // Every structure has its own bits for it, and its own words after it.
+        let is_present = step.reading.starts_with("present");
         step.at = Hpa::new(0);
         (step.low, step.high) = (step.low.map(|low| low & 0xfff), step.high.map(|_| 0));
-        step.reading =
-            if step.low.is_some_and(|low| low & 3 != 0) { "present" } else { "not present" }.to_owned();
+        step.reading = if is_present { "present" } else { "not present" }.to_owned();
     }
     match &mut explanation.outcome {
         Outcome::Translated(translation) => translation.hpa = Hpa::new(0),
@@ -385,8 +386,13 @@ impl InspectService for Inspect {
         let device = self.device(&caller, address).map_err(WireError::into_status)?;
         let unit = self.unit(&device);
         let explain = |_| unit.explain(address.source_id, pasid, Iova::new(iova.get()), access, size_bytes);
-        let explanation =
+        let mut explanation =
             self.while_tables_stay(&caller, &device, explain).map_err(WireError::into_status)?;
+        // Ring tables do not name their domain; the topology does.
+        let attached = self.host.topology.read().device(address).ok().and_then(|entry| entry.domain_id);
+        if let (Outcome::Translated(translation), Some(attached)) = (&mut explanation.outcome, attached) {
+            translation.domain_id = attached;
+        }
         let physical = caller.sees_all() || matches!(device.home, Home::Machine(_));
         let explanation = if physical { explanation } else { without_physical(explanation) };
         Ok(Response::new(Explained { segment: address.segment, explanation }.into()))

@@ -14,6 +14,7 @@ use iommu_proto::pb::driver_service_client::DriverServiceClient;
 use iommu_proto::pb::fault_service_client::FaultServiceClient;
 use iommu_proto::pb::inspect_service_client::InspectServiceClient;
 use iommu_proto::pb::memory_service_client::MemoryServiceClient;
+use iommu_proto::pb::sanitizer_service_client::SanitizerServiceClient;
 use iommu_proto::pb::session_service_client::SessionServiceClient;
 use iommu_server::cli::ServeArgs;
 use iommu_server::config::Config;
@@ -63,6 +64,15 @@ pub const ENGINE0: u32 = 0x08;
 pub const ENGINE1: u32 = 0x10;
 /// 00:03.0, of nobody.
 pub const ENGINE2: u32 = 0x18;
+
+/// A mode with what is usual beside it.
+pub fn mode(protection: pb::Protection) -> pb::DomainOptions {
+    pb::DomainOptions { protection: protection.into(), ..Default::default() }
+}
+pub fn deferred(batch: u32, interval_ms: u32) -> pb::DomainOptions {
+    let parameters = pb::domain_options::Parameters::Deferred(pb::Deferral { batch, interval_ms });
+    pb::DomainOptions { parameters: Some(parameters), ..mode(pb::Protection::Deferred) }
+}
 
 pub fn owner(number: u32) -> pb::Owner {
     pb::Owner { kind: Some(pb::owner::Kind::Driver(number)) }
@@ -137,28 +147,103 @@ impl Driver {
         self.client().allocate_buffer(request).await.unwrap().into_inner().gpa
     }
     pub async fn map(&self, source: u32, gpa: u64, size_bytes: u64) -> Result<u64, Status> {
-        let request = pb::DmaMapRequest {
+        let request = pb::DmaMapRequest { device: Some(device(source)), ..self.map_request(gpa, size_bytes) };
+        self.dma_map(request).await
+    }
+    pub async fn unmap(&self, source: u32, iova: u64, size_bytes: u64) -> Result<(), Status> {
+        let request =
+            pb::DmaUnmapRequest { device: Some(device(source)), ..self.unmap_request(iova, size_bytes) };
+        self.dma_unmap(request).await
+    }
+    /// For engine 0, both ways.
+    pub fn map_request(&self, gpa: u64, size_bytes: u64) -> pb::DmaMapRequest {
+        let (header, device) = (self.header(), Some(device(ENGINE0)));
+        let direction = pb::Direction::Bidirectional.into();
+        pb::DmaMapRequest { header, device, gpa, size_bytes, direction, attributes: None, ring: 0 }
+    }
+    pub async fn dma_map(&self, request: pb::DmaMapRequest) -> Result<u64, Status> {
+        self.client().dma_map(request).await.map(|mapped| mapped.into_inner().iova)
+    }
+    /// For engine 0, both ways.
+    pub fn unmap_request(&self, iova: u64, size_bytes: u64) -> pb::DmaUnmapRequest {
+        let (header, device) = (self.header(), Some(device(ENGINE0)));
+        let direction = pb::Direction::Bidirectional.into();
+        let (attributes, end_of_burst) = (None, None);
+        pb::DmaUnmapRequest { header, device, iova, size_bytes, direction, attributes, end_of_burst }
+    }
+    pub async fn dma_unmap(&self, request: pb::DmaUnmapRequest) -> Result<(), Status> {
+        self.client().dma_unmap(request).await.map(|_| ())
+    }
+    /// Several pieces for engine 0, both ways: address and size of each segment.
+    pub async fn map_sg(&self, pieces: &[(u64, u64)]) -> Result<Vec<(u64, u64)>, Status> {
+        let request = pb::DmaMapSgRequest {
             header: self.header(),
-            device: Some(device(source)),
-            gpa,
-            size_bytes,
+            device: Some(device(ENGINE0)),
+            gpa: pieces.iter().map(|piece| piece.0).collect(),
+            size_bytes: pieces.iter().map(|piece| piece.1).collect(),
             direction: pb::Direction::Bidirectional.into(),
             attributes: None,
             ring: 0,
         };
-        self.client().dma_map(request).await.map(|mapped| mapped.into_inner().iova)
+        let mapped = self.client().dma_map_sg(request).await?.into_inner();
+        Ok(mapped.iova.into_iter().zip(mapped.size_bytes).collect())
     }
-    pub async fn unmap(&self, source: u32, iova: u64, size_bytes: u64) -> Result<(), Status> {
-        let request = pb::DmaUnmapRequest {
+    pub async fn unmap_sg(&self, iova: u64, elements: u32) -> Result<(), Status> {
+        let request = pb::DmaUnmapSgRequest {
             header: self.header(),
-            device: Some(device(source)),
+            device: Some(device(ENGINE0)),
             iova,
-            size_bytes,
+            elements,
             direction: pb::Direction::Bidirectional.into(),
             attributes: None,
             end_of_burst: None,
         };
-        self.client().dma_unmap(request).await.map(|_| ())
+        self.client().dma_unmap_sg(request).await.map(|_| ())
+    }
+    pub async fn sync(&self, iova: u64, size_bytes: u64, sync_for: pb::SyncFor) -> Result<(), Status> {
+        let request = pb::DmaSyncRequest {
+            header: self.header(),
+            device: Some(device(ENGINE0)),
+            iova,
+            size_bytes,
+            direction: pb::Direction::Bidirectional.into(),
+            sync_for: sync_for.into(),
+        };
+        self.client().dma_sync(request).await.map(|_| ())
+    }
+    /// Limits of engine 0: address bits, and bytes of a segment.
+    pub async fn limit(
+        &self,
+        mask_bits: Option<u32>,
+        segment_bytes_max: Option<u64>,
+    ) -> Result<pb::SetDmaLimitsResponse, Status> {
+        let (header, device) = (self.header(), Some(device(ENGINE0)));
+        let segment_boundary_mask = None;
+        let request =
+            pb::SetDmaLimitsRequest { header, device, mask_bits, segment_bytes_max, segment_boundary_mask };
+        self.client().set_dma_limits(request).await.map(tonic::Response::into_inner)
+    }
+    pub async fn coherent(&self, size_bytes: u64) -> Result<pb::AllocateCoherentResponse, Status> {
+        let (header, device) = (self.header(), Some(device(ENGINE0)));
+        let request = pb::AllocateCoherentRequest { header, device, size_bytes };
+        self.client().allocate_coherent(request).await.map(tonic::Response::into_inner)
+    }
+    pub async fn free_coherent(&self, memory: pb::AllocateCoherentResponse) -> Result<(), Status> {
+        let (header, device) = (self.header(), Some(device(ENGINE0)));
+        let pb::AllocateCoherentResponse { gpa, iova, .. } = memory;
+        let request = pb::FreeCoherentRequest { header, device, gpa, iova };
+        self.client().free_coherent(request).await.map(|_| ())
+    }
+    /// A domain to which engine 0 is attached.
+    pub async fn domain(&self, options: pb::DomainOptions) -> u32 {
+        let id = self.create_domain(options).await.unwrap();
+        self.attach(ENGINE0, Some(id)).await.unwrap();
+        id
+    }
+    pub async fn domain_state(&self, id: u32) -> pb::DomainState {
+        let list = inspect(&self.channel).list_domains(pb::ListDomainsRequest { owner: None }).await;
+        let domains = list.unwrap().into_inner().domains;
+        domains.into_iter().find(|state| state.domain_id == id).unwrap()
     }
     pub async fn free(&self, gpa: u64) -> Result<(), Status> {
         let request = pb::FreeBufferRequest { header: self.header(), gpa };
@@ -212,6 +297,9 @@ pub fn admin(channel: &Channel) -> AdminServiceClient<Channel> {
 }
 pub fn inspect(channel: &Channel) -> InspectServiceClient<Channel> {
     InspectServiceClient::new(channel.clone())
+}
+pub fn reports(channel: &Channel) -> SanitizerServiceClient<Channel> {
+    SanitizerServiceClient::new(channel.clone())
 }
 pub fn faults(channel: &Channel) -> FaultServiceClient<Channel> {
     FaultServiceClient::new(channel.clone())

@@ -8,23 +8,23 @@ use iommu_types::IovaRange;
 
 use super::host::{Caches, Host, LARGE, Pages, map, unmap};
 use crate::figure::{Figure, RatioOf, Target};
-use crate::plot::{Chart, Line, Scale};
+use crate::plot::{Chart, Line, Points, Scale};
 use crate::report::Report;
 use crate::rounds::{in_turn, nanoseconds_each};
 use crate::samples::Samples;
 use crate::stand::Bench;
 
 /// Pairs that a driver does in its domain before the next one has its turn: a batch of the stream.
-const TURN: u32 = 64;
+pub(crate) const TURN: u32 = 64;
 /// Live mappings of each domain.
-const LIVE_PER_DOMAIN: usize = 64;
+pub(crate) const LIVE_PER_DOMAIN: usize = 64;
 
 /// From 1 to 1,024 domains, each with a device and live mappings; each has its turn of 64 pairs.
 pub(crate) fn domains(bench: &mut Bench) -> anyhow::Result<Report> {
     grow(
         bench,
         Growth {
-            name: "growth-domains",
+            name: "growth-domains".into(),
             title: "Strict map and unmap, by number of domains",
             x: "domains",
             quick: &[1, 1024],
@@ -41,7 +41,7 @@ pub(crate) fn mappings(bench: &mut Bench) -> anyhow::Result<Report> {
     grow(
         bench,
         Growth {
-            name: "growth-mappings",
+            name: "growth-mappings".into(),
             title: "Strict map and unmap, first in first out, by number of live mappings",
             x: "live mappings",
             quick: &[1000, 1_000_000],
@@ -54,29 +54,52 @@ pub(crate) fn mappings(bench: &mut Bench) -> anyhow::Result<Report> {
 }
 
 /// What grows.
-struct Growth {
-    name: &'static str,
-    title: &'static str,
-    x: &'static str,
-    quick: &'static [usize],
-    full: &'static [usize],
-    target: f64,
-    reference_is: &'static str,
+pub(crate) struct Growth {
+    pub(crate) name: String,
+    pub(crate) title: &'static str,
+    pub(crate) x: &'static str,
+    pub(crate) quick: &'static [usize],
+    pub(crate) full: &'static [usize],
+    pub(crate) target: f64,
+    pub(crate) reference_is: &'static str,
 }
 
-fn grow(
+/// What does map-and-unmap pairs at some size.
+pub(crate) trait Pairs {
+    /// So many, in turns of 64.
+    fn pairs(&mut self, operations: u32);
+}
+
+fn grow<W: Pairs>(
     bench: &mut Bench,
     growth: Growth,
-    world: impl Fn(usize) -> anyhow::Result<World>,
+    world: impl Fn(usize) -> anyhow::Result<W>,
 ) -> anyhow::Result<Report> {
+    let (figures, points) = grown(bench, &growth, world)?;
+    let chart = Chart {
+        file: growth.name,
+        title: growth.title.into(),
+        x: growth.x,
+        y: "time per map and unmap (ns)",
+        y_scale: Scale::Linear,
+        lines: vec![Line { name: "map + unmap".into(), points, reference: false }],
+    };
+    Ok(Report { figures, charts: vec![chart], ..Report::default() })
+}
+
+/// A figure for each size beside the smallest, and the times by size.
+pub(crate) fn grown<W: Pairs>(
+    bench: &Bench,
+    growth: &Growth,
+    world: impl Fn(usize) -> anyhow::Result<W>,
+) -> anyhow::Result<(Vec<Figure>, Points)> {
     let counts = bench.plan.pick(growth.quick, growth.full);
     let operations = bench.plan.operations() / 4;
     let (&smallest, larger) = counts.split_first().expect("a growth begins somewhere");
     let mut base = world(smallest)?;
-    let mut report = Report::default();
-    let mut points = Vec::new();
+    let (mut figures, mut points) = (Vec::new(), Vec::new());
     for (index, &count) in larger.iter().enumerate() {
-        bench.progress.detail(&format!("{count} {}", growth.x));
+        bench.progress.detail(&format!("{}: {count} {}", growth.name, growth.x));
         let mut grown = world(count)?;
         let (value, reference) = in_turn(
             bench.plan,
@@ -87,17 +110,9 @@ fn grow(
             points.push((smallest as f64, reference.median()));
         }
         points.push((count as f64, value.median()));
-        report.figures.push(figure(&growth, count, &value, &reference));
+        figures.push(figure(growth, count, &value, &reference));
     }
-    report.charts.push(Chart {
-        file: growth.name.into(),
-        title: growth.title.into(),
-        x: growth.x,
-        y: "time per map and unmap (ns)",
-        y_scale: Scale::Linear,
-        lines: vec![Line { name: "map + unmap".into(), points, reference: false }],
-    });
-    Ok(report)
+    Ok((figures, points))
 }
 
 fn figure(growth: &Growth, count: usize, value: &Samples, reference: &Samples) -> Figure {
@@ -126,8 +141,8 @@ impl World {
         let mut tenants = Vec::new();
         for _ in 0..domains {
             let pages = Pages::of(host.buffer(256 << 10)?);
-            let domain = host.domain()?;
-            let mut port = host.device(&domain)?;
+            let mut domain = host.domain()?;
+            let mut port = host.device(&mut domain)?;
             drop(port.burst());
             tenants.push(Tenant { domain, pages, live: VecDeque::with_capacity(live + 1), _port: port });
         }
@@ -139,8 +154,10 @@ impl World {
         }
         Ok(Self { host, tenants, turn: 0 })
     }
+}
 
-    /// So many pairs, in turns: the oldest mapping goes, a new one comes.
+impl Pairs for World {
+    /// In turns: the oldest mapping goes, a new one comes.
     fn pairs(&mut self, operations: u32) {
         for _ in 0..operations / TURN {
             self.turn = (self.turn + 1) % self.tenants.len();

@@ -7,34 +7,44 @@ use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::{Port, UnitConfig};
 use iommu_kernel::{
-    DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory, Tick,
+    DmaMap, DmaUnmap, Domain, Kernel, KernelConfig, OwnerAccount, OwnerLimits, OwnerMemory, PendingUnmap,
+    Tick,
 };
 use iommu_types::{Capabilities, Direction, DomainOptions, Gpa, GpaRange, IovaRange, Owner, PAGE_SIZE_BYTES};
 use iommu_types::{Protection, RequestId, SourceId};
 
 /// Geometry that holds 16,384 translations: what the server starts with.
-pub(super) const LARGE: CacheGeometry = CacheGeometry { sets: 4096, ways: 4 };
+pub(crate) const LARGE: CacheGeometry = CacheGeometry { sets: 4096, ways: 4 };
 /// Geometry that holds next to nothing.
-pub(super) const TINY: CacheGeometry = CacheGeometry { sets: 1, ways: 4 };
+pub(crate) const TINY: CacheGeometry = CacheGeometry { sets: 1, ways: 4 };
 
 /// The sizes of the unit's caches.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Caches {
-    pub(super) iotlb: CacheGeometry,
-    pub(super) paging: CacheGeometry,
+pub(crate) struct Caches {
+    pub(crate) iotlb: CacheGeometry,
+    pub(crate) paging: CacheGeometry,
 }
 
 /// A host with one owner.
-pub(super) struct Host {
-    pub(super) kernel: Arc<Kernel>,
-    pub(super) account: Arc<OwnerAccount>,
-    pub(super) memory: OwnerMemory,
+pub(crate) struct Host {
+    pub(crate) kernel: Arc<Kernel>,
+    pub(crate) account: Arc<OwnerAccount>,
+    pub(crate) memory: OwnerMemory,
     sources: u16,
 }
 
 impl Host {
     /// Boots. Memory is taken from the system as it is touched, so a large one costs nothing by itself.
-    pub(super) fn boot(memory_bytes: u64, caches: Caches) -> anyhow::Result<Self> {
+    pub(crate) fn boot(memory_bytes: u64, caches: Caches) -> anyhow::Result<Self> {
+        Self::boot_partitioned(memory_bytes, caches, 1)
+    }
+
+    /// The same with an IOTLB that is cut into shares.
+    pub(crate) fn boot_partitioned(
+        memory_bytes: u64,
+        caches: Caches,
+        iotlb_partitions: u16,
+    ) -> anyhow::Result<Self> {
         let config = MemoryConfig { size_bytes: memory_bytes, backing: Backing::Memfd };
         let memory = Arc::new(PhysicalMemory::new(&config).context("make physical memory")?);
         let unit = UnitConfig {
@@ -42,7 +52,7 @@ impl Host {
             iotlb: caches.iotlb,
             context_cache: LARGE,
             paging_structure_cache: caches.paging,
-            iotlb_partitions: 1,
+            iotlb_partitions,
             ports_max: 1024,
             byte_extents: true,
         };
@@ -61,36 +71,51 @@ impl Host {
     }
 
     /// A buffer of the owner.
-    pub(super) fn buffer(&mut self, size_bytes: u64) -> anyhow::Result<GpaRange> {
+    pub(crate) fn buffer(&mut self, size_bytes: u64) -> anyhow::Result<GpaRange> {
         self.memory.allocate(&self.kernel, size_bytes).context("allocate a buffer")
     }
 
     /// A strict domain of 48 bits.
-    pub(super) fn domain(&self) -> anyhow::Result<Domain> {
-        self.kernel
-            .create_domain(&self.account, DomainOptions::new(Protection::Strict))
-            .context("create a domain")
+    pub(crate) fn domain(&self) -> anyhow::Result<Domain> {
+        self.domain_of(DomainOptions::new(Protection::Strict))
+    }
+
+    /// A domain.
+    pub(crate) fn domain_of(&self, options: DomainOptions) -> anyhow::Result<Domain> {
+        self.kernel.create_domain(&self.account, options).context("create a domain")
     }
 
     /// A device in the domain.
-    pub(super) fn device(&mut self, domain: &mut Domain) -> anyhow::Result<Port> {
+    pub(crate) fn device(&mut self, domain: &mut Domain) -> anyhow::Result<Port> {
+        let source = self.source(domain)?;
+        self.kernel.unit().port(source).context("open a port")
+    }
+
+    /// The address of a device in the domain, without a port.
+    pub(crate) fn source(&mut self, domain: &mut Domain) -> anyhow::Result<SourceId> {
         self.sources += 1;
         let source = SourceId::new(8 + self.sources);
         self.kernel.attach(source, domain).context("attach a device")?;
-        self.kernel.unit().port(source).context("open a port")
+        Ok(source)
+    }
+
+    /// Waits for an unmap and finishes it.
+    pub(crate) fn finish(&self, domain: &mut Domain, pending: PendingUnmap) {
+        let (drain, undone) = pending.split();
+        domain.finish_unmap(&self.kernel, undone, drain.wait_blocking());
     }
 }
 
 /// What is mapped and unmapped: the pages of a buffer, one after the other.
 #[derive(Clone, Debug)]
-pub(super) struct Pages {
+pub(crate) struct Pages {
     base: Gpa,
     count: u64,
     next: u64,
 }
 
 impl Pages {
-    pub(super) fn of(buffer: GpaRange) -> Self {
+    pub(crate) fn of(buffer: GpaRange) -> Self {
         Self { base: buffer.base(), count: buffer.size_bytes() / PAGE_SIZE_BYTES, next: 0 }
     }
     fn draw(&mut self) -> GpaRange {
@@ -102,7 +127,7 @@ impl Pages {
 }
 
 /// Maps the next page for a device that reads and writes it.
-pub(super) fn map(host: &Host, domain: &mut Domain, pages: &mut Pages) -> IovaRange {
+pub(crate) fn map(host: &Host, domain: &mut Domain, pages: &mut Pages) -> IovaRange {
     let range = pages.draw();
     let request = DmaMap::single(range, Direction::Bidirectional, RequestId(pages.next));
     let iova =
@@ -111,27 +136,23 @@ pub(super) fn map(host: &Host, domain: &mut Domain, pages: &mut Pages) -> IovaRa
 }
 
 /// Unmaps strictly: the entries, the invalidation, the drain, and what is given back after it.
-pub(super) fn unmap(host: &Host, domain: &mut Domain, range: IovaRange) {
+pub(crate) fn unmap(host: &Host, domain: &mut Domain, range: IovaRange) {
     let request = DmaUnmap::single(range, Direction::Bidirectional, RequestId(0));
     let pending = domain.dma_unmap(&host.kernel, request, Tick(0)).expect("the mapping is there");
-    let (drain, undone) = pending.split();
-    let drained = drain.wait_blocking();
-    domain.finish_unmap(&host.kernel, undone, drained);
+    host.finish(domain, pending);
 }
 
 /// Unmaps all of them strictly, with one invalidation and one drain.
-pub(super) fn unmap_all(host: &Host, domain: &mut Domain, ranges: &[IovaRange]) {
+pub(crate) fn unmap_all(host: &Host, domain: &mut Domain, ranges: &[IovaRange]) {
     let requests: Vec<_> =
         ranges.iter().map(|&range| DmaUnmap::single(range, Direction::Bidirectional, RequestId(0))).collect();
     let (results, pending) = domain.dma_unmap_batch(&host.kernel, &requests, Tick(0));
     assert!(results.iter().all(Result::is_ok), "the mappings are there");
-    let (drain, undone) = pending.split();
-    let drained = drain.wait_blocking();
-    domain.finish_unmap(&host.kernel, undone, drained);
+    host.finish(domain, pending);
 }
 
 /// That the measurement measured what its name says: `part` of `whole` at least.
-pub(super) fn ensure_share(what: &str, part: u64, whole: u64, at_least: f64) -> anyhow::Result<()> {
+pub(crate) fn ensure_share(what: &str, part: u64, whole: u64, at_least: f64) -> anyhow::Result<()> {
     let share = part as f64 / whole.max(1) as f64;
     ensure!(share >= at_least, "only {share:.3} of the operations were {what}");
     Ok(())

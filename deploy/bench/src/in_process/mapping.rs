@@ -22,7 +22,7 @@ pub(crate) fn pair(bench: &mut Bench) -> anyhow::Result<Report> {
     let mut host = Host::boot(256 << 20, Caches { iotlb: LARGE, paging: LARGE })?;
     let mut pages = Pages::of(host.buffer(4 << 20)?);
     let mut domain = host.domain()?;
-    let mut port = host.device(&domain)?;
+    let mut port = host.device(&mut domain)?;
     // The device has been at work in this domain: its slot stands in the list that every drain looks through.
     drop(port.burst());
     for _ in 0..LIVE {
@@ -62,7 +62,7 @@ pub(crate) fn pair(bench: &mut Bench) -> anyhow::Result<Report> {
     let figure = Figure::alone("map-unmap-in-process", "ns", &ours)
         .beside("BTreeMap insert+remove in an RwLock", &reference, RatioOf::ValueToReference)
         .judged(Target::value_at_most(500.0));
-    Ok(Report { figures: vec![figure], charts: Vec::new() })
+    Ok(Report { figures: vec![figure], ..Report::default() })
 }
 
 /// Batches of maps and unmaps, as a stream carries them, without the stream.
@@ -80,8 +80,8 @@ impl Batches {
     pub(crate) fn new(operations: usize) -> anyhow::Result<Self> {
         let mut host = Host::boot(256 << 20, Caches { iotlb: LARGE, paging: LARGE })?;
         let pages = Pages::of(host.buffer(operations as u64 * PAGE_SIZE_BYTES)?);
-        let domain = host.domain()?;
-        let mut port = host.device(&domain)?;
+        let mut domain = host.domain()?;
+        let mut port = host.device(&mut domain)?;
         drop(port.burst());
         Ok(Self { host, domain, pages, mapped: Vec::with_capacity(operations), operations, _port: port })
     }

@@ -48,6 +48,6 @@ pub(crate) fn per_mapping(_bench: &mut Bench) -> anyhow::Result<Report> {
             Figure::alone("memory-mapping-heap", "bytes", &each(ours.anonymous)),
             Figure::alone("memory-mapping-record-and-tables", "bytes", &each(ours.shared)),
         ],
-        charts: Vec::new(),
+        ..Report::default()
     })
 }

@@ -1,7 +1,7 @@
 //! Measurements inside this process: the hardware and kernel floors as libraries.
 
 pub(crate) mod growth;
-mod host;
+pub(crate) mod host;
 pub(crate) mod iotlb;
 pub(crate) mod mapping;
 pub(crate) mod memory;

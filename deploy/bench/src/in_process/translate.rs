@@ -5,7 +5,7 @@ use std::hint::black_box;
 use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::dma::{Run, Transfer};
 use iommu_hardware::vtd::{BURST_OPERATIONS_MAX, Port, Request};
-use iommu_kernel::{Domain, MapFixed};
+use iommu_kernel::{Domain, MapFixed, Tick};
 use iommu_types::{Access, AddressType, Gpa, Hpa, Iova, IovaRange, PAGE_SIZE_BYTES, Permissions, RequestId};
 
 use super::host::{Caches, Host, LARGE, TINY, ensure_share};
@@ -70,7 +70,7 @@ pub(crate) fn hit_copy_and_miss(bench: &mut Bench) -> anyhow::Result<Report> {
             Figure::alone("translate-miss-cached-tables", "ns", &short).beside("translate-hit", &hit, times),
             Figure::alone("translate-hit-copy-64", "ns", &copy).beside("the copy alone", &copy_alone, times),
         ],
-        charts: Vec::new(),
+        ..Report::default()
     })
 }
 
@@ -97,14 +97,14 @@ impl Stage {
             let permissions = Permissions::READ | Permissions::WRITE;
             let iova = IovaRange::new(base, PAGE_SIZE_BYTES)?;
             let request = MapFixed { iova, gpa, permissions, request_id: RequestId(page + 1) };
-            domain.map(&host.kernel, &host.memory, request)?;
+            domain.map(&host.kernel, &host.memory, request, Tick(0))?;
             order.push(Iova::new(base.get() + random.below(PAGE_SIZE_BYTES / COPY_BYTES as u64) * 64));
         }
         // In turn, each page once a round: with a cache that holds fewer, every access misses.
         for index in (1..order.len()).rev() {
             order.swap(index, usize::try_from(random.below(index as u64 + 1))?);
         }
-        let port = host.device(&domain)?;
+        let port = host.device(&mut domain)?;
         Ok(Self { host, _domain: domain, port, order })
     }
 

@@ -44,10 +44,14 @@ fn verdict(figure: &Figure) -> String {
         Some(Bounded::Ratio) => (figure.ratio.unwrap_or(f64::NAN), ""),
         _ => (figure.value, figure.unit),
     };
-    let sign = if figure.bound == Some(Bound::AtLeast) { ">=" } else { "<=" };
-    let target = figure.target.unwrap_or(f64::NAN);
     let told = |number: f64| if number.abs() < 10.0 { format!("{number:.2}") } else { short(number) };
-    format!("{} {unit} (target {sign} {})", told(number), told(target))
+    let target = told(figure.target.unwrap_or(f64::NAN));
+    let target = match figure.bound {
+        Some(Bound::AtLeast) => format!(">= {target}"),
+        Some(Bound::Between) => format!("{target}..{}", told(figure.target_max.unwrap_or(f64::NAN))),
+        _ => format!("<= {target}"),
+    };
+    format!("{} {unit} (target {target})", told(number))
 }
 
 #[cfg(test)]

@@ -9,7 +9,13 @@ const LEFT: f64 = 80.0;
 const RIGHT: f64 = 190.0;
 const TOP: f64 = 46.0;
 const BOTTOM: f64 = 56.0;
-const COLOURS: [&str; 6] = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf"];
+const COLOURS: [&str; 12] = [
+    "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f",
+    "#bcbd22", "#393b79", "#637939",
+];
+
+/// Points of a line, as x and y.
+pub(crate) type Points = Vec<(f64, f64)>;
 
 /// One line of a chart.
 #[derive(Clone, Debug)]
@@ -17,7 +23,7 @@ pub(crate) struct Line {
     /// What it is.
     pub(crate) name: String,
     /// Its points, in the order of x.
-    pub(crate) points: Vec<(f64, f64)>,
+    pub(crate) points: Points,
     /// Whether it is a reference, drawn dashed.
     pub(crate) reference: bool,
 }

@@ -7,4 +7,4 @@ mod svg;
 
 pub(crate) use axis::Scale;
 pub(crate) use bars::bars_against_targets;
-pub(crate) use lines::{Chart, Line};
+pub(crate) use lines::{Chart, Line, Points};

@@ -60,7 +60,7 @@ async fn one_stream(bench: &Bench, ends: &Ends) -> anyhow::Result<Report> {
     let figure = Figure::alone("map-unmap-stream", "pairs/s", &value)
         .beside("the same batches in process", &reference, RatioOf::ValueToReference)
         .judged(Target::value_at_least(1e6));
-    Ok(Report { figures: vec![figure], charts: Vec::new() })
+    Ok(Report { figures: vec![figure], ..Report::default() })
 }
 
 /// Batches under way: maps first, then the unmaps of what they mapped.

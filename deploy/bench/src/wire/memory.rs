@@ -58,7 +58,7 @@ async fn sessions(ends: &Ends) -> anyhow::Result<Report> {
             ),
             Figure::alone("memory-session-driver", "bytes", &each(with_drivers, after[0])),
         ],
-        charts: Vec::new(),
+        ..Report::default()
     })
 }
 

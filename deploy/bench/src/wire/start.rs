@@ -37,5 +37,5 @@ pub(crate) async fn ready(bench: &mut Bench) -> anyhow::Result<Report> {
     let figure = Figure::alone("start", "ms", &value)
         .beside("iommu-server --version", &reference, RatioOf::ValueToReference)
         .judged(Target::value_at_most(100.0));
-    Ok(Report { figures: vec![figure], charts: Vec::new() })
+    Ok(Report { figures: vec![figure], ..Report::default() })
 }

@@ -112,6 +112,7 @@ impl FrameArray {
     }
 
     /// Takes one pin on a frame of `owner`, before a table entry leads to it (I9).
+    #[inline]
     pub fn pin(&self, frame: Hpa, owner: u32) -> Result<(), PinError> {
         let at = self.place(frame).ok_or(PinError::NotOwner)?;
         self.update(at, |state| match state {
@@ -123,6 +124,7 @@ impl FrameArray {
     }
 
     /// Gives one pin back, after the entry was flushed and the DMA drained (I9).
+    #[inline]
     pub fn unpin(&self, frame: Hpa) {
         let at = self.place_of_ours(frame);
         let unpinned = self.update(at, |state| match state.pins.checked_sub(1) {

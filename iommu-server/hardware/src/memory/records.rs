@@ -183,6 +183,7 @@ impl MappingRecords {
     }
 
     /// Writes a free record as *granting*, its state last.
+    #[inline]
     pub fn begin(&self, index: RecordIndex, record: &MappingRecord) {
         let state = state_of(index, self.load(index, 0));
         assert!(state == RecordState::Free, "only a free record begins: {index:?} is {state:?}");
@@ -194,6 +195,7 @@ impl MappingRecords {
     }
 
     /// Moves a record on.
+    #[inline]
     pub fn set_state(&self, index: RecordIndex, state: RecordState) {
         let head = self.load(index, 0);
         let before = state_of(index, head);
@@ -202,6 +204,7 @@ impl MappingRecords {
     }
 
     /// The state of a record, and what it says; of a free record that is what it last said.
+    #[inline]
     pub fn get(&self, index: RecordIndex) -> (RecordState, MappingRecord) {
         let mut bytes = [[0; WORD_BYTES as usize]; 8];
         let at = self.place(index, 0);
@@ -210,16 +213,19 @@ impl MappingRecords {
         (state_of(index, words[0]), MappingRecord::from_words(words))
     }
 
+    #[inline]
     fn place(&self, index: RecordIndex, word: usize) -> Hpa {
         assert!(index.0 < self.capacity, "the kernel floor hands out only indexes that exist: {index:?}");
         let offset = u64::from(index.0) * Self::RECORD_BYTES + word as u64 * WORD_BYTES;
         self.base.checked_add(offset).expect("the records lie in RAM")
     }
 
+    #[inline]
     fn load(&self, index: RecordIndex, word: usize) -> u64 {
         self.memory.load_u64(self.place(index, word)).expect("the records lie in RAM")
     }
 
+    #[inline]
     fn store(&self, index: RecordIndex, word: usize, value: u64) {
         self.memory.store_u64(self.place(index, word), value).expect("the records lie in RAM");
     }

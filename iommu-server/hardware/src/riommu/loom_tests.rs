@@ -172,7 +172,7 @@ fn i4_a_promotion_that_an_invalidation_overtook_is_dropped() {
 
 #[test]
 fn i4_a_prefetch_that_an_invalidation_overtook_is_not_promoted_into_a_later_entry() {
-    explore(3, || {
+    explore(2, || {
         let machine = Machine::in_use(0);
         let walker = spawn(&machine, |machine| machine.translate(1));
         machine.unmap(&[2], 0);

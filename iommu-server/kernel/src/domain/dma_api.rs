@@ -160,7 +160,7 @@ impl Domain {
         let (results, pending) = self.unmap_untold(kernel, requests, now);
         if self.sanitizer.is_some() {
             std::iter::zip(requests, &results).for_each(|(request, result)| {
-                self.tell_unmapped(request, result.as_ref().map(|()| ()), now);
+                self.tell_unmapped(request, result.as_ref().copied(), now);
             });
         }
         (results, pending)

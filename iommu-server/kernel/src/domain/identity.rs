@@ -144,6 +144,7 @@ impl Domain {
     /// quota. Returns the pages that are open already.
     fn prepare_pages(&mut self, kernel: &Kernel) -> Result<Vec<u64>, DmaMapError> {
         let Mode::Identity(pages) = &self.mode else { unreachable!("only identity domains open pages") };
+        let wanted = self.pages_at_work();
         let mut reused = Vec::new();
         let mut missing: Vec<Extent> = Vec::new();
         let mut reused_idle = 0;
@@ -167,7 +168,7 @@ impl Domain {
         self.extents = missing;
         // Before tables are reserved, because an eviction may take some away.
         if excess > 0 {
-            let pending = self.evict_pages(kernel, excess as usize, |page| !reused.contains(&page));
+            let pending = self.evict_pages(kernel, excess as usize, |page| !wanted.contains(&page));
             self.evicted.push(pending);
         }
         self.tables.reserve(kernel, &self.account, &self.extents)?;
@@ -176,6 +177,11 @@ impl Domain {
             return Err(limit.into());
         }
         Ok(reused)
+    }
+    /// The pages of `self.extents`, which follow each other.
+    fn pages_at_work(&self) -> std::ops::Range<u64> {
+        let first = self.extents.first().map_or(0, |extent| extent.iova.page_number());
+        first..first + self.extents.iter().map(|extent| extent.pages).sum::<u64>()
     }
     fn unprepare_pages(&mut self, kernel: &Kernel) {
         self.unpin_frames(kernel);

@@ -57,7 +57,9 @@ enum Slot {
 
 #[derive(Debug)]
 struct Ring {
-    /// The table of its entries.
+    /// Where it is described.
+    entry: Hpa,
+    /// The table of its slots.
     table: FrameRun,
     slots: Vec<Slot>,
     tail: u32,
@@ -91,7 +93,8 @@ impl RingTables {
             }
         }
         for number in 0..tables.rings.len() {
-            tables.publish(kernel.memory(), number);
+            tables.rings[number].entry = tables.entry_at(number);
+            tables.rings[number].publish(kernel.memory());
         }
         Ok(tables)
     }
@@ -141,24 +144,8 @@ impl RingTables {
             })
         })
     }
-    /// Writes a ring's entry: where its table is and how large.
-    fn publish(&self, memory: &PhysicalMemory, number: usize) {
-        let ring = &self.rings[number];
-        let entry = RingEntry::with_slots_at(ring.table.base, ring.slots.len() as u32);
-        memory.store_u128(self.entry_at(number, 0), entry.into_bits()).expect("ring tables lie in memory");
-    }
-    /// Writes what is software's of a ring's entry: tail and count.
-    fn publish_use(&self, memory: &PhysicalMemory, number: usize) {
-        let ring = &self.rings[number];
-        for (offset, value) in
-            [(spec::RING_TAIL_OFFSET_BYTES, ring.tail), (spec::RING_MAPPED_OFFSET_BYTES, ring.mapped)]
-        {
-            memory.store_u32(self.entry_at(number, offset), value).expect("ring tables lie in memory");
-        }
-    }
-    fn entry_at(&self, number: usize, offset: u64) -> Hpa {
-        let at = spec::ring_address(self.array.base, number as u16);
-        at.and_then(|at| at.checked_add(offset)).expect("ring tables lie in memory")
+    fn entry_at(&self, number: usize) -> Hpa {
+        spec::ring_address(self.array.base, number as u16).expect("ring tables lie in memory")
     }
     fn pte_address(&self, place: SlotPlace) -> Hpa {
         let base = self.rings[usize::from(place.ring)].table.base;
@@ -178,6 +165,7 @@ impl RingTables {
 impl Ring {
     fn new(table: FrameRun, slots: u32) -> Self {
         Self {
+            entry: Hpa::new(0),
             table,
             slots: vec![Slot::Free; slots as usize],
             tail: 0,
@@ -185,6 +173,18 @@ impl Ring {
             waiting: Remains::default(),
             waiting_since: Tick::default(),
         }
+    }
+    /// Writes its entry: where its table is and how large.
+    fn publish(&self, memory: &PhysicalMemory) {
+        let entry = RingEntry::with_slots_at(self.table.base, self.slots.len() as u32);
+        memory.store_u128(self.entry, entry.into_bits()).expect("ring tables lie in memory");
+    }
+    /// Writes what is software's of its entry: tail and count.
+    fn publish_use(&self, memory: &PhysicalMemory) {
+        let of_entry = |offset| self.entry.checked_add(offset).expect("ring tables lie in memory");
+        let write = |offset, value| memory.store_u32(of_entry(offset), value);
+        write(spec::RING_TAIL_OFFSET_BYTES, self.tail).expect("ring tables lie in memory");
+        write(spec::RING_MAPPED_OFFSET_BYTES, self.mapped).expect("ring tables lie in memory");
     }
 }
 
@@ -257,7 +257,7 @@ impl Domain {
         ring.slots[slot as usize] = Slot::Mapped(index, address);
         ring.tail = (slot + 1) % ring.slots.len() as u32;
         ring.mapped += 1;
-        rings.publish_use(kernel.memory(), number.into());
+        ring.publish_use(kernel.memory());
         Ok(place.iova())
     }
     /// The first frame of `self.extents`, which must be one run.
@@ -281,7 +281,7 @@ impl Domain {
         now: Tick,
     ) -> Result<PendingUnmap, DmaUnmapError> {
         let place = self.revoke_asked(kernel, request, now)?;
-        let mut told = Undone::told(self.id, &Remains::default());
+        let mut told = Undone::nothing(self.id);
         told.add(request.range.size_bytes());
         if !request.end_of_burst {
             return Ok(PendingUnmap::answered(told));
@@ -295,7 +295,7 @@ impl Domain {
         requests: &[DmaUnmap],
         now: Tick,
     ) -> (Vec<Result<(), DmaUnmapError>>, PendingUnmap) {
-        let mut told = Undone::told(self.id, &Remains::default());
+        let mut told = Undone::nothing(self.id);
         let mut touched: Vec<u16> = Vec::new();
         let mut revoke = |request: &DmaUnmap| {
             let place = self.revoke_asked(kernel, request, now)?;
@@ -348,7 +348,7 @@ impl Domain {
         waiting.take_record(kernel, record, size_bytes);
         append(&mut waiting.frames, frames_of(address, size_bytes));
         waiting.slots.push(place);
-        rings.publish_use(kernel.memory(), place.ring.into());
+        ring.publish_use(kernel.memory());
     }
     /// Ends the bursts of all rings.
     pub(super) fn end_bursts(&mut self, kernel: &Kernel) -> PendingUnmap {

@@ -29,7 +29,7 @@ pub struct PendingUnmap {
 impl PendingUnmap {
     /// Nothing was unmapped.
     pub(super) fn nothing(domain_id: DomainId) -> Self {
-        Self::answered(Undone { domain_id, place: None, mappings: 0, bytes: 0 })
+        Self::answered(Undone::nothing(domain_id))
     }
     /// What was unmapped needs no drain before it is answered.
     pub(super) fn answered(undone: Undone) -> Self {
@@ -58,6 +58,10 @@ pub struct Undone {
 }
 
 impl Undone {
+    /// Nothing is told and nothing released.
+    pub(super) fn nothing(domain_id: DomainId) -> Self {
+        Self { domain_id, place: None, mappings: 0, bytes: 0 }
+    }
     /// What is told of these remains, without a place to release them from.
     pub(super) fn told(domain_id: DomainId, remains: &Remains) -> Self {
         Self { domain_id, place: None, mappings: remains.records.len() as u64, bytes: remains.bytes }

@@ -1,0 +1,281 @@
+//! What a map and unmap costs in every mode: alone, with many domains, with many live mappings.
+//!
+//! Strict has its rows among the general ones; here stand the modes beside it, with the cached allocator. A pair is the oldest
+//! mapping going and a new one coming, 64 in a domain before the next one has its turn.
+
+use std::collections::VecDeque;
+
+use anyhow::Context;
+use iommu_hardware::vtd::Port;
+use iommu_kernel::{DmaMap, DmaUnmap, Domain, Tick};
+use iommu_types::{
+    BouncePool, Direction, DomainOptions, Gpa, GpaRange, IovaRange, PAGE_SIZE_BYTES, PersistentQuota,
+    Protection, RequestId, Rings,
+};
+
+use crate::figure::{Figure, Target};
+use crate::in_process::growth::{Growth, LIVE_PER_DOMAIN, Pairs, TURN, grown};
+use crate::in_process::host::{Caches, Host, LARGE};
+use crate::plot::{Chart, Line, Scale};
+use crate::report::Report;
+use crate::rounds::{all_in_turn, nanoseconds_each};
+use crate::stand::Bench;
+
+/// 1 k: whole turns of every ring.
+const THOUSAND: usize = 1 << 10;
+/// 1 M, less the room that a ring of 65,536 slots keeps for what is unmapped and not yet invalidated.
+const MILLION: usize = 976 << 10;
+/// Bounce takes a page of shadow for the smallest mapping: a million would be 4 GiB.
+const BOUNCE_LIVE_MAX: usize = 48 << 10;
+/// Slots that a ring keeps for what waits for the end of a burst, and what is mapped meanwhile.
+const SLOTS_APART: usize = 512;
+/// Mappings that a ring holds at most; more take more rings.
+const LIVE_PER_RING: usize = 61 << 10;
+/// Pairs between two ends of a burst, when a pair is measured alone.
+const BURST: usize = 200;
+const NOW: Tick = Tick(0);
+
+/// The modes that have rows here.
+const MODES: [&str; 6] = ["deferred", "shared", "persistent", "bounce", "ring", "passthrough"];
+
+/// A mode with room for so many live mappings, and the rings that they take.
+fn mode(name: &str, live: usize) -> (Protection, u16) {
+    let rings = live.div_ceil(LIVE_PER_RING) as u16;
+    let protection = match name {
+        "strict" => Protection::Strict,
+        "deferred" => Protection::DEFERRED,
+        "shared" => Protection::Shared,
+        // Pages are kept that nobody uses, so that there is something to be reused; the quota is never reached.
+        "persistent" => Protection::Persistent(PersistentQuota { pages_max: 1 << 20 }),
+        "bounce" => Protection::Bounce(BouncePool { bytes_max: 1 << 30 }),
+        "ring" => {
+            let slots = (live / usize::from(rings) + SLOTS_APART) as u32;
+            Protection::Ring(Rings { count: rings, slots })
+        }
+        "passthrough" => Protection::Passthrough,
+        other => unreachable!("{other} is no mode"),
+    };
+    (protection, if name == "ring" { rings } else { 1 })
+}
+
+/// A host with domains, each with live mappings.
+struct World {
+    host: Host,
+    tenants: Vec<Tenant>,
+    turn: usize,
+}
+
+struct Tenant {
+    domain: Domain,
+    rings: u16,
+    /// Where buffers begin, how many there are, and the number of the next one.
+    memory: (Gpa, u64, u64),
+    stride_bytes: u64,
+    turns: u64,
+    live: VecDeque<GpaAndIova>,
+    _port: Port,
+}
+
+type GpaAndIova = (GpaRange, IovaRange);
+
+/// How large everything is.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    domains: usize,
+    live: usize,
+    stride_bytes: u64,
+    memory_bytes: u64,
+}
+
+impl World {
+    fn new(name: &str, extent: Extent) -> anyhow::Result<Self> {
+        let mut host = Host::boot(extent.memory_bytes, Caches { iotlb: LARGE, paging: LARGE })?;
+        let mut tenants = Vec::new();
+        for _ in 0..extent.domains {
+            tenants.push(Tenant::new(&mut host, name, extent)?);
+        }
+        // Whole turns of every domain and every ring, so that what is live is spread evenly.
+        for tenant in &mut tenants {
+            while tenant.live.len() < extent.live {
+                tenant.map_some(&host, TURN as usize);
+            }
+        }
+        Ok(Self { host, tenants, turn: 0 })
+    }
+}
+
+impl Pairs for World {
+    fn pairs(&mut self, operations: u32) {
+        for _ in 0..operations / TURN {
+            self.turn = (self.turn + 1) % self.tenants.len();
+            let tenant = &mut self.tenants[self.turn];
+            tenant.unmap_some(&self.host, TURN as usize);
+            tenant.map_some(&self.host, TURN as usize);
+        }
+    }
+}
+
+impl Tenant {
+    fn new(host: &mut Host, name: &str, extent: Extent) -> anyhow::Result<Self> {
+        let (protection, rings) = mode(name, extent.live);
+        let count = (extent.live + SLOTS_APART) as u64;
+        let buffer = host.buffer(count * extent.stride_bytes)?;
+        let mut domain = host.domain_of(DomainOptions::new(protection))?;
+        if domain.is_passthrough() {
+            domain.open_direct(&host.kernel, &host.memory, buffer).context("open a buffer")?;
+        }
+        let mut port = host.device(&mut domain)?;
+        drop(port.burst());
+        let memory = (buffer.base(), count, 0);
+        let stride_bytes = extent.stride_bytes;
+        Ok(Self { domain, rings, memory, stride_bytes, turns: 0, live: VecDeque::new(), _port: port })
+    }
+    /// Maps the next buffers, all into one ring; the next call takes the next ring.
+    fn map_some(&mut self, host: &Host, many: usize) {
+        let ring = (self.turns % u64::from(self.rings)) as u16;
+        self.turns += 1;
+        for _ in 0..many {
+            let (base, count, next) = &mut self.memory;
+            let at = base.checked_add(*next % *count * self.stride_bytes).expect("it lies in the buffer");
+            *next += 1;
+            let range = GpaRange::new(at, self.stride_bytes).expect("a buffer does not wrap");
+            let request = DmaMap { ring, ..DmaMap::single(range, Direction::Bidirectional, RequestId(1)) };
+            let mapped = self.domain.dma_map(&host.kernel, &host.memory, request, NOW);
+            let iova = mapped.expect("there is room for what is measured");
+            let iova = IovaRange::new(iova, self.stride_bytes).expect("what was mapped does not wrap");
+            self.live.push_back((range, iova));
+            if let [_, ..] = self.domain.take_evicted().as_slice() {
+                unreachable!("nothing is evicted below the quota");
+            }
+        }
+    }
+    /// Unmaps the oldest, one by one, the last one as the end of the burst.
+    fn unmap_some(&mut self, host: &Host, many: usize) {
+        for left in (0..many).rev() {
+            let (_, range) = self.live.pop_front().expect("something is live");
+            let single = DmaUnmap::single(range, Direction::Bidirectional, RequestId(2));
+            let request = DmaUnmap { end_of_burst: left == 0, ..single };
+            let pending = self.domain.dma_unmap(&host.kernel, request, NOW).expect("the mapping is there");
+            host.finish(&mut self.domain, pending);
+        }
+    }
+    /// Unmaps the oldest with one call.
+    fn unmap_batch(&mut self, host: &Host, many: usize) {
+        let single = |(_, range)| DmaUnmap::single(range, Direction::Bidirectional, RequestId(2));
+        let requests: Vec<_> = self.live.drain(..many).map(single).collect();
+        let (results, pending) = self.domain.dma_unmap_batch(&host.kernel, &requests, NOW);
+        assert!(results.iter().all(Result::is_ok), "the mappings are there");
+        host.finish(&mut self.domain, pending);
+    }
+}
+
+/// A pair of each mode, in batches of 200.
+pub(crate) fn pair(bench: &mut Bench) -> anyhow::Result<Report> {
+    let names: Vec<_> = std::iter::once("strict").chain(MODES).collect();
+    let extent =
+        Extent { domains: 1, live: THOUSAND, stride_bytes: PAGE_SIZE_BYTES, memory_bytes: 256 << 20 };
+    let mut worlds = names.iter().map(|name| World::new(name, extent)).collect::<Result<Vec<_>, _>>()?;
+    let batches = bench.plan.operations() / 8 / BURST as u32;
+    let times = all_in_turn(bench.plan.rounds_in_process(), &mut worlds, |world| {
+        nanoseconds_each(batches * BURST as u32, |_| {
+            for _ in 0..batches {
+                world.tenants[0].unmap_batch(&world.host, BURST);
+                world.tenants[0].map_some(&world.host, BURST);
+            }
+        })
+    });
+    let figure = |(name, time): (&&str, _)| {
+        let figure = Figure::alone(format!("modes-pair-{name}"), "ns", time);
+        if *name == "ring" { figure.judged(Target::value_at_most(80.0)) } else { figure }
+    };
+    Ok(Report { figures: names.iter().zip(&times).map(figure).collect(), ..Report::default() })
+}
+
+/// From 1 to 1,024 domains.
+pub(crate) fn domains(bench: &mut Bench) -> anyhow::Result<Report> {
+    let growth = |name: &str| Growth {
+        name: format!("modes-growth-domains-{name}"),
+        title: "Map and unmap, by number of domains",
+        x: "domains",
+        quick: &[1, 1024],
+        full: &[1, 16, 128, 1024],
+        target: 1.25,
+        reference_is: "the same with 1 domain",
+    };
+    each_mode(bench, "modes-growth-domains", growth, |name, domains| {
+        let (live, stride_bytes) = (LIVE_PER_DOMAIN, PAGE_SIZE_BYTES / 2);
+        World::new(name, Extent { domains, live, stride_bytes, memory_bytes: 3 << 30 })
+    })
+}
+
+/// From 1 k to 1 M live mappings of one domain; of bounce to 48 k, of which each has a page of shadow.
+pub(crate) fn mappings(bench: &mut Bench) -> anyhow::Result<Report> {
+    let growth = |name: &str| {
+        let (quick, full): (&'static [usize], &'static [usize]) = if name == "bounce" {
+            (&[THOUSAND, BOUNCE_LIVE_MAX], &[THOUSAND, BOUNCE_LIVE_MAX])
+        } else {
+            (&[THOUSAND, MILLION], &[THOUSAND, 10 << 10, 100 << 10, MILLION])
+        };
+        Growth {
+            name: format!("modes-growth-mappings-{name}"),
+            title: "Map and unmap, first in first out, by live mappings",
+            x: "live mappings",
+            quick,
+            full,
+            target: 1.5,
+            reference_is: "the same with 1,024 live mappings",
+        }
+    };
+    each_mode(bench, "modes-growth-mappings", growth, |name, live| {
+        // Sixteen to a page, each at an address of its own: where addresses are the memory's, a million need no more than 256 MiB.
+        World::new(name, Extent { domains: 1, live, stride_bytes: 256, memory_bytes: 2 << 30 })
+    })
+}
+
+fn each_mode(
+    bench: &Bench,
+    file: &str,
+    growth: impl Fn(&str) -> Growth,
+    world: impl Fn(&str, usize) -> anyhow::Result<World>,
+) -> anyhow::Result<Report> {
+    let mut report = Report::default();
+    let mut lines = Vec::new();
+    let (mut title, mut x) = ("", "");
+    for name in MODES {
+        let growth = growth(name);
+        (title, x) = (growth.title, growth.x);
+        if !bench.wanted.any_of(&growth.name) {
+            continue;
+        }
+        let (figures, points) = grown(bench, &growth, |count| world(name, count))?;
+        report.figures.extend(figures);
+        lines.push(Line { name: name.into(), points, reference: false });
+    }
+    let y = "time per map and unmap (ns)";
+    report.charts.push(Chart { file: file.into(), title: title.into(), x, y, y_scale: Scale::Linear, lines });
+    Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use iommu_types::{DomainOptions, PAGE_SIZE_BYTES};
+
+    use super::{BOUNCE_LIVE_MAX, Extent, MILLION, MODES, Pairs, THOUSAND, World, mode};
+
+    #[test]
+    fn every_mode_takes_what_its_rows_ask_of_it() {
+        for name in MODES {
+            let most = if name == "bounce" { BOUNCE_LIVE_MAX } else { MILLION };
+            for live in [THOUSAND, most] {
+                DomainOptions::new(mode(name, live).0).check().expect(name);
+            }
+            let (domains, live) = (3, 256);
+            let extent = Extent { domains, live, stride_bytes: PAGE_SIZE_BYTES / 2, memory_bytes: 32 << 20 };
+            let mut world = World::new(name, extent).expect(name);
+            world.pairs(6 * 64);
+            world.tenants[1].unmap_batch(&world.host, 200);
+            world.tenants[1].map_some(&world.host, 200);
+            assert!(world.tenants.iter().all(|tenant| tenant.live.len() == live), "{name}");
+        }
+    }
+}
