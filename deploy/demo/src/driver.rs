@@ -7,18 +7,19 @@ use dma_engine::pattern;
 use dma_engine::registers::*;
 use dma_engine::ring::Descriptor;
 use guest_sdk::{
-    Access, AccessQuestion, Connection, DeviceAddress, Direction, DomainOptions, Driver, FaultFilter,
-    FaultRecord, Iova, Observer, Owner, Permissions, Protection,
+    Access, AccessQuestion, Connection, DeviceAddress, Direction, DomainOptions, Driver, Iova, Observer,
+    Owner, Permissions, Protection,
 };
 use iommu_types::{Explanation, Fault, FaultReason, Outcome, Structure};
 use sha2::{Digest, Sha256};
 
 use crate::engine::{Ended, Engine};
+use crate::records::{end_of_log, record_after, record_line};
 use crate::report::{Step, Told};
 
 /// The driver, as the server's embedded configuration knows it.
-const NAME: &str = "driver0";
-const OWNER: Owner = Owner::Driver(0);
+pub(crate) const NAME: &str = "driver0";
+pub(crate) const OWNER: Owner = Owner::Driver(0);
 /// A file is held in memory and in two buffers of the server.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of the packet that the ring receives: an Ethernet frame.
@@ -76,8 +77,8 @@ fn end(
     passed: bool,
     details: Vec<String>,
 ) -> anyhow::Result<()> {
-    let step = Step { name: name.to_owned(), expected: expected.to_owned(), observed, passed, details };
-    Told::End(step).tell()
+    let (name, expected) = (name.to_owned(), expected.to_owned());
+    Told::End(Box::new(Step { name, expected, observed, passed, details, attack: None })).tell()
 }
 
 fn sha256(bytes: &[u8]) -> String {
@@ -219,7 +220,7 @@ impl Play {
             NAME,
             "a buggy driver gives the device an address that was never mapped (V1, bad-address fault)",
         )?;
-        let token = self.token().await?;
+        let token = end_of_log(&self.driver).await?;
         let ended = self.engine.read(NEVER_MAPPED, 64).await?;
         self.refused(NAME, &token, &ended, NEVER_MAPPED, Access::Read, FaultReason::READ_DENIED, Vec::new())
             .await
@@ -232,7 +233,7 @@ impl Play {
         buffer.write(0, vec![0x5a_u8; 4096]).await?;
         let device = self.engine.device().clone();
         let mapping = self.driver.dma_map_single(&device, buffer.range(), Direction::ToDevice).await?;
-        let token = self.token().await?;
+        let token = end_of_log(&self.driver).await?;
         let ended = self.engine.write(mapping.iova(), 64).await?;
         let intact = buffer.read(0, 4096).await?.iter().all(|&byte| byte == 0x5a);
         let details = vec![format!("the buffer is {}", if intact { "untouched" } else { "CHANGED" })];
@@ -259,7 +260,7 @@ impl Play {
         let allowed = self.engine.write(iova, 64).await?;
         mapping.unmap().await?;
         buffer.write(0, vec![0_u8; 4096]).await?;
-        let token = self.token().await?;
+        let token = end_of_log(&self.driver).await?;
         let ended = self.engine.write(iova, 64).await?;
         let intact = buffer.read(0, 4096).await?.iter().all(|&byte| byte == 0);
         if allowed.reason != 0 || !intact {
@@ -287,7 +288,7 @@ impl Play {
         domain.attach(&device).await?;
         let allowed = self.engine.read(iova, 64).await?;
         device.detach().await?;
-        let token = self.token().await?;
+        let token = end_of_log(&self.driver).await?;
         let ended = self.engine.read(iova, 64).await?;
         if allowed.reason != 0 {
             bail!("the read of an attached device was refused: {allowed:?}");
@@ -311,11 +312,11 @@ impl Play {
         let device = self.engine.device().clone();
         // The remappable format has the index in bits 19:5; the next index is not this device's.
         let forged = vector.address.get() ^ (1 << 5);
-        let token = self.token().await?;
+        let token = end_of_log(&self.driver).await?;
         device.write32(MSI_ENABLE, 0).await?;
         device.write64(MSI_ADDRESS, forged).await?;
         device.write32(COMMAND, COMMAND_INTERRUPT).await?;
-        let record = self.record_after(&token).await?;
+        let record = record_after(&self.driver, &token).await?;
         let refused = matches!(record.fault, Fault::Interrupt(fault) if fault.reason == FaultReason::IR_NOT_PRESENT
             || fault.reason == FaultReason::IR_SOURCE_DENIED);
         let details = vec![
@@ -331,20 +332,6 @@ impl Play {
         )
     }
 
-    /// Where the fault log of this driver ends now.
-    async fn token(&self) -> anyhow::Result<String> {
-        Ok(self.driver.faults().list(FaultFilter::default(), 1).await?.resume_token)
-    }
-
-    /// The next record after `token`.
-    async fn record_after(&self, token: &str) -> anyhow::Result<FaultRecord> {
-        let mut new = self.driver.faults().watch(FaultFilter::default(), token).await?;
-        let next = tokio::time::timeout(std::time::Duration::from_secs(5), new.next());
-        let records =
-            next.await.context("no fault record came within 5 s")?.context("the fault log ended")??.records;
-        records.into_iter().next().context("an empty message of the fault log")
-    }
-
     /// Checks that an access was refused: in the device's registers, in the fault log, and by explanation.
     #[expect(clippy::too_many_arguments, reason = "the facts of one refusal, told once")]
     async fn refused(
@@ -357,7 +344,7 @@ impl Play {
         reason: FaultReason,
         mut details: Vec<String>,
     ) -> anyhow::Result<()> {
-        let record = self.record_after(token).await?;
+        let record = record_after(&self.driver, token).await?;
         let question = AccessQuestion {
             device: self.engine.device().address(),
             pasid: None,
@@ -398,11 +385,6 @@ impl Play {
             details,
         )
     }
-}
-
-fn record_line(record: &FaultRecord) -> String {
-    let domain = record.domain_id.map_or_else(|| "no domain".to_owned(), |domain| format!("domain {domain}"));
-    format!("#{} {} ({domain}): {}", record.sequence, record.device, record.fault)
 }
 
 /// The explained walk, entry by entry.

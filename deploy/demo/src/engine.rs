@@ -1,19 +1,23 @@
 //! The driver of `dma-engine`: what its registers are told, and what they say.
 
+use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use dma_engine::registers::*;
 use guest_sdk::errors::MmioError;
 use guest_sdk::{DeviceHandle, InterruptEvent, Iova, MsiVector, SdkError, Subscription};
+use serde::{Deserialize, Serialize};
 
 /// A command ends within milliseconds; a machine under load may need more.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
+/// What the engine writes.
+pub(crate) const PATTERN: u64 = 0x6666_6666_6666_6666;
 /// The agent connects by itself; this is how long it may take.
 const AGENT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How a command ended, as the registers say it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ended {
     /// STATUS.
     pub(crate) status: u32,
@@ -23,6 +27,26 @@ pub(crate) struct Ended {
     pub(crate) address: u64,
     /// BYTES_DONE.
     pub(crate) bytes_done: u32,
+}
+
+impl Ended {
+    /// Whether the command was refused.
+    pub(crate) fn is_error(&self) -> bool {
+        self.status & STATUS_ERROR != 0
+    }
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_error() {
+            return write!(
+                f,
+                "ERROR, reason {:#x} at {:#x}, {} bytes done",
+                self.reason, self.address, self.bytes_done
+            );
+        }
+        write!(f, "DONE, {} bytes", self.bytes_done)
+    }
 }
 
 /// A `dma-engine` whose interrupt is programmed.
@@ -61,11 +85,40 @@ impl Engine {
         self.command(COMMAND_COPY, bytes).await
     }
 
-    /// Makes one write of `bytes` bytes.
+    /// Makes one write of `bytes` bytes of [`PATTERN`].
     pub(crate) async fn write(&mut self, to: Iova, bytes: u32) -> anyhow::Result<Ended> {
         self.device.write64(DESTINATION, to.get()).await?;
-        self.device.write64(DATA, 0x6666_6666_6666_6666).await?;
+        self.device.write64(DATA, PATTERN).await?;
         self.command(COMMAND_WRITE, bytes).await
+    }
+
+    /// Makes the last write once more: the address is the one that its registers still hold.
+    pub(crate) async fn write_again(&mut self) -> anyhow::Result<Ended> {
+        self.device.write32(COMMAND, COMMAND_WRITE).await?;
+        self.interrupted().await?;
+        self.ended().await
+    }
+
+    /// Adds to the 8 bytes at an address (FetchAdd).
+    pub(crate) async fn add(&mut self, to: Iova, operand: u64) -> anyhow::Result<Ended> {
+        self.device.write64(DESTINATION, to.get()).await?;
+        self.device.write64(DATA, operand).await?;
+        self.command(COMMAND_FETCH_ADD, 8).await
+    }
+
+    /// Receives one packet of `bytes` bytes through the first descriptor of a ring.
+    pub(crate) async fn receive_one(&mut self, ring: Iova, bytes: u32) -> anyhow::Result<Ended> {
+        self.device.write64(RING_BASE, ring.get()).await?;
+        self.device.write32(RING_SIZE, 2).await?;
+        self.device.write32(PACKET_BYTES, bytes).await?;
+        self.device.write32(RING_CONTROL, RING_ENABLE | 1 << RING_BURST_SHIFT).await?;
+        self.device.write32(RING_TAIL, 1).await?;
+        self.interrupted().await?;
+        let ended = self.ended().await?;
+        let received = self.device.read32(RING_PACKETS).await?;
+        self.device.write32(RING_CONTROL, 0).await?;
+        // BYTES_DONE is the last command's.
+        Ok(Ended { bytes_done: received.saturating_mul(bytes), ..ended })
     }
 
     /// Makes one read of `bytes` bytes.

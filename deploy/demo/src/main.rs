@@ -6,7 +6,10 @@
 mod driver;
 mod engine;
 mod first_dma;
+mod modes;
+mod records;
 mod report;
+mod stage;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -35,9 +38,18 @@ enum Demonstration {
         /// The file that the device copies; without it, a file of 1 MiB that is made for the occasion.
         file: Option<PathBuf>,
     },
+    /// The same attack in every protection mode: a device writes into a buffer right after its unmap. What becomes of the memory, what
+    /// the hardware records, what the DMA sanitizer sees, and whom it blames.
+    Modes,
     /// The driver of first-dma, run as a process of its own.
     #[command(hide = true)]
     DriveFirstDma(driver::Options),
+    /// The driver of modes, run as a process of its own.
+    #[command(hide = true)]
+    DriveModes(modes::driver::Options),
+    /// The operating system of the bare machine of modes, run as a process of its own.
+    #[command(hide = true)]
+    DriveNoProtection(modes::bare::Options),
 }
 
 /// The demonstration could not run (`EX_SOFTWARE`).
@@ -48,6 +60,9 @@ async fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match cli.demonstration {
         Some(Demonstration::DriveFirstDma(options)) => driver::run(options).await.map(|()| true),
+        Some(Demonstration::DriveModes(options)) => modes::driver::run(options).await.map(|()| true),
+        Some(Demonstration::DriveNoProtection(options)) => modes::bare::run(options).await.map(|()| true),
+        Some(Demonstration::Modes) => modes::run(cli.json).await,
         Some(Demonstration::FirstDma { file }) => first_dma::run(file, cli.json).await,
         None => first_dma::run(None, cli.json).await,
     };
