@@ -52,6 +52,7 @@ pub(crate) const ALL: &[Measurement] = &[
     measurement("dma-unix", "batches of reads and writes over a UNIX socket, 64 B to 1 MiB, beside the echo"),
     measurement("agents", "1 to 64 agents at once, the sum of all"),
     measurement("map-unmap-stream", "strict map and unmap over one stream, batches of 64"),
+    measurement("modes-wire", "a receive ring over the wire in each mode, beside passthrough"),
     measurement("memory-session", "memory of the server per idle device session and per idle driver session"),
 ];
 
@@ -114,6 +115,7 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "dma-unix" => wire::throughput::batches(bench, wire::Transport::Unix).await,
         "agents" => wire::agents::many(bench).await,
         "map-unmap-stream" => wire::map_stream::pairs(bench).await,
+        "modes-wire" => wire::modes::rings(bench).await,
         "memory-session" => wire::memory::per_idle_session(bench).await,
         other => unreachable!("{other} is in the catalogue and has no code"),
     }

@@ -47,11 +47,13 @@ impl Sharing {
     }
 }
 
-/// What the victims had.
+/// What the tenants had.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Outcome {
     /// IOTLB misses per packet, of each victim.
     misses: Vec<f64>,
+    /// Of the aggressor; none while it is idle.
+    aggressor_misses: Option<f64>,
 }
 
 impl Outcome {
@@ -59,22 +61,28 @@ impl Outcome {
     pub(crate) fn hit_rate(&self) -> f64 {
         1.0 - self.misses.iter().sum::<f64>() / (self.misses.len() as u64 * PAGES_PER_PACKET) as f64
     }
-    /// Packets per cycle of each, modelled.
-    fn rates(&self, costs: &Costs) -> Vec<f64> {
-        let cycles = |misses: &f64| costs.of("machine.base") + misses * costs.of("machine.iotlb_miss");
-        self.misses.iter().map(|misses| 1.0 / cycles(misses)).collect()
-    }
-    /// Jain's index of their rates: 1 is fair.
-    pub(crate) fn fairness(&self, costs: &Costs) -> f64 {
-        let rates = self.rates(costs);
-        let (sum, squares) = (rates.iter().sum::<f64>(), rates.iter().map(|rate| rate * rate).sum::<f64>());
-        sum * sum / (rates.len() as f64 * squares)
+    /// Jain's index of what is left to each tenant of the rate that it has by itself, the aggressor included: 1 is fair. The aggressor by
+    /// itself has what `by_itself` says.
+    pub(crate) fn fairness(&self, by_itself: f64, costs: &Costs) -> f64 {
+        let victims =
+            self.misses.iter().map(|misses| packet_cycles(0.0, costs) / packet_cycles(*misses, costs));
+        let aggressor = self.aggressor_misses.iter();
+        let aggressor =
+            aggressor.map(|misses| packet_cycles(by_itself, costs) / packet_cycles(*misses, costs));
+        let left: Vec<f64> = victims.chain(aggressor).collect();
+        let (sum, squares) = (left.iter().sum::<f64>(), left.iter().map(|part| part * part).sum::<f64>());
+        sum * sum / (left.len() as f64 * squares)
     }
     /// How many times longer a packet of the worst one takes than one without a miss.
     pub(crate) fn worst_slowdown(&self, costs: &Costs) -> f64 {
-        let worst = self.rates(costs).into_iter().fold(f64::INFINITY, f64::min);
-        1.0 / worst / costs.of("machine.base")
+        let worst = self.misses.iter().copied().fold(0.0, f64::max);
+        packet_cycles(worst, costs) / packet_cycles(0.0, costs)
     }
+}
+
+/// What a packet takes, modelled.
+fn packet_cycles(misses: f64, costs: &Costs) -> f64 {
+    costs.of("machine.base") + misses * costs.of("machine.iotlb_miss")
 }
 
 /// Tenants with a device each; the last one is the aggressor.
@@ -109,7 +117,7 @@ impl Tenants {
     }
     /// What the victims have in so many rounds: each a packet, and then the aggressor's turn if there is one.
     pub(crate) fn run(&mut self, rounds: u32, thrashes: bool) -> Outcome {
-        let mut misses = vec![0; self.victims.len()];
+        let (mut misses, mut aggressor) = (vec![0; self.victims.len()], None);
         for round in 0..=rounds {
             for (victim, sum) in self.victims.iter_mut().zip(&mut misses) {
                 let before = self.host.kernel.unit().counters().iotlb.misses;
@@ -120,11 +128,28 @@ impl Tenants {
                 }
             }
             if thrashes {
-                let random = &mut self.random;
-                self.aggressor.read((0..2 * ENTRIES).map(|_| random.below(AGGRESSOR_PAGES)));
+                let missed = self.thrash();
+                aggressor = Some(aggressor.unwrap_or(0.0) + if round > 0 { missed } else { 0.0 });
             }
         }
-        Outcome { misses: misses.into_iter().map(|sum| sum as f64 / f64::from(rounds)).collect() }
+        let each = |sum: u64| sum as f64 / f64::from(rounds);
+        Outcome {
+            misses: misses.into_iter().map(each).collect(),
+            aggressor_misses: aggressor.map(|sum| sum / f64::from(rounds)),
+        }
+    }
+    /// The aggressor's misses per packet when it has the whole IOTLB to itself.
+    pub(crate) fn aggressor_by_itself(&mut self) -> f64 {
+        self.thrash();
+        self.thrash()
+    }
+    /// A turn of the aggressor; its misses per packet.
+    fn thrash(&mut self) -> f64 {
+        let before = self.host.kernel.unit().counters().iotlb.misses;
+        let random = &mut self.random;
+        self.aggressor.read((0..2 * ENTRIES).map(|_| random.below(AGGRESSOR_PAGES)));
+        let missed = self.host.kernel.unit().counters().iotlb.misses - before;
+        (missed * PAGES_PER_PACKET) as f64 / (2 * ENTRIES) as f64
     }
 }
 
@@ -155,6 +180,7 @@ impl Tenant {
 pub(crate) fn tenants(bench: &mut Bench) -> anyhow::Result<Report> {
     let counts: &[u16] = bench.plan.pick(&[4, 64, 1024], &[4, 16, 64, 256, 1024]);
     let rounds = bench.plan.pick(4, 16);
+    let by_itself = Tenants::new(4, Sharing::Shared)?.aggressor_by_itself();
     let mut report = Report::default();
     let mut lines = Vec::new();
     for sharing in [Sharing::Shared, Sharing::Partitioned] {
@@ -164,7 +190,8 @@ pub(crate) fn tenants(bench: &mut Bench) -> anyhow::Result<Report> {
             let mut tenants = Tenants::new(count, sharing)?;
             let (alone, thrashed) = (tenants.run(rounds, false), tenants.run(rounds, true));
             points.push((f64::from(count), thrashed.hit_rate() * 100.0));
-            report.figures.extend(figures(bench, sharing, count, &alone, &thrashed));
+            let name = format!("modes-tenants-{}-{count}", sharing.name());
+            report.figures.extend(figures(&bench.costs, &name, by_itself, &alone, &thrashed));
         }
         lines.push(Line { name: sharing.name().into(), points, reference: false });
     }
@@ -179,28 +206,21 @@ pub(crate) fn tenants(bench: &mut Bench) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-fn figures(bench: &Bench, sharing: Sharing, count: u16, alone: &Outcome, thrashed: &Outcome) -> Vec<Figure> {
+fn figures(costs: &Costs, name: &str, by_itself: f64, alone: &Outcome, thrashed: &Outcome) -> Vec<Figure> {
     let percent = |outcome: &Outcome| outcome.hit_rate() * 100.0;
-    let name = format!("modes-tenants-{}-{count}", sharing.name());
-    let hits = Figure::alone(&name, "% hits, thrashed", &Samples::exactly(percent(thrashed)));
+    let fairness = thrashed.fairness(by_itself, costs);
+    let counts = BTreeMap::from([("worst_slowdown", thrashed.worst_slowdown(costs))]);
+    let hits = Figure::alone(name, "% hits, thrashed", &Samples::exactly(percent(thrashed)));
     let quiet = Samples::exactly(percent(alone));
     let hits = hits.beside("without the aggressor", &quiet, RatioOf::ValueToReference);
-    let costs = &bench.costs;
-    let counts = BTreeMap::from([
-        ("fairness", thrashed.fairness(costs)),
-        ("fairness_without_aggressor", alone.fairness(costs)),
-        ("worst_slowdown", thrashed.worst_slowdown(costs)),
-    ]);
-    let hits = Figure { counts: Some(counts), ..hits };
-    let fairness = Figure::alone(
-        format!("{name}-fairness"),
-        "Jain's index, modelled",
-        &Samples::exactly(thrashed.fairness(costs)),
-    );
     let lost = Samples::exactly(percent(alone) - percent(thrashed));
     let lost = Figure::alone(format!("{name}-lost"), "% points of hits", &lost);
-    let lost = if sharing == Sharing::Partitioned { lost.judged(Target::value_at_most(1.0)) } else { lost };
-    vec![hits, lost, fairness]
+    let is_apart = name.contains(Sharing::Partitioned.name());
+    vec![
+        Figure { counts: Some(counts), ..hits },
+        if is_apart { lost.judged(Target::value_at_most(1.0)) } else { lost },
+        Figure::alone(format!("{name}-fairness"), "Jain's index", &Samples::exactly(fairness)),
+    ]
 }
 
 #[cfg(test)]
@@ -224,13 +244,17 @@ mod tests {
     }
 
     #[test]
-    fn fairness_is_one_when_all_have_the_same() {
+    fn fairness_is_one_when_all_keep_the_same_part() {
         let costs = Costs::of_riommu_paper();
-        let same = Outcome { misses: vec![1.5; 7] };
-        assert!((same.fairness(&costs) - 1.0).abs() < 1e-12);
-        let skewed = Outcome { misses: vec![0.0, 0.0, 0.0, 3.0] };
-        assert!(skewed.fairness(&costs) < 0.95);
+        let outcome = |misses: &[f64], aggressor_misses| Outcome { misses: misses.into(), aggressor_misses };
+        let same = outcome(&[1.5; 7], None);
+        assert!((same.fairness(2.0, &costs) - 1.0).abs() < 1e-12);
+        let skewed = outcome(&[0.0, 0.0, 0.0, 3.0], None);
+        assert!(skewed.fairness(2.0, &costs) < 0.95);
         assert!((skewed.worst_slowdown(&costs) - (1816.0 + 3.0 * 1532.0) / 1816.0).abs() < 1e-9);
         assert_eq!(skewed.hit_rate(), 0.75);
+        // An aggressor that loses nothing while the others do.
+        assert!(outcome(&[3.0; 3], Some(2.0)).fairness(2.0, &costs) < 0.8);
+        assert!(outcome(&[0.0; 3], Some(2.0)).fairness(2.0, &costs) > 0.999);
     }
 }

@@ -9,6 +9,7 @@ pub(crate) mod latency;
 mod load;
 pub(crate) mod map_stream;
 pub(crate) mod memory;
+pub(crate) mod modes;
 mod peer;
 pub(crate) mod start;
 pub(crate) mod throughput;
