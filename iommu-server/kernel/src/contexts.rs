@@ -59,10 +59,12 @@ impl Kernel {
         store(self.memory(), at, ContextEntry::second_stage(top, levels, domain.id()).into_bits());
         Ok(())
     }
+    /// Detaches a source from the domain that it is attached to; after the drain, [`Domain::forget_source`] ends it. Until then, the domain's own
+    /// drains wait for the source as well.
+    ///
     /// Clears the context entry; invalidates the context device-selective and the IOTLB domain-selective (VT-d 5.10 §6.5).
     pub fn detach(&self, source: SourceId, domain: &mut Domain) -> PendingDrain {
         if domain.ring_array().is_some() {
-            domain.remove_ring_source(source);
             return self.detach_rings(source);
         }
         let domain_id = domain.id();

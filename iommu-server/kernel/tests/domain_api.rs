@@ -206,6 +206,33 @@ fn a_page_mapped_where_an_empty_table_stands_translates() {
     }
 }
 
+#[test]
+fn a_mapping_of_large_pages_around_a_table_of_small_ones_is_unmapped_whole() {
+    let kernel = kernel_with(64 << 20, LIMITS);
+    let mut tenant = Tenant::new(&kernel, 1, 48);
+    let buffer = tenant.buffer(3 * 512);
+    let base = 1 << 30;
+    // Leaves an empty leaf table behind over the second of three regions.
+    tenant.map(base + (2 << 20), buffer.base(), 1);
+    tenant.unmap(base + (2 << 20), 1);
+    for all in [false, true] {
+        tenant.map(base, buffer.base(), 3 * 512);
+        tenant.device_writes(Iova::new(base + (3 << 20)), &[7]).expect("mapped");
+        if all {
+            let pending = tenant.domain.unmap_all(&kernel, NOW);
+            tenant.finish(pending);
+        } else {
+            assert_eq!(tenant.unmap(base, 3 * 512), 6 << 20);
+        }
+        assert!(tenant.device_reads(Iova::new(base + (3 << 20)), 1).is_err(), "I1: gone");
+    }
+    // Nothing is pinned any more, and what is mapped there later translates.
+    tenant.map(base + (2 << 20), buffer.base(), 1);
+    tenant.device_writes(Iova::new(base + (2 << 20)), &[8]).expect("mapped");
+    tenant.unmap(base + (2 << 20), 1);
+    tenant.memory.free(&kernel, buffer.base()).expect("every frame was unpinned");
+}
+
 /// Row 27 of the attack table: a table page must not be reused while a walk cache points at it.
 #[test]
 fn i1_i4_tables_come_and_go_without_a_stale_walk() {

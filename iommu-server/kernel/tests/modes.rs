@@ -343,6 +343,36 @@ fn a_ring_is_invalidated_once_at_the_end_of_a_burst() {
     leave(tenant);
 }
 
+/// A device that is being detached from a ring domain is on no list of the VT-d unit, so the domain's own drains wait for it.
+#[test]
+fn i1_i9_a_ring_domain_waits_for_a_source_that_is_being_detached() {
+    use iommu_hardware::vtd::Request;
+    use iommu_types::{Access, AddressType};
+    for destroys in [false, true] {
+        let mut tenant = tenant(Protection::Ring(Rings { count: 1, slots: 4 }));
+        let kernel = std::sync::Arc::clone(&tenant.kernel);
+        let buffer = buffer(&mut tenant, 1);
+        let iova = tenant.dma_map(buffer, FROM);
+        let Tenant { mut domain, source, mut port, .. } = tenant;
+        let mut burst = port.burst();
+        let (access, address_type) = (Access::Write, AddressType::Untranslated);
+        let request = Request { iova, size_bytes: 4, access, pasid: None, address_type };
+        burst.translate(request, |_| ()).expect("mapped");
+        // The device is in its epoch; nobody awaits the detach yet.
+        let detach = kernel.detach(source, &mut domain);
+        let pending = if destroys {
+            kernel.destroy_domain(domain).take_drain()
+        } else {
+            let request = unmap_request(iova_range(iova, PAGE), FROM);
+            domain.dma_unmap(&kernel, request, NOW).expect("unmapped").split().0
+        };
+        let pending = pending.try_complete().expect_err("the device may still use the slot");
+        drop(burst);
+        assert!(pending.try_complete().is_ok());
+        assert!(detach.try_complete().is_ok());
+    }
+}
+
 #[test]
 fn a_ring_never_overwrites_a_slot_that_is_mapped_or_not_yet_invalidated() {
     let mut tenant = tenant(Protection::Ring(Rings { count: 1, slots: 2 }));

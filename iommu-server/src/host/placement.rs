@@ -170,7 +170,11 @@ impl Host {
             });
             (domain_id, drain.expect("a domain with a device is not destroyed"))
         };
-        let _drained = drain.await;
+        let drained = drain.await;
+        if let Ok(slot) = self.domains.get(domain_id) {
+            // One that is being destroyed meanwhile waits for the source by itself.
+            let _gone = slot.with(|domain| domain.forget_source(device.address.source_id, drained));
+        }
         // Not before: until here its sanitizer is told what the device is refused.
         device.watch(None);
         Some(domain_id)

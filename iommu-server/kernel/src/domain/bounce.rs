@@ -284,9 +284,10 @@ impl Domain {
         Ok(shadow)
     }
     /// Gives every idle shadow back.
-    pub(super) fn release_idle_shadows(&mut self, kernel: &Kernel) -> PendingUnmap {
-        let idle = shadows_of(&mut self.mode).take_any_idle(u64::MAX);
-        self.revoke_idle(kernel, idle)
+    pub(super) fn revoke_idle_shadows(&mut self, kernel: &Kernel, remains: &mut Remains) {
+        for shadow in shadows_of(&mut self.mode).take_any_idle(u64::MAX) {
+            self.revoke_shadow(kernel, &shadow, remains);
+        }
     }
     fn revoke_idle(&mut self, kernel: &Kernel, idle: Vec<Shadow>) -> PendingUnmap {
         let mut remains = self.unfinished.fresh();

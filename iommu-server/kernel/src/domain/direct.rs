@@ -7,7 +7,7 @@ use iommu_types::errors::MapError;
 use iommu_types::{GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, Permissions, RequestId};
 
 use super::domain_api::MapFixed;
-use super::undone::{IovaUse, PendingUnmap, Revoked};
+use super::undone::{IovaUse, PendingUnmap, Remains, Revoked};
 use super::{Domain, Mode, RangeMapping};
 use crate::boot::Kernel;
 use crate::owner_memory::OwnerMemory;
@@ -43,24 +43,48 @@ impl Domain {
         // Addresses are those of the memory, and a mapping lies in one buffer: the nearest below its end is in it, or none is.
         self.ledger.up_to(Iova::new(last)).next().is_some_and(touches)
     }
-    /// Lets go of memory that its owner takes back: closes it in a direct map, evicts pages that nobody uses, flushes what waits. What is in
-    /// use stays, so that the memory is still pinned afterwards.
+    /// Lets go of memory that its owner takes back: closes it in a direct map, evicts pages that nobody uses, flushes what waits, and waits for
+    /// what other calls have begun to flush. What is in use stays, so that the memory is still pinned afterwards.
     pub fn let_go(&mut self, kernel: &Kernel, buffer: GpaRange) -> PendingUnmap {
         match &self.mode {
             Mode::Passthrough => self.close_direct(kernel, buffer),
-            Mode::Identity(_) => self.evict_within(kernel, buffer),
-            Mode::Deferred(_) | Mode::Ring(_) => self.flush(kernel),
-            Mode::Strict | Mode::Bounce(_) => PendingUnmap::nothing(self.id),
+            Mode::Identity(_) => {
+                self.give_up(kernel, |domain, remains| domain.evict_within(kernel, buffer, remains))
+            }
+            Mode::Deferred(_) | Mode::Ring(_) | Mode::Bounce(_) => self.give_up(kernel, |_, _| {}),
+            // An unmap that is not answered is in use.
+            Mode::Strict => PendingUnmap::nothing(self.id),
         }
     }
-    /// Gives up everything that it keeps and does not need, when a map ran out of something: flushes, evicts, frees idle shadow buffers.
+    /// Gives up everything that it keeps and does not need, when a map ran out of something: flushes, evicts, frees idle shadow buffers, and
+    /// waits for what other calls have begun to give up.
     pub fn reclaim(&mut self, kernel: &Kernel) -> PendingUnmap {
         match &self.mode {
-            Mode::Identity(_) => self.evict_idle(kernel),
-            Mode::Bounce(_) => self.release_idle_shadows(kernel),
-            Mode::Deferred(_) | Mode::Ring(_) => self.flush(kernel),
-            Mode::Strict | Mode::Passthrough => PendingUnmap::nothing(self.id),
+            Mode::Identity(_) => self.give_up(kernel, |domain, remains| domain.evict_idle(kernel, remains)),
+            Mode::Bounce(_) => {
+                self.give_up(kernel, |domain, remains| domain.revoke_idle_shadows(kernel, remains))
+            }
+            _ => self.give_up(kernel, |_, _| {}),
         }
+    }
+    /// Puts what `more` revokes, what waits for a flush and what others have not finished under one drain of the whole domain.
+    fn give_up(&mut self, kernel: &Kernel, more: impl FnOnce(&mut Self, &mut Remains)) -> PendingUnmap {
+        let mut remains = self.unfinished.fresh();
+        more(self, &mut remains);
+        match &mut self.mode {
+            Mode::Deferred(queue) => remains.append(&mut queue.take()),
+            Mode::Ring(rings) => rings.take_waiting(&mut remains),
+            Mode::Strict | Mode::Passthrough | Mode::Identity(_) | Mode::Bounce(_) => {}
+        }
+        self.unfinished.take_all(&mut remains);
+        if remains.is_empty() {
+            self.unfinished.reuse(remains);
+            return PendingUnmap::nothing(self.id);
+        }
+        if let Mode::Ring(_) = self.mode {
+            return self.invalidate_rings(kernel, remains);
+        }
+        self.invalidate_domain(kernel, remains)
     }
     fn close_direct(&mut self, kernel: &Kernel, buffer: GpaRange) -> PendingUnmap {
         let first = buffer.base().page_number();

@@ -219,7 +219,8 @@ impl Domain {
             let iova = IovaUse::Fixed;
             self.revoke(kernel, Revoked { first, pages, record, size_bytes, iova }, &mut remains);
         }
-        let pending = self.settle(kernel, remains, now);
+        // Never deferred: virtio-iommu lets a client map the same addresses again as soon as it is answered.
+        let pending = self.invalidate_now(kernel, remains);
         records.iter().for_each(|record| self.tell_fixed(record, now, false));
         Ok(pending)
     }

@@ -21,7 +21,8 @@ impl Domain {
             let index = domain.claim(kernel)?;
             domain.begin_and_end(kernel, index, record, |domain| {
                 let permissions = Permissions::from_bits_truncate(record.permissions);
-                let bytes = IovaRange::new(Iova::new(record.iova), record.size_bytes).ok();
+                let bytes = IovaRange::new(Iova::new(record.iova), record.size_bytes);
+                let bytes = bytes.expect("a mapping is a range");
                 domain.tables.map(kernel.memory(), &domain.extents, permissions, bytes);
             });
             Ok(index)

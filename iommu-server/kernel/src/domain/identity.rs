@@ -18,7 +18,7 @@ use iommu_types::{GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissi
 use super::dma_api::pages_of;
 use super::request::DmaMap;
 use super::table::Extent;
-use super::undone::{PendingUnmap, Remains};
+use super::undone::Remains;
 use super::{Domain, Mode};
 use crate::boot::Kernel;
 use crate::frames::frame_at;
@@ -168,7 +168,9 @@ impl Domain {
         self.extents = missing;
         // Before tables are reserved, because an eviction may take some away.
         if excess > 0 {
-            let pending = self.evict_pages(kernel, excess as usize, |page| !wanted.contains(&page));
+            let mut remains = self.unfinished.fresh();
+            self.evict_pages(kernel, excess as usize, |page| !wanted.contains(&page), &mut remains);
+            let pending = self.invalidate_now(kernel, remains);
             self.evicted.push(pending);
         }
         self.tables.reserve(kernel, &self.account, &self.extents)?;
@@ -192,7 +194,7 @@ impl Domain {
         let permissions = Permissions::from_bits_truncate(record.permissions);
         let bytes = IovaRange::new(Iova::new(record.iova), record.size_bytes).expect("a mapping is a range");
         self.counters.reused_pages += reused.len() as u64;
-        self.tables.map(kernel.memory(), &self.extents, permissions, Some(bytes));
+        self.tables.map(kernel.memory(), &self.extents, permissions, bytes);
         let Mode::Identity(pages) = &mut self.mode else { unreachable!("only identity domains open pages") };
         for extent in &self.extents {
             for page in extent.iova.page_number()..extent.iova.page_number() + extent.pages {
@@ -219,23 +221,29 @@ impl Domain {
         }
     }
     /// Closes idle pages of a buffer that its owner takes back.
-    pub(super) fn evict_within(&mut self, kernel: &Kernel, buffer: GpaRange) -> PendingUnmap {
+    pub(super) fn evict_within(&mut self, kernel: &Kernel, buffer: GpaRange, remains: &mut Remains) {
         let (first, last) = (buffer.base().page_number(), buffer.last().page_number());
-        self.evict_pages(kernel, usize::MAX, |page| (first..=last).contains(&page))
+        self.evict_pages(kernel, usize::MAX, |page| (first..=last).contains(&page), remains);
     }
     /// Closes every idle page.
-    pub(super) fn evict_idle(&mut self, kernel: &Kernel) -> PendingUnmap {
-        self.evict_pages(kernel, usize::MAX, |_| true)
+    pub(super) fn evict_idle(&mut self, kernel: &Kernel, remains: &mut Remains) {
+        self.evict_pages(kernel, usize::MAX, |_| true, remains);
     }
-    fn evict_pages(&mut self, kernel: &Kernel, limit: usize, is_meant: impl Fn(u64) -> bool) -> PendingUnmap {
+    fn evict_pages(
+        &mut self,
+        kernel: &Kernel,
+        limit: usize,
+        is_meant: impl Fn(u64) -> bool,
+        remains: &mut Remains,
+    ) {
         let Mode::Identity(pages) = &mut self.mode else { unreachable!("only identity domains open pages") };
-        let evicted = pages.evict(limit, is_meant);
+        let mut evicted = pages.evict(limit, is_meant);
         self.counters.evictions += evicted.len() as u64;
-        let mut remains = self.unfinished.fresh();
+        // In order, so that neighbours are invalidated together.
+        evicted.sort_unstable();
         for page in evicted {
-            self.close_page(kernel, page, &mut remains);
+            self.close_page(kernel, page, remains);
         }
-        self.invalidate_now(kernel, remains)
     }
 }
 

@@ -10,7 +10,7 @@
 //! **Never overwritten:** a slot that is mapped, or waits for its invalidation. A tail that meets one is an overflow, also when slots
 //! further on are free (out-of-order unmaps leave holes).
 
-use iommu_hardware::drain::PendingDrain;
+use iommu_hardware::drain::{Drained, PendingDrain};
 use iommu_hardware::memory::{PhysicalMemory, RecordIndex};
 use iommu_hardware::riommu::spec::{self, Ring as RingEntry, RingIova, RingPte, SLOT_BYTES_MAX};
 use iommu_types::errors::{
@@ -108,6 +108,12 @@ impl RingTables {
     pub(super) fn table_bytes(&self) -> u64 {
         let tables: u64 = self.rings.iter().map(|ring| ring.table.frames).sum();
         (tables + self.array.frames) * PAGE_SIZE_BYTES
+    }
+    /// Takes over what waits for the end of bursts.
+    pub(super) fn take_waiting(&mut self, remains: &mut Remains) {
+        for ring in &mut self.rings {
+            remains.append(&mut ring.waiting);
+        }
     }
     /// Where the ring entries are, and how many.
     pub(super) fn array(&self) -> (Hpa, u16) {
@@ -212,10 +218,14 @@ impl Domain {
     }
     /// Notes who uses the rings, so that their entries are invalidated.
     pub(crate) fn add_ring_source(&mut self, source: SourceId) {
-        self.ring_sources.push(source);
+        if !self.ring_sources.contains(&source) {
+            self.ring_sources.push(source);
+        }
     }
-    /// They are no longer that source's.
-    pub(crate) fn remove_ring_source(&mut self, source: SourceId) {
+    /// A source that was [detached](Kernel::detach) is quiet, as `drained` proves, and uses the domain no more. A domain of rings waits for it
+    /// until this is said: a source behind the ring unit is on no list of the VT-d unit.
+    pub fn forget_source(&mut self, source: SourceId, drained: Drained) {
+        let _proof = drained;
         self.ring_sources.retain(|known| *known != source);
     }
     /// Maps a buffer into a slot.
@@ -388,9 +398,7 @@ impl Domain {
             let size_bytes = kernel.records.records().get(record).1.size_bytes;
             self.revoke_slot(kernel, place, record, size_bytes, Tick::default());
         }
-        for ring in &mut rings_of(&mut self.mode).rings {
-            remains.append(&mut ring.waiting);
-        }
+        rings_of(&mut self.mode).take_waiting(remains);
     }
     /// A slot may be used again.
     pub(super) fn vacate(&mut self, place: SlotPlace) {

@@ -263,7 +263,7 @@ impl Tables {
         memory: &PhysicalMemory,
         extents: &[Extent],
         permissions: Permissions,
-        bytes: Option<IovaRange>,
+        bytes: IovaRange,
     ) {
         let has_extents = self.has_extents;
         for extent in extents {
@@ -274,7 +274,7 @@ impl Tables {
                 for entry in 0..part.entries {
                     let hpa = frame_at(extent.hpa, page * (extent.size.bytes() / PAGE_SIZE_BYTES));
                     let mut leaf = SecondStageEntry::leaf(hpa, extent.size, permissions);
-                    if let Some(bytes) = bytes.filter(|_| has_extents && part.level == 1) {
+                    if has_extents && part.level == 1 {
                         let iova = Iova::new(part.iova.get() + entry * PAGE_SIZE_BYTES);
                         let open = ByteExtent::of_page(bytes, iova.page_number());
                         leaf = write_extent(memory, node.table, iova, open, leaf);
@@ -335,18 +335,25 @@ impl Tables {
             let node = self.nodes.get_mut(&key).expect("a mapping has tables");
             let frames_per_entry = size.bytes() / PAGE_SIZE_BYTES;
             let index = pte::table_index(iova, level);
-            let entries = ((end - page) / frames_per_entry).min(ENTRIES_PER_TABLE - index);
+            let most = ((end - page) / frames_per_entry).min(ENTRIES_PER_TABLE - index);
             let at = entry_at(node.table, iova, level);
-            for entry in 0..entries {
-                let leaf = load(memory, at, entry);
+            let mut entries = 0;
+            while entries < most {
+                let leaf = load(memory, at, entries);
+                // Where a table stands, pages of the mapping are smaller: another turn finds them.
+                if !leaf.is_leaf_at(level) && leaf.is_present() {
+                    break;
+                }
                 assert!(leaf.is_present(), "a mapping has an entry for each of its pages");
-                store(memory, at, entry, SecondStageEntry::new());
+                store(memory, at, entries, SecondStageEntry::new());
                 if leaf.partial_page() && self.has_extents {
-                    let page = Iova::new(iova.get() + entry * PAGE_SIZE_BYTES);
+                    let page = Iova::new(iova.get() + entries * PAGE_SIZE_BYTES);
                     store_extent(memory, node.table, page, 0);
                 }
                 append(frames, FrameRun { base: leaf.address(), frames: frames_per_entry });
+                entries += 1;
             }
+            assert!(entries > 0, "a mapping has a page at each of its addresses");
             node.live -= entries as u16;
             self.counters.entry_writes += entries;
             if node.live == 0 && !node.is_listed && level != self.levels {
@@ -521,6 +528,7 @@ fn write_extent(
     leaf: SecondStageEntry,
 ) -> SecondStageEntry {
     if open == ByteExtent::WHOLE {
+        store_extent(memory, leaf_table, iova, 0);
         return leaf;
     }
     store_extent(memory, leaf_table, iova, open.into_word());

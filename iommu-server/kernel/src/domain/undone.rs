@@ -132,7 +132,7 @@ impl Remains {
         self.records.push(record);
         self.bytes += size_bytes;
     }
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         let Self { records, iovas, frames, tables, shadows, slots, bytes: _ } = self;
         records.is_empty()
             && iovas.is_empty()

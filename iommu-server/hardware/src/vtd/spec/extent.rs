@@ -13,8 +13,8 @@
 //!
 //! The last byte is inclusive, so that every part of a page can be said. A word that is not valid, or that says nonsense, opens nothing.
 //!
-//! Leaf and extent are two words, so software writes the extent before it makes the leaf present, and leaves it alone until the leaf is
-//! gone, invalidated and drained: no walk then meets a leaf of one mapping with the extent of another.
+//! Leaf and extent are two words, so software writes the extent before the leaf that points to it. A walk reads the leaf, the extent and
+//! the leaf again: where it has changed, the extent may be that of another mapping, and the walk begins again.
 //!
 //! [`SecondStageEntry`]: super::pte::SecondStageEntry
 

@@ -11,6 +11,10 @@ use crate::vtd::spec::pte::{ReservedChecks, SecondStageEntry, entry_address, lev
 /// The highest level of a table that the paging-structure cache keeps.
 const CACHED_TABLE_LEVEL_MAX: u8 = 3;
 
+/// How often a walk begins again because software changed a partial page under it. Software writes such a page a few times in its life, so
+/// a second time is rare and an eighth is somebody's purpose.
+const WALKS_MAX: u32 = 8;
+
 /// Walks for one access of `size_bytes` (0 is a zero-length read) that lies in one 4 KiB page.
 ///
 /// `start` is a table that the paging-structure cache knows, for this domain and address; without it the walk begins at the
@@ -33,11 +37,35 @@ pub fn walk_second_stage(
     trace: &mut impl Trace,
     mut on_table: impl FnMut(PagingEntry),
 ) -> Result<Leaf, WalkFault> {
+    for _ in 0..WALKS_MAX {
+        let walked =
+            walk_once(memory, rules, context, start, iova, access, size_bytes, trace, &mut on_table)?;
+        if let Some(leaf) = walked {
+            return Ok(leaf);
+        }
+    }
+    Err(WalkFault::qualified(FaultReason::BYTES_DENIED, context.fault_processing_disable))
+}
+
+/// One walk; `None` when software changed a partial page under it.
+#[expect(clippy::too_many_arguments, reason = "as the walk")]
+#[inline]
+fn walk_once(
+    memory: &impl TableMemory,
+    rules: TableRules<'_>,
+    context: &CachedContext,
+    start: Option<PagingEntry>,
+    iova: Iova,
+    access: Access,
+    size_bytes: u32,
+    trace: &mut impl Trace,
+    mut on_table: impl FnMut(PagingEntry),
+) -> Result<Option<Leaf>, WalkFault> {
     let capabilities = rules.capabilities;
     let fault = |reason| WalkFault::qualified(reason, context.fault_processing_disable);
     let (top, levels) = match context.translation {
         ContextTranslation::SecondStage { table, levels } => (table, levels),
-        ContextTranslation::PassThrough => return pass_through(capabilities, iova).map_err(fault),
+        ContextTranslation::PassThrough => return pass_through(capabilities, iova).map(Some).map_err(fault),
     };
     // CAP.MGAW and the width of the context bound the address.
     let width_bits = u32::from(capabilities.max_guest_width_bits).min(12 + 9 * u32::from(levels));
@@ -84,12 +112,19 @@ pub fn walk_second_stage(
     let size = PageSize::at_level(level).expect("the checks let a page stand only at levels 1 to 3");
     check_permissions(capabilities, permissions, access, size_bytes).map_err(fault)?;
     let extent = if rules.byte_extents && level == 1 && leaf.partial_page() {
-        Some(open_bytes(memory, table, iova, size_bytes, trace).map_err(fault)?)
+        let extent = open_bytes(memory, table, iova, size_bytes, trace).map_err(fault)?;
+        // Where addresses are the memory's own, a page may be closed and opened again, or opened further, while a walk stands between its
+        // two words. The extent belongs to the leaf only if the leaf is still the same; else the walk begins again from the table.
+        let leaf_is = |raw: u64| raw == leaf.into_bits();
+        if !entry_address(table, iova, 1).is_some_and(|at| memory.load_u64(at).is_ok_and(leaf_is)) {
+            return Ok(None);
+        }
+        Some(extent)
     } else {
         None
     };
     let page = outside_interrupt_range(leaf.address(), size, permissions, iova).map_err(fault)?;
-    Ok(Leaf { extent, ..page })
+    Ok(Some(Leaf { extent, ..page }))
 }
 
 /// The extent of a partial page, which must admit the access.
