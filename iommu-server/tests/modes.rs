@@ -409,6 +409,43 @@ async fn a_ring_is_invalidated_at_the_end_of_the_burst() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_of_the_stream_is_one_burst_of_its_ring() {
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    let id = driver.domain(rings(2, 64)).await;
+    let gpa = driver.buffer(32 * PAGE).await;
+    let (up, requests) = tokio::sync::mpsc::channel(8);
+    let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+    let mut answers = driver.client().dma_stream(requests).await.unwrap().into_inner();
+    let mut ask = async |batch| {
+        let device = Some(device(ENGINE0));
+        let request = pb::DmaStreamRequest { header: driver.header(), device, batch: Some(batch) };
+        up.send(request).await.unwrap();
+        answers.message().await.unwrap().unwrap()
+    };
+    let direction = pb::Direction::FromDevice.into();
+    let map = |ring| pb::DmaMapBatch {
+        gpa: (0..32).map(|page| gpa + page * PAGE).collect(),
+        size_bytes: vec![1500],
+        direction,
+        attributes: None,
+        ring,
+    };
+    for (ring, end_of_burst, invalidations) in [(1, Some(false), 0), (0, None, 1), (1, Some(true), 1)] {
+        let mapped = ask(pb::dma_stream_request::Batch::Map(map(ring))).await;
+        assert_eq!((mapped.iova.len(), mapped.errors.len()), (32, 0));
+        let before = driver.domain_state(id).await.invalidations;
+        let (iova, size_bytes) = (mapped.iova, vec![1500]);
+        let unmap = pb::DmaUnmapBatch { iova, size_bytes, direction, attributes: None, end_of_burst };
+        assert_eq!(ask(pb::dma_stream_request::Batch::Unmap(unmap)).await.errors, []);
+        let made = driver.domain_state(id).await.invalidations - before;
+        assert_eq!(made, invalidations, "ring {ring}, {end_of_burst:?}");
+    }
+    let beyond = ask(pb::dma_stream_request::Batch::Map(map(2))).await;
+    assert!(beyond.errors.len() == 32 && beyond.errors[0].reason == "INVALID_FIELD", "{beyond:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_direct_map_follows_the_owners_memory() {
     let server = server().await;
     let driver = Driver::open(&server, 0).await;

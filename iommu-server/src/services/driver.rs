@@ -22,12 +22,11 @@ use super::{Caller, parse, reclaimed};
 use crate::bounds;
 use crate::ending::Ending;
 use crate::host::Host;
-use crate::host::devices::DeviceState;
 use crate::host::dma::MapAsk;
 use crate::host::owners::OwnerState;
 use crate::interrupts::Signal;
 use crate::session::replay::RequestName;
-use crate::telemetry;
+use crate::session::watch::supply;
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -117,19 +116,6 @@ impl Drivers {
     }
 }
 
-/// What is written to a register of a device may be an address: its domain's sanitizer knows it before the device does. Who writes makes no
-/// difference: it was not the device.
-fn supply(device: &DeviceState, mmio: &model::Mmio) {
-    let Some(value) = mmio.access.write_value else { return };
-    let Some(domain) = device.watched() else { return };
-    // Registers of two BARs are not neighbours.
-    let offset = mmio.access.offset.wrapping_add(u64::from(mmio.access.bar) << 60);
-    let write = kernel::RegisterWrite { offset, width: mmio.access.width, value };
-    let now = kernel::Moment { at_us: telemetry::now().0, order: domain.handle().clock().now() };
-    domain.handle().with(|sanitizer| sanitizer.supplied(now, device.address, write));
-    domain.file();
-}
-
 /// Brings a register access to the agent of its device, which must belong to `owner` if one is named.
 pub(super) async fn mmio_call(
     host: &Host,
@@ -143,7 +129,7 @@ pub(super) async fn mmio_call(
     if owner.is_some() && device.owner().map(|now| now.owner) != owner {
         return Err(NotYours { object: mmio.device.to_string() }.into());
     }
-    supply(&device, &mmio);
+    supply(&device, mmio.access);
     session.mmio(ticket, mmio.access).await
 }
 

@@ -8,7 +8,7 @@ mod mailbox;
 pub mod mmio;
 pub mod open;
 pub mod replay;
-mod watch;
+pub(crate) mod watch;
 pub mod watchdog;
 
 pub use device_stream::DeviceStream;

@@ -1,4 +1,4 @@
-//! The eyes of a domain's sanitizer on one batch of a device.
+//! The eyes of a domain's sanitizer on a device: on what is written to its registers, and on one batch of its DMA.
 //!
 //! While the batch runs, what is seen is only noted: the device holds an epoch then, for which invalidations wait, so nothing else is
 //! waited for. When the batch is done and before its completions leave, the sanitizer is told of all of it, in order.
@@ -6,16 +6,31 @@
 use std::ops::Range;
 
 use iommu_hardware::dma::Done;
-use iommu_kernel::Moment;
+use iommu_kernel::{Moment, RegisterWrite};
 use iommu_proto::dma::{Action, Operation};
+use iommu_proto::model::MmioAccess;
 use iommu_types::{Access, DeviceAddress, DmaFault, FaultReason, SeenAccess};
 
 use super::execute::Watch;
+use crate::host::devices::DeviceState;
 use crate::host::sanitizer::WatchedDomain;
 use crate::telemetry;
 
 /// Reasons of refused interrupts (VT-d 5.10 §7.1: 20h to 26h). An interrupt is no DMA.
 const INTERRUPT_REASONS: Range<u8> = 0x20..0x30;
+
+/// What is written to a register of a device may be an address: the sanitizer knows it before the device does. Who writes makes no
+/// difference: it was not the device.
+pub(crate) fn supply(device: &DeviceState, access: MmioAccess) {
+    let Some(value) = access.write_value else { return };
+    let Some(domain) = device.watched() else { return };
+    // Registers of two BARs are not neighbours.
+    let offset = access.offset.wrapping_add(u64::from(access.bar) << 60);
+    let write = RegisterWrite { offset, width: access.width, value };
+    let now = Moment { at_us: telemetry::now().0, order: domain.handle().clock().now() };
+    domain.handle().with(|sanitizer| sanitizer.supplied(now, device.address, write));
+    domain.file();
+}
 
 struct Seen {
     begun: Moment,
