@@ -26,7 +26,7 @@ const MILLION: usize = 976 << 10;
 /// Bounce takes a page of shadow for the smallest mapping: a million would be 4 GiB.
 const BOUNCE_LIVE_MAX: usize = 48 << 10;
 /// Slots that a ring keeps for what waits for the end of a burst, and what is mapped meanwhile.
-const SLOTS_APART: usize = 512;
+const SLOTS_APART: usize = TURN as usize;
 /// Mappings that a ring holds at most; more take more rings.
 const LIVE_PER_RING: usize = 61 << 10;
 const NOW: Tick = Tick(0);
@@ -237,7 +237,7 @@ mod tests {
             let (domains, live) = (3, 256);
             let extent = Extent { domains, live, stride_bytes: PAGE_SIZE_BYTES / 2, memory_bytes: 32 << 20 };
             let mut world = World::new(name, extent).expect(name);
-            world.pairs(6 * 64);
+            world.pairs(12 * 64);
             assert!(world.tenants.iter().all(|tenant| tenant.live.len() == live), "{name}");
         }
     }
