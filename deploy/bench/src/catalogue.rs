@@ -98,7 +98,7 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "growth-mappings" => in_process::growth::mappings(bench),
         "memory-mapping" => in_process::memory::per_mapping(bench),
         "modes-rings" => modes::rings::rings(bench),
-        "modes-pair" => modes::growth::pair(bench),
+        "modes-pair" => modes::pair::pair(bench),
         "modes-growth-domains" => modes::growth::domains(bench),
         "modes-growth-mappings" => modes::growth::mappings(bench),
         "modes-visits" => modes::visits::visits(bench),

@@ -65,15 +65,21 @@ async fn main() -> anyhow::Result<ExitCode> {
         print(&listed)?;
         return Ok(ExitCode::SUCCESS);
     }
-    measure(&cli, &chosen, wanted).await
+    let costs = cli.costs.as_deref().map_or_else(|| Ok(Costs::of_riommu_paper()), Costs::read);
+    let costs = costs.unwrap_or_else(|error| {
+        let told = format!("{:#}", anyhow::Error::from(error));
+        Cli::command().error(ErrorKind::InvalidValue, told).exit()
+    });
+    measure(&cli, &chosen, wanted, costs).await
 }
 
-async fn measure(cli: &Cli, chosen: &[catalogue::Measurement], wanted: Wanted) -> anyhow::Result<ExitCode> {
+async fn measure(
+    cli: &Cli,
+    chosen: &[catalogue::Measurement],
+    wanted: Wanted,
+    costs: Costs,
+) -> anyhow::Result<ExitCode> {
     let directory = target_directory()?.join("measure");
-    let costs = match &cli.costs {
-        Some(path) => Costs::read(path)?,
-        None => Costs::of_riommu_paper(),
-    };
     let mut bench = Bench::new(Plan { quick: cli.quick }, Progress::new(chosen.len()), wanted, costs);
     let mut report = Report::default();
     let mut could_not_run = Vec::new();

@@ -110,14 +110,15 @@ pub(crate) fn ageing(bench: &mut Bench) -> anyhow::Result<Report> {
 
 #[cfg(test)]
 mod tests {
-    use super::day;
+    use super::{LIVE, day};
 
     #[test]
     fn a_long_mixed_run_neither_fills_the_caches_nor_slows_down() {
         let hours = day(250);
         let ratio = |of: &dyn Fn(usize) -> f64| of(23) / of(3);
         let cached = |hour: usize| hours[hour].cached_ranges as f64;
-        assert!(cached(3) > 0.0, "{hours:?}");
+        // An hour ends with few live ranges; what many needed has been given back.
+        assert!(cached(3) > 0.0 && cached(23) < LIVE.0 as f64, "{hours:?}");
         assert!(ratio(&cached) <= 1.1, "{hours:?}");
         assert!(ratio(&|hour| hours[hour].visits) <= 1.05, "{hours:?}");
     }

@@ -1,4 +1,4 @@
-//! What a map and unmap costs in every mode: alone, with many domains, with many live mappings.
+//! What a map and unmap costs in every mode when there is more: domains, live mappings.
 //!
 //! Strict has its rows among the general ones; here stand the modes beside it, with the cached allocator. A pair is the oldest
 //! mapping going and a new one coming, 64 in a domain before the next one has its turn.
@@ -13,12 +13,10 @@ use iommu_types::{
     Protection, RequestId, Rings,
 };
 
-use crate::figure::{Figure, Target};
 use crate::in_process::growth::{Growth, LIVE_PER_DOMAIN, Pairs, TURN, grown};
 use crate::in_process::host::{Caches, Host, LARGE};
 use crate::plot::{Chart, Line, Scale};
 use crate::report::Report;
-use crate::rounds::{all_in_turn, nanoseconds_each};
 use crate::stand::Bench;
 
 /// 1 k: whole turns of every ring.
@@ -28,11 +26,9 @@ const MILLION: usize = 976 << 10;
 /// Bounce takes a page of shadow for the smallest mapping: a million would be 4 GiB.
 const BOUNCE_LIVE_MAX: usize = 48 << 10;
 /// Slots that a ring keeps for what waits for the end of a burst, and what is mapped meanwhile.
-const SLOTS_APART: usize = 512;
+const SLOTS_APART: usize = TURN as usize;
 /// Mappings that a ring holds at most; more take more rings.
 const LIVE_PER_RING: usize = 61 << 10;
-/// Pairs between two ends of a burst, when a pair is measured alone.
-const BURST: usize = 200;
 const NOW: Tick = Tick(0);
 
 /// The modes that have rows here.
@@ -42,7 +38,6 @@ const MODES: [&str; 6] = ["deferred", "shared", "persistent", "bounce", "ring", 
 fn mode(name: &str, live: usize) -> (Protection, u16) {
     let rings = live.div_ceil(LIVE_PER_RING) as u16;
     let protection = match name {
-        "strict" => Protection::Strict,
         "deferred" => Protection::DEFERRED,
         "shared" => Protection::Shared,
         // Pages are kept that nobody uses, so that there is something to be reused; the quota is never reached.
@@ -159,36 +154,6 @@ impl Tenant {
             host.finish(&mut self.domain, pending);
         }
     }
-    /// Unmaps the oldest with one call.
-    fn unmap_batch(&mut self, host: &Host, many: usize) {
-        let single = |(_, range)| DmaUnmap::single(range, Direction::Bidirectional, RequestId(2));
-        let requests: Vec<_> = self.live.drain(..many).map(single).collect();
-        let (results, pending) = self.domain.dma_unmap_batch(&host.kernel, &requests, NOW);
-        assert!(results.iter().all(Result::is_ok), "the mappings are there");
-        host.finish(&mut self.domain, pending);
-    }
-}
-
-/// A pair of each mode, in batches of 200.
-pub(crate) fn pair(bench: &mut Bench) -> anyhow::Result<Report> {
-    let names: Vec<_> = std::iter::once("strict").chain(MODES).collect();
-    let extent =
-        Extent { domains: 1, live: THOUSAND, stride_bytes: PAGE_SIZE_BYTES, memory_bytes: 256 << 20 };
-    let mut worlds = names.iter().map(|name| World::new(name, extent)).collect::<Result<Vec<_>, _>>()?;
-    let batches = bench.plan.operations() / 8 / BURST as u32;
-    let times = all_in_turn(bench.plan.rounds_in_process(), &mut worlds, |world| {
-        nanoseconds_each(batches * BURST as u32, |_| {
-            for _ in 0..batches {
-                world.tenants[0].unmap_batch(&world.host, BURST);
-                world.tenants[0].map_some(&world.host, BURST);
-            }
-        })
-    });
-    let figure = |(name, time): (&&str, _)| {
-        let figure = Figure::alone(format!("modes-pair-{name}"), "ns", time);
-        if *name == "ring" { figure.judged(Target::value_at_most(80.0)) } else { figure }
-    };
-    Ok(Report { figures: names.iter().zip(&times).map(figure).collect(), ..Report::default() })
 }
 
 /// From 1 to 1,024 domains.
@@ -272,9 +237,7 @@ mod tests {
             let (domains, live) = (3, 256);
             let extent = Extent { domains, live, stride_bytes: PAGE_SIZE_BYTES / 2, memory_bytes: 32 << 20 };
             let mut world = World::new(name, extent).expect(name);
-            world.pairs(6 * 64);
-            world.tenants[1].unmap_batch(&world.host, 200);
-            world.tenants[1].map_some(&world.host, 200);
+            world.pairs(12 * 64);
             assert!(world.tenants.iter().all(|tenant| tenant.live.len() == live), "{name}");
         }
     }

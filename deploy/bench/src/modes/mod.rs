@@ -11,6 +11,7 @@ pub(crate) mod costs;
 pub(crate) mod counts;
 pub(crate) mod growth;
 pub(crate) mod model;
+pub(crate) mod pair;
 pub(crate) mod reach;
 pub(crate) mod replay;
 pub(crate) mod rings;

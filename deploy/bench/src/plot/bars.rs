@@ -4,8 +4,8 @@ use super::axis::{Axis, Scale, short};
 use super::svg::{Anchor, Svg};
 use crate::figure::{Bound, Bounded, Figure};
 
-const WIDTH: f64 = 980.0;
-const LEFT: f64 = 270.0;
+const WIDTH: f64 = 1120.0;
+const LEFT: f64 = 390.0;
 const RIGHT: f64 = 210.0;
 const TOP: f64 = 70.0;
 const ROW: f64 = 22.0;
