@@ -4,10 +4,12 @@
 //! gives; a call that failed names a cause that there is, and changed nothing; no address and no frame is used again before what used it is
 //! invalidated and drained (I9); and the sanitizer reported exactly what a judge reports who reads lists. At the end everything is back.
 
+mod dma;
 #[path = "../fixture/mod.rs"]
 mod fixture;
 mod found;
 mod judge;
+mod maps;
 mod run;
 mod steps;
 mod twin;

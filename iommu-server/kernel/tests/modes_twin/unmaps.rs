@@ -7,7 +7,8 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::fixture::iova_range;
-use super::run::{Checked, Run, kind};
+use super::maps::kind;
+use super::run::{Checked, Run};
 use super::steps::{BOTH, FROM, TO, Unmap, Wrong};
 use super::twin::{Gone, Group, Mapping};
 
@@ -344,7 +345,7 @@ impl Run {
         let direction = if wrong == Wrong::Direction { other(direction) } else { direction };
         // A part of it; one in five may leave it.
         let skip = offset % size;
-        let size = if offset % 5 == 0 { size_bytes } else { size_bytes.min(size - skip) };
+        let size = if offset.is_multiple_of(5) { size_bytes } else { size_bytes.min(size - skip) };
         let range = iova_range(Iova::new(iova + skip), size);
         let request = DmaSync { range, direction, target, request_id };
         let (first, last) = (range.base().get(), range.last().get());
