@@ -101,8 +101,11 @@ impl Shadows {
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
-    fn take_idle(&mut self, class: Class, direction: Direction) -> Option<Shadow> {
-        self.idle.get_mut(&(class, direction.permissions().bits()))?.pop()
+    /// One that ends at the page `limit` or below: what the device can address may have shrunk since it was made.
+    fn take_idle(&mut self, class: Class, direction: Direction, limit: u64) -> Option<Shadow> {
+        let idle = self.idle.get_mut(&(class, direction.permissions().bits()))?;
+        let at = idle.iter().rposition(|shadow| shadow.first + (shadow.frames.frames - 1) <= limit)?;
+        Some(idle.swap_remove(at))
     }
     fn put_idle(&mut self, shadow: Shadow) {
         self.idle.entry((shadow.class, shadow.direction.permissions().bits())).or_default().push(shadow);
@@ -136,7 +139,7 @@ impl Domain {
         kernel: &Kernel,
         memory: &OwnerMemory,
         request: &DmaMap,
-    ) -> Result<Iova, DmaMapError> {
+    ) -> Result<(Iova, RecordIndex), DmaMapError> {
         self.resolve(memory, request.range)?;
         let runs: Vec<FrameRun> =
             self.extents.iter().map(|extent| FrameRun { base: extent.hpa, frames: extent.pages }).collect();
@@ -145,10 +148,6 @@ impl Domain {
         let bounced = Bounced { shadow, runs };
         let page_offset = request.range.base().page_offset();
         let iova = Iova::new(shadow.first * PAGE_SIZE_BYTES + page_offset);
-        if let Err(beyond) = self.check_mask(iova.get() + (request.range.size_bytes() - 1)) {
-            shadows_of(&mut self.mode).put_idle(shadow);
-            return Err(beyond.into());
-        }
         self.extents.clear();
         self.extents.extend(bounced.runs.iter().map(|run| Extent {
             iova: Iova::new(0),
@@ -165,7 +164,7 @@ impl Domain {
         self.fill_shadow(kernel, &bounced, request, page_offset);
         shadows_of(&mut self.mode).used.insert(index.0, bounced);
         self.ledger.add(iova, index);
-        Ok(iova)
+        Ok((iova, index))
     }
     /// Zeroes what the mapping does not cover, and copies the buffer, whatever its direction: what a device does not write must come back as it
     /// was.
@@ -229,8 +228,9 @@ impl Domain {
         class: Class,
         direction: Direction,
     ) -> Result<Shadow, DmaMapError> {
+        let limit = self.limit_page();
         let shadows = shadows_of(&mut self.mode);
-        if let Some(shadow) = shadows.take_idle(class, direction) {
+        if let Some(shadow) = shadows.take_idle(class, direction, limit) {
             return Ok(shadow);
         }
         let bytes = PAGE_SIZE_BYTES << class;

@@ -3,8 +3,10 @@
 //!
 //! What is checked and found is the same in every mode; what a mapping opens, and when its memory is free again, is the mode's.
 
-use iommu_hardware::memory::MappingRecord;
-use iommu_types::errors::{BeyondMask, DmaMapError, DmaUnmapError, IovaExhausted, SegmentOverLimit};
+use iommu_hardware::memory::{MappingRecord, RecordIndex};
+use iommu_types::errors::{
+    BeyondMask, DmaMapError, DmaUnmapError, InvalidField, IovaExhausted, SegmentOverLimit,
+};
 use iommu_types::{GpaRange, Iova, PAGE_SIZE_BYTES, PageSize};
 
 use super::find::{Found, Place, kind_of};
@@ -28,17 +30,18 @@ impl Domain {
         now: Tick,
     ) -> Result<Iova, DmaMapError> {
         assert!(memory.owner() == self.owner(), "a domain maps memory of its owner");
-        let outcome = self.map_one(kernel, memory, &request);
+        let outcome = check_function(&request).and_then(|()| self.map_one(kernel, memory, &request));
+        let outcome = outcome.map(|(iova, _)| iova);
         self.tell_mapped(&request, &outcome, now);
         outcome
     }
-    /// Maps one buffer as the mode does.
+    /// Maps one buffer as the mode does. Returns its address and its record: several mappings may begin at one address.
     pub(super) fn map_one(
         &mut self,
         kernel: &Kernel,
         memory: &OwnerMemory,
         request: &DmaMap,
-    ) -> Result<Iova, DmaMapError> {
+    ) -> Result<(Iova, RecordIndex), DmaMapError> {
         let (size_bytes, allowed_bytes) = (request.range.size_bytes(), self.limits.segment_bytes_max);
         if size_bytes > allowed_bytes {
             return Err(SegmentOverLimit { size_bytes, allowed_bytes }.into());
@@ -59,7 +62,7 @@ impl Domain {
         kernel: &Kernel,
         memory: &OwnerMemory,
         request: &DmaMap,
-    ) -> Result<Iova, DmaMapError> {
+    ) -> Result<(Iova, RecordIndex), DmaMapError> {
         let pages = request.range.pages_touched();
         self.resolve(memory, request.range)?;
         let limit = self.limit_page();
@@ -75,7 +78,7 @@ impl Domain {
         } else {
             self.ranges.insert(first, RangeMapping { pages, record: index, is_fixed: false });
         }
-        Ok(iova)
+        Ok((iova, index))
     }
     /// Puts the frames behind a range into `self.extents`, without addresses.
     pub(super) fn resolve(&mut self, memory: &OwnerMemory, range: GpaRange) -> Result<(), DmaMapError> {
@@ -145,9 +148,11 @@ impl Domain {
             return self.unmap_slot(kernel, request, now);
         }
         let mut remains = self.unfinished.fresh();
-        let revoked = self.revoke_dma(kernel, request, &mut remains);
-        let pending = self.settle_for(kernel, remains, request.function == DmaFunction::Coherent, now);
-        revoked.map(|()| pending)
+        if let Err(error) = self.revoke_dma(kernel, request, &mut remains) {
+            self.unfinished.reuse(remains);
+            return Err(error);
+        }
+        Ok(self.settle_for(kernel, remains, request.function == DmaFunction::Coherent, now))
     }
     /// Unmaps many buffers with one invalidation and one drain. Results are per operation, in order; one that fails
     /// changes nothing and stops none of the others.
@@ -237,6 +242,15 @@ impl Domain {
             _ => {}
         }
     }
+}
+
+/// Elements of scatter-gather are unmapped together, so they are mapped together.
+fn check_function(request: &DmaMap) -> Result<(), DmaMapError> {
+    if request.function != DmaFunction::ScatterGather {
+        return Ok(());
+    }
+    let why = "is scatter-gather, which is mapped as a whole".to_owned();
+    Err(InvalidField { field: "function".to_owned(), why }.into())
 }
 
 /// The 4 KiB pages that a mapping touches.

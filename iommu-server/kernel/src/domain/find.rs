@@ -59,16 +59,17 @@ impl Domain {
             |(record, place)| Found { record, facts: kernel.records.records().get(record).1, place };
         all.map(with_facts).filter(move |found| found.facts.iova == iova.get())
     }
-    /// The records of those.
-    pub(super) fn records_at(&self, kernel: &Kernel, iova: Iova) -> Vec<RecordIndex> {
-        self.beginning_at(kernel, iova).map(|found| found.record).collect()
+    /// By which function one of them was made that is no element of scatter-gather.
+    pub(super) fn made_whole_at(&self, kernel: &Kernel, iova: Iova) -> Option<DmaFunction> {
+        let mut made = self.beginning_at(kernel, iova).filter_map(|found| function_of(found.facts.kind));
+        made.find(|made| *made != DmaFunction::ScatterGather)
     }
     /// The one of them with this record.
     pub(super) fn found_at(&self, kernel: &Kernel, iova: Iova, record: RecordIndex) -> Option<Found> {
         self.beginning_at(kernel, iova).find(|found| found.record == record)
     }
-    /// The mapping of the DMA API that covers an address.
-    pub(super) fn find_covering(&self, kernel: &Kernel, iova: Iova) -> Option<Found> {
+    /// The mappings of the DMA API that cover an address: several where addresses are the memory's own.
+    pub(super) fn covering(&self, kernel: &Kernel, iova: Iova) -> impl Iterator<Item = Found> {
         let page = iova.page_number();
         let in_ring = match &self.mode {
             Mode::Ring(rings) => rings.live_covering(iova).map(|(_, record)| (record, Place::Ring)),
@@ -82,19 +83,19 @@ impl Domain {
         let all = in_ring.into_iter().chain(in_slot).chain(in_tree).chain(in_ledger);
         let with_facts =
             |(record, place)| Found { record, facts: kernel.records.records().get(record).1, place };
-        let covers = |found: &Found| {
+        let covers = move |found: &Found| {
             let record = &found.facts;
             (record.iova..=record.iova + (record.size_bytes - 1)).contains(&iova.get())
         };
-        all.map(with_facts).find(covers)
+        all.map(with_facts).filter(covers)
     }
 }
 
-/// Whether an unmap names this mapping exactly.
+/// Whether an unmap names this mapping exactly. An element of scatter-gather goes with the others only, whatever the unmap says.
 pub(super) fn check_exact(record: &MappingRecord, request: &DmaUnmap) -> Result<(), DmaUnmapError> {
     let iova = request.range.base();
     let made = function_of(record.kind);
-    if made != Some(request.function) {
+    if made != Some(request.function) || made == Some(DmaFunction::ScatterGather) {
         let made_as = made.map_or("fixed", DmaFunction::name).to_owned();
         return Err(WrongFunction { iova, made_as, asked_as: request.function.name().to_owned() }.into());
     }

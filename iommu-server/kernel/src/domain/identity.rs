@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use iommu_hardware::memory::MappingRecord;
+use iommu_hardware::memory::{MappingRecord, RecordIndex};
 use iommu_hardware::vtd::spec::extent::ByteExtent;
 use iommu_types::errors::{BeyondWidth, DmaMapError, LimitReached};
 use iommu_types::{GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, PersistentQuota};
@@ -118,7 +118,7 @@ impl Domain {
         kernel: &Kernel,
         memory: &OwnerMemory,
         request: &DmaMap,
-    ) -> Result<Iova, DmaMapError> {
+    ) -> Result<(Iova, RecordIndex), DmaMapError> {
         let range = request.range;
         let iova = Iova::new(range.base().get());
         let last = range.last().get();
@@ -138,7 +138,7 @@ impl Domain {
             noted.inspect_err(|_| self.unprepare_pages(kernel))?
         };
         self.ledger.add(iova, index);
-        Ok(iova)
+        Ok((iova, index))
     }
     /// Leaves in `self.extents` the pages that have to be opened, with tables reserved and frames pinned, and evicts what is over the
     /// quota. Returns the pages that are open already.

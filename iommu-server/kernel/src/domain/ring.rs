@@ -234,7 +234,7 @@ impl Domain {
         kernel: &Kernel,
         memory: &OwnerMemory,
         request: &DmaMap,
-    ) -> Result<Iova, DmaMapError> {
+    ) -> Result<(Iova, RecordIndex), DmaMapError> {
         let size_bytes = request.range.size_bytes();
         if size_bytes > SLOT_BYTES_MAX.into() {
             return Err(SegmentOverLimit { size_bytes, allowed_bytes: SLOT_BYTES_MAX.into() }.into());
@@ -268,7 +268,7 @@ impl Domain {
         ring.tail = (slot + 1) % ring.slots.len() as u32;
         ring.mapped += 1;
         ring.publish_use(kernel.memory());
-        Ok(place.iova())
+        Ok((place.iova(), index))
     }
     /// The first frame of `self.extents`, which must be one run.
     fn one_run(&self, request: &DmaMap) -> Result<Hpa, NotContiguous> {
@@ -321,6 +321,46 @@ impl Domain {
         }
         let pending = self.end_bursts_of(kernel, &touched);
         (results, pending.telling(&told))
+    }
+    /// Unmaps the slots of a scatter-gather mapping.
+    pub(super) fn unmap_elements(
+        &mut self,
+        kernel: &Kernel,
+        elements: &[(Iova, RecordIndex)],
+        end_of_burst: bool,
+        now: Tick,
+    ) -> PendingUnmap {
+        let mut told = Undone::nothing(self.id);
+        let mut touched: Vec<u16> = Vec::new();
+        for (iova, record) in elements {
+            let (place, _) =
+                rings_of(&mut self.mode).live_at(*iova).expect("the elements of a group are mapped");
+            let size_bytes = kernel.records.records().get(*record).1.size_bytes;
+            self.revoke_slot(kernel, place, *record, size_bytes, now);
+            told.add(size_bytes);
+            if !touched.contains(&place.ring) {
+                touched.push(place.ring);
+            }
+        }
+        if !end_of_burst {
+            return PendingUnmap::answered(told);
+        }
+        self.end_bursts_of(kernel, &touched).telling(&told)
+    }
+    /// Unmaps what a scatter-gather map had mapped when it failed. The tail goes back, so that the next map finds what this one found.
+    pub(super) fn take_back_slots(
+        &mut self,
+        kernel: &Kernel,
+        elements: &[(Iova, RecordIndex)],
+    ) -> PendingUnmap {
+        let first = elements.first().and_then(|(iova, _)| rings_of(&mut self.mode).live_at(*iova));
+        let pending = self.unmap_elements(kernel, elements, true, Tick::default());
+        if let Some((SlotPlace { ring, slot }, _)) = first {
+            let ring = &mut rings_of(&mut self.mode).rings[usize::from(ring)];
+            ring.tail = slot;
+            ring.publish_use(kernel.memory());
+        }
+        pending
     }
     fn revoke_asked(
         &mut self,

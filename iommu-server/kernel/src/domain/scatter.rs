@@ -10,14 +10,14 @@ use std::collections::HashMap;
 
 use iommu_hardware::memory::RecordIndex;
 use iommu_types::errors::{
-    DmaMapError, DmaUnmapError, InvalidField, IovaExhausted, NotMapped, SegmentOverLimit,
+    DmaMapError, DmaUnmapError, InvalidField, IovaExhausted, NotMapped, SegmentOverLimit, WrongFunction,
 };
 use iommu_types::{
     Direction, DmaAttributes, DmaLimits, GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, RequestId,
 };
 
-use super::find::{Found, direction_of};
-use super::request::{DmaFunction, DmaMap, DmaUnmap, Segment, Tick};
+use super::find::Found;
+use super::request::{DmaFunction, DmaMap, Segment, Tick};
 use super::undone::{FreedIova, IovaUse, PendingUnmap, Remains};
 use super::{Domain, Mode, RangeMapping};
 use crate::boot::Kernel;
@@ -32,7 +32,7 @@ pub(super) type Groups = HashMap<u64, Vec<Group>>;
 pub(super) struct Group {
     elements: Vec<(Iova, RecordIndex)>,
     direction: Direction,
-    /// As the sanitizer knows them; empty without one.
+    /// As the caller knows them.
     segments: Vec<Segment>,
     /// First page and pages of the block that they lie in.
     block: Option<(u64, u64)>,
@@ -143,9 +143,7 @@ impl Domain {
             let element = Segment { iova: *iova, size_bytes: range.size_bytes() };
             add_segment(&mut segments, &self.limits, element);
         }
-        if self.sanitizer.is_some() {
-            group.segments.clone_from(&segments);
-        }
+        group.segments.clone_from(&segments);
         self.groups.entry(group.elements[0].0.get()).or_default().push(group);
         Ok(segments)
     }
@@ -213,9 +211,8 @@ impl Domain {
             Group { elements: Vec::new(), direction: request.direction, segments: Vec::new(), block: None };
         for range in ranges {
             let element = DmaMap { range: *range, ..*request };
-            let mapped = self.map_one(kernel, memory, &element).and_then(|iova| {
-                let found = self.newest_at(kernel, iova);
-                group.elements.push((iova, found));
+            let mapped = self.map_one(kernel, memory, &element).and_then(|(iova, record)| {
+                group.elements.push((iova, record));
                 if is_within_boundary(&self.limits, iova.get(), range.size_bytes()) {
                     return Ok(());
                 }
@@ -229,20 +226,16 @@ impl Domain {
         }
         Ok(group)
     }
-    /// The record of the mapping that was just made at an address.
-    fn newest_at(&self, kernel: &Kernel, iova: Iova) -> RecordIndex {
-        let noted = |record: &RecordIndex| !self.is_grouped(iova, *record);
-        let here = self.records_at(kernel, iova);
-        here.into_iter().find(noted).expect("a mapping that was made is found")
-    }
-    fn is_grouped(&self, iova: Iova, record: RecordIndex) -> bool {
-        self.groups
-            .get(&iova.get())
-            .is_some_and(|groups| groups.iter().any(|group| group.elements.contains(&(iova, record))))
-    }
     /// Removes what a map that failed had mapped; the rest of it is for the caller to settle.
     fn take_back(&mut self, kernel: &Kernel, group: Group) {
-        let pending = self.revoke_group(kernel, &group, true, true, 0);
+        // No device was told of it, so nothing came from one that could be copied out.
+        let pending = if let Mode::Ring(_) = self.mode {
+            self.take_back_slots(kernel, &group.elements)
+        } else {
+            let mut remains = self.unfinished.fresh();
+            self.revoke_elements(kernel, &group, false, 0, &mut remains);
+            self.invalidate_now(kernel, remains)
+        };
         self.evicted.push(pending);
     }
     /// Unmaps all elements of a scatter-gather mapping (Linux `dma_unmap_sg`). On an error nothing changes.
@@ -252,12 +245,12 @@ impl Domain {
         request: DmaUnmapSg,
         now: Tick,
     ) -> Result<PendingUnmap, DmaUnmapError> {
-        let group = self.take_group(&request).inspect_err(|error| {
+        let group = self.take_group(kernel, &request).inspect_err(|error| {
             self.tell_unmapped_sg(request.iova, Err(error), request.request_id, now);
         })?;
         let (copies, client) = (!request.attributes.skip_cpu_sync, request.client);
         let pending = if let Mode::Ring(_) = self.mode {
-            self.revoke_group(kernel, &group, copies, request.end_of_burst, client)
+            self.unmap_elements(kernel, &group.elements, request.end_of_burst, now)
         } else {
             let mut remains = self.unfinished.fresh();
             self.revoke_elements(kernel, &group, copies, client, &mut remains);
@@ -267,9 +260,12 @@ impl Domain {
         self.tell_unmapped_sg(request.iova, gone, request.request_id, now);
         Ok(pending)
     }
-    fn take_group(&mut self, request: &DmaUnmapSg) -> Result<Group, DmaUnmapError> {
+    fn take_group(&mut self, kernel: &Kernel, request: &DmaUnmapSg) -> Result<Group, DmaUnmapError> {
         let iova = request.iova;
-        let groups = self.groups.get_mut(&iova.get()).ok_or(NotMapped { iova })?;
+        if !self.groups.contains_key(&iova.get()) {
+            return Err(self.no_group_at(kernel, iova));
+        }
+        let groups = self.groups.get_mut(&iova.get()).expect("just seen");
         let wanted = |group: &Group| {
             group.elements.len() == request.elements as usize && group.direction == request.direction
         };
@@ -288,32 +284,16 @@ impl Domain {
         }
         Ok(group)
     }
-    fn revoke_group(
-        &mut self,
-        kernel: &Kernel,
-        group: &Group,
-        copies: bool,
-        end_of_burst: bool,
-        client: u8,
-    ) -> PendingUnmap {
-        if let Mode::Ring(_) = self.mode {
-            let unmaps: Vec<DmaUnmap> =
-                group.elements.iter().map(|element| self.unmap_of(kernel, element, end_of_burst)).collect();
-            let (results, pending) = self.unmap_slots(kernel, &unmaps, Tick::default());
-            assert!(results.iter().all(Result::is_ok), "the elements of a group are mapped");
-            return pending;
+    /// Why nothing is unmapped where no scatter-gather mapping begins: another mapping does, or an element, or nothing.
+    fn no_group_at(&self, kernel: &Kernel, iova: Iova) -> DmaUnmapError {
+        match self.made_whole_at(kernel, iova) {
+            Some(made) => {
+                let (made_as, asked_as) =
+                    (made.name().to_owned(), DmaFunction::ScatterGather.name().to_owned());
+                WrongFunction { iova, made_as, asked_as }.into()
+            }
+            None => NotMapped { iova }.into(),
         }
-        let mut remains = self.unfinished.fresh();
-        self.revoke_elements(kernel, group, copies, client, &mut remains);
-        self.invalidate_now(kernel, remains)
-    }
-    fn unmap_of(&self, kernel: &Kernel, element: &(Iova, RecordIndex), end_of_burst: bool) -> DmaUnmap {
-        let (iova, record) = *element;
-        let (_, facts) = kernel.records.records().get(record);
-        let range = IovaRange::new(iova, facts.size_bytes).expect("a record of ours");
-        let direction = direction_of(facts.permissions);
-        let single = DmaUnmap::single(range, direction, RequestId(facts.request_id));
-        DmaUnmap { function: DmaFunction::ScatterGather, end_of_burst, ..single }
     }
     fn revoke_elements(
         &mut self,
@@ -332,6 +312,20 @@ impl Domain {
         if let Some((first, pages)) = group.block {
             remains.iovas.push(FreedIova { first, pages, iova: IovaUse::Allocated(client) });
         }
+    }
+    /// The elements of the scatter-gather mapping to which an element belongs, if the range lies in one of its segments.
+    pub(super) fn elements_in_segment(
+        &self,
+        element: (Iova, RecordIndex),
+        range: IovaRange,
+    ) -> Option<&[(Iova, RecordIndex)]> {
+        let mut groups = self.groups.values().flatten();
+        let group = groups.find(|group| group.elements.contains(&element))?;
+        let holds = |segment: &Segment| {
+            let last = segment.iova.get() + (segment.size_bytes - 1);
+            segment.iova <= range.base() && range.last().get() <= last
+        };
+        group.segments.iter().any(holds).then_some(&*group.elements)
     }
     /// Revokes every group whose elements lie in a block; those of the others are found by what they are made of.
     pub(super) fn revoke_groups(&mut self, kernel: &Kernel, remains: &mut Remains) {

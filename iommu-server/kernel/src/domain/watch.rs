@@ -97,21 +97,24 @@ impl Domain {
         self.tell(now, request.request_id, |sanitizer, call| match outcome {
             Err(error) => sanitizer.refused_map(call, error),
             Ok(segments) => {
-                let mut elements = ranges.iter();
+                let mut rest = ranges;
                 for segment in segments {
-                    let Some(first) = elements.next() else { return };
-                    let mut bytes = first.size_bytes();
-                    while bytes < segment.size_bytes {
-                        bytes += elements.next().map_or(segment.size_bytes, |element| element.size_bytes());
-                    }
+                    let mut bytes = 0;
+                    let goes_on = |element: &&GpaRange| {
+                        let is_inside = bytes < segment.size_bytes;
+                        bytes += element.size_bytes();
+                        is_inside
+                    };
+                    let (pieces, after) = rest.split_at(rest.iter().take_while(goes_on).count());
+                    rest = after;
+                    let Some(first) = pieces.first() else { return };
                     let mapping = NewMapping {
                         range: range(segment.iova, segment.size_bytes),
                         gpa: first.base(),
                         direction: request.direction,
                         kind: MappingKind::ScatterGather,
                     };
-                    // Only the first element's memory is known to lie behind the segment in one piece.
-                    sanitizer.mapped_in_pieces(call, mapping, first.size_bytes());
+                    sanitizer.mapped_in_pieces(call, mapping, pieces);
                 }
             }
         });

@@ -3,6 +3,10 @@
 //! Several may cover the same addresses: in modes where device addresses are guest-physical ones, buffers share pages and
 //! may be mapped more than once. Memory is indexed by whole cache lines, because that is how overlaps are judged.
 
+use std::collections::BTreeMap;
+
+use iommu_types::GpaRange;
+
 use super::index::RangeIndex;
 use super::mapping::Mapping;
 
@@ -16,6 +20,8 @@ type Key = (u64, u64, u64);
 pub(super) struct Live {
     mappings: RangeIndex<Mapping>,
     by_memory: RangeIndex<Key>,
+    /// The memory behind the first piece, of mappings that have several, by number.
+    further: BTreeMap<u64, Box<[GpaRange]>>,
     count: usize,
     coherent_count: usize,
 }
@@ -24,24 +30,48 @@ fn lines(first: u64, last: u64) -> (u64, u64) {
     (first & !(CACHE_LINE_BYTES - 1), last | (CACHE_LINE_BYTES - 1))
 }
 
+/// First and last byte of each piece of memory behind a mapping.
+pub(super) fn pieces(mapping: &Mapping, further: &[GpaRange]) -> impl Iterator<Item = (u64, u64)> {
+    let further = further.iter().map(|piece| (piece.base().get(), piece.last().get()));
+    std::iter::once(mapping.memory(mapping.first(), mapping.last())).chain(further)
+}
+
+/// The cache lines of all pieces, disjoint.
+fn all_lines(mapping: &Mapping, further: &[GpaRange]) -> Vec<(u64, u64)> {
+    let mut all: Vec<_> = pieces(mapping, further).map(|(first, last)| lines(first, last)).collect();
+    all.sort_unstable();
+    all.dedup_by(|next, before| {
+        let meets = next.0 <= before.1;
+        before.1 = if meets { before.1.max(next.1) } else { before.1 };
+        meets
+    });
+    all
+}
+
 impl Live {
     pub(super) fn new() -> Self {
-        Self { mappings: RangeIndex::new(), by_memory: RangeIndex::new(), count: 0, coherent_count: 0 }
+        let (mappings, by_memory) = (RangeIndex::new(), RangeIndex::new());
+        Self { mappings, by_memory, further: BTreeMap::new(), count: 0, coherent_count: 0 }
     }
-    pub(super) fn insert(&mut self, mapping: Mapping) {
+    /// Adds a mapping, with the memory behind its first piece, if it has several.
+    pub(super) fn insert(&mut self, mapping: Mapping, further: &[GpaRange]) {
         let (first, last, number) = (mapping.first(), mapping.last(), mapping.number);
-        let (memory_first, memory_last) = mapping.memory(first, last);
-        let (low, high) = lines(memory_first, memory_last);
-        self.by_memory.insert(low, high, number, (first, last, number));
+        for (low, high) in all_lines(&mapping, further) {
+            self.by_memory.insert(low, high, number, (first, last, number));
+        }
+        if !further.is_empty() {
+            self.further.insert(number, further.into());
+        }
         self.mappings.insert(first, last, number, mapping);
         self.count += 1;
         self.coherent_count += usize::from(mapping.life.coherent);
     }
     pub(super) fn remove(&mut self, mapping: &Mapping) {
         let (first, last, number) = (mapping.first(), mapping.last(), mapping.number);
-        let (memory_first, memory_last) = mapping.memory(first, last);
-        let (low, high) = lines(memory_first, memory_last);
-        self.by_memory.remove(low, high, number);
+        let further = self.further.remove(&number).unwrap_or_default();
+        for (low, high) in all_lines(mapping, &further) {
+            self.by_memory.remove(low, high, number);
+        }
         if self.mappings.remove(first, last, number).is_some() {
             self.count -= 1;
             self.coherent_count -= usize::from(mapping.life.coherent);
@@ -79,7 +109,7 @@ impl Live {
     pub(super) fn exactly(&self, first: u64, last: u64) -> impl Iterator<Item = &Mapping> {
         self.touching(first, first).filter(move |mapping| mapping.first() == first && mapping.last() == last)
     }
-    /// Mappings of memory in the cache lines of `first..=last`.
+    /// Mappings of memory in the cache lines of `first..=last`; one in several pieces may come several times.
     pub(super) fn in_lines(&self, first: u64, last: u64) -> impl Iterator<Item = &Mapping> {
         let (low, high) = lines(first, last);
         self.by_memory
@@ -89,8 +119,8 @@ impl Live {
     /// Mappings of memory in `first..=last`, to the byte.
     pub(super) fn of_memory(&self, first: u64, last: u64) -> impl Iterator<Item = &Mapping> {
         self.in_lines(first, last).filter(move |mapping| {
-            let (low, high) = mapping.memory(mapping.first(), mapping.last());
-            low <= last && high >= first
+            let further = self.further.get(&mapping.number).map_or(&[][..], |further| further);
+            pieces(mapping, further).any(|(low, high)| low <= last && high >= first)
         })
     }
 }

@@ -36,8 +36,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use iommu_types::{
-    Blame, DeviceAddress, Direction, DomainId, IovaRange, Owner, ReportClass, RequestId, SanitizerReport,
-    Violation,
+    Blame, DeviceAddress, Direction, DomainId, GpaRange, IovaRange, Owner, ReportClass, RequestId,
+    SanitizerReport, Violation,
 };
 
 pub use mapping::{MappingKind, NewMapping};
@@ -155,28 +155,32 @@ impl Sanitizer {
     /// Something was mapped. To be told before the map is answered. Where streaming memory is mapped already, in the same cache lines, and
     /// either mapping lets the device write, that is reported.
     pub fn mapped(&mut self, call: DriverCall, new: NewMapping) {
-        self.mapped_in_pieces(call, new, new.range.size_bytes());
+        self.mapped_in_pieces(call, new, &[]);
     }
-    /// As [`mapped`](Self::mapped), where only the first `memory_bytes` are known to lie behind each other in memory: the segments of
-    /// scatter-gather are merged by their addresses.
-    pub fn mapped_in_pieces(&mut self, call: DriverCall, new: NewMapping, memory_bytes: u64) {
+    /// As [`mapped`](Self::mapped), where the memory lies in these pieces, in their order: the segments of scatter-gather are merged by
+    /// their addresses. Without any it is one piece.
+    pub fn mapped_in_pieces(&mut self, call: DriverCall, new: NewMapping, pieces: &[GpaRange]) {
         self.births += 1;
+        let memory_bytes = pieces.first().map_or(new.range.size_bytes(), |first| first.size_bytes());
         let mapping =
             Mapping::new(self.births, new, call.at.at_us, call.request_id).with_memory(memory_bytes);
-        if let Some(other) = self.overlapped(&mapping) {
+        let further = pieces.get(1..).unwrap_or_default();
+        if let Some(other) = self.overlapped(&mapping, further) {
             self.report_call(call, ReportClass::Overlap, None, Some(other));
         }
-        self.live.insert(mapping);
+        self.live.insert(mapping, further);
     }
-    fn overlapped(&self, mapping: &Mapping) -> Option<Mapping> {
+    fn overlapped(&self, mapping: &Mapping, further: &[GpaRange]) -> Option<Mapping> {
         if !mapping.kind.is_streaming() {
             return None;
         }
-        let (first, last) = mapping.memory(mapping.first(), mapping.last());
         let clashes = |other: &&Mapping| {
             other.kind.is_streaming() && (other.lets_device_write() || mapping.lets_device_write())
         };
-        self.live.in_lines(first, last).take(judge::LOOKED_AT_MAX).find(clashes).copied()
+        let mut pieces = live::pieces(mapping, further);
+        pieces.find_map(|(first, last)| {
+            self.live.in_lines(first, last).take(judge::LOOKED_AT_MAX).find(clashes).copied()
+        })
     }
     /// A mapping was unmapped; `call.at` is its death. To be told before the unmap is answered. Does nothing when there is no such mapping. Where
     /// there are several, the one with the direction dies, and the oldest of equal ones.
