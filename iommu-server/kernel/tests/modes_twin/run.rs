@@ -204,18 +204,27 @@ impl Run {
         }
         Ok(())
     }
+    /// What others have unmapped and not finished is taken over; finishing it later releases nothing.
+    fn take_over(&mut self, mut gone: Gone) -> Gone {
+        for pending in &mut self.twin.pending {
+            gone.append(std::mem::take(pending));
+        }
+        gone
+    }
     fn let_go(&mut self, at: usize) -> Gone {
-        match self.twin.options.protection {
-            Protection::Passthrough => self.twin.close_direct(at),
+        let gone = match self.twin.options.protection {
+            Protection::Passthrough => return self.twin.close_direct(at),
+            Protection::Strict => return Gone::default(),
             Protection::Persistent(_) => {
                 let idle: Vec<u64> = self.twin.idle.clone();
                 let inside = |page: &u64| self.twin.buffers[at].holds(page * PAGE);
                 let inside: Vec<u64> = idle.into_iter().filter(inside).collect();
                 self.twin.close_pages(&inside)
             }
-            Protection::Strict | Protection::Shared | Protection::Bounce(_) => Gone::default(),
+            Protection::Shared | Protection::Bounce(_) => Gone::default(),
             Protection::Deferred(_) | Protection::Ring(_) => self.flush_twin(),
-        }
+        };
+        self.take_over(gone)
     }
     fn flush_twin(&mut self) -> Gone {
         let mut gone = self.twin.flush();
@@ -242,6 +251,7 @@ impl Run {
             }
             _ => self.flush_twin(),
         };
+        let gone = self.take_over(gone);
         (pending, gone)
     }
     fn cpu_writes(&mut self, which: Index, offset: u64, size_bytes: usize, fill: u8) {
