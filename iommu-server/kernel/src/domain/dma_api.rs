@@ -43,7 +43,8 @@ impl Domain {
         request: &DmaMap,
     ) -> Result<(Iova, RecordIndex), DmaMapError> {
         let (size_bytes, allowed_bytes) = (request.range.size_bytes(), self.limits.segment_bytes_max);
-        if size_bytes > allowed_bytes {
+        // What is allocated for the device is no segment of a transfer.
+        if size_bytes > allowed_bytes && request.function != DmaFunction::Coherent {
             return Err(SegmentOverLimit { size_bytes, allowed_bytes }.into());
         }
         // Memory of another device is not copied, and coherent memory cannot be.

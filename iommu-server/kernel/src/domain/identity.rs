@@ -16,6 +16,7 @@ use iommu_types::errors::{BeyondWidth, DmaMapError, LimitReached};
 use iommu_types::{GpaRange, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions, PersistentQuota};
 
 use super::dma_api::pages_of;
+use super::ledger::PER_ADDRESS_MAX;
 use super::request::DmaMap;
 use super::table::Extent;
 use super::undone::Remains;
@@ -126,6 +127,10 @@ impl Domain {
         if last >> self.options.width_bits != 0 {
             let width_bits = self.options.width_bits;
             return Err(BeyondWidth { iova: Iova::new(last), width_bits }.into());
+        }
+        if self.ledger.is_full_at(iova) {
+            let (limit, allowed) = ("mappings_per_address".to_owned(), PER_ADDRESS_MAX as u64);
+            return Err(LimitReached { limit, allowed }.into());
         }
         self.resolve(memory, range)?;
         self.place_extents(range.base().page_number());

@@ -12,6 +12,10 @@ use iommu_types::Iova;
 /// makes more overlap than this is told that nothing is mapped there when it syncs.
 const NEIGHBOURS_MAX: usize = 1024;
 
+/// Mappings that may begin at one address at once: an unmap looks at each of them. A buffer that so many transfers use at once is
+/// rare, and one that more do can be mapped at another offset.
+pub(super) const PER_ADDRESS_MAX: usize = 256;
+
 /// Records by address.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
@@ -19,6 +23,10 @@ pub(super) struct Ledger {
 }
 
 impl Ledger {
+    /// Whether no more mappings may begin there.
+    pub(super) fn is_full_at(&self, iova: Iova) -> bool {
+        self.at(iova).take(PER_ADDRESS_MAX).count() == PER_ADDRESS_MAX
+    }
     pub(super) fn add(&mut self, iova: Iova, record: RecordIndex) {
         assert!(self.mappings.insert((iova.get(), record.0)), "a record is noted once");
     }

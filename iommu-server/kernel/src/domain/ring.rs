@@ -27,6 +27,7 @@ use super::{Domain, Mode, Shortage};
 use crate::account::OwnerAccount;
 use crate::boot::Kernel;
 use crate::frames::{FrameRun, frame_at};
+use crate::iova::INTERRUPT_PAGES;
 use crate::owner_memory::OwnerMemory;
 
 /// Slots of the ring for coherent memory: descriptor rings and the like, of which a device has few.
@@ -249,6 +250,7 @@ impl Domain {
         }
         let slot = rings.find_slot(number, is_coherent)?;
         let place = SlotPlace { ring: number, slot };
+        check_interrupts(place, size_bytes)?;
         self.resolve(memory, request.range)?;
         let frame = self.one_run(request)?;
         let address = frame.checked_add(request.range.base().page_offset()).expect("frames lie in memory");
@@ -290,13 +292,20 @@ impl Domain {
         request: &DmaUnmap,
         now: Tick,
     ) -> Result<PendingUnmap, DmaUnmapError> {
-        let place = self.revoke_asked(kernel, request, now)?;
-        let mut told = Undone::nothing(self.id);
-        told.add(request.range.size_bytes());
+        let revoked = self.revoke_asked(kernel, request, now);
         if !request.end_of_burst {
-            return Ok(PendingUnmap::answered(told));
+            return revoked.map(|told| PendingUnmap::answered(told));
         }
-        Ok(self.end_bursts_of(kernel, &[place.ring]).telling(&told))
+        // A burst ends where its driver says so, whatever becomes of its last unmap.
+        let named = RingIova::unpack(request.range.base()).ring;
+        let pending = self.end_bursts_of(kernel, &[named]);
+        match revoked {
+            Ok(told) => Ok(pending.telling(&told)),
+            Err(error) => {
+                self.evicted.push(pending);
+                Err(error)
+            }
+        }
     }
     /// Unmaps slots. At the end of a burst the rings that were touched are invalidated, each once.
     pub(super) fn unmap_slots(
@@ -306,20 +315,23 @@ impl Domain {
         now: Tick,
     ) -> (Vec<Result<(), DmaUnmapError>>, PendingUnmap) {
         let mut told = Undone::nothing(self.id);
-        let mut touched: Vec<u16> = Vec::new();
+        let mut named: Vec<u16> = Vec::new();
         let mut revoke = |request: &DmaUnmap| {
-            let place = self.revoke_asked(kernel, request, now)?;
-            told.add(request.range.size_bytes());
-            if !touched.contains(&place.ring) {
-                touched.push(place.ring);
+            let ring = RingIova::unpack(request.range.base()).ring;
+            // Neighbours are of one ring nearly always.
+            if named.last() != Some(&ring) {
+                named.push(ring);
             }
+            let revoked = self.revoke_asked(kernel, request, now)?;
+            told.add(revoked.unmapped_bytes());
             Ok(())
         };
         let results = requests.iter().map(&mut revoke).collect();
         if !requests.last().is_some_and(|last| last.end_of_burst) {
             return (results, PendingUnmap::answered(told));
         }
-        let pending = self.end_bursts_of(kernel, &touched);
+        // A burst ends where its driver says so, whatever becomes of its unmaps; a ring that has nothing waiting is left alone.
+        let pending = self.end_bursts_of(kernel, &named);
         (results, pending.telling(&told))
     }
     /// Unmaps the slots of a scatter-gather mapping.
@@ -367,12 +379,14 @@ impl Domain {
         kernel: &Kernel,
         request: &DmaUnmap,
         now: Tick,
-    ) -> Result<SlotPlace, DmaUnmapError> {
+    ) -> Result<Undone, DmaUnmapError> {
         let iova = request.range.base();
         let (place, record) = rings_of(&mut self.mode).live_at(iova).ok_or(NotMapped { iova })?;
         check_exact(&kernel.records.records().get(record).1, request)?;
         self.revoke_slot(kernel, place, record, request.range.size_bytes(), now);
-        Ok(place)
+        let mut told = Undone::nothing(self.id);
+        told.add(request.range.size_bytes());
+        Ok(told)
     }
     /// Clears an entry; the rest waits for the end of the burst.
     fn revoke_slot(
@@ -410,10 +424,8 @@ impl Domain {
         let mut remains = self.unfinished.fresh();
         let mut drain = PendingDrain::none();
         for &number in numbers {
-            let ring = &mut rings_of(&mut self.mode).rings[usize::from(number)];
-            if ring.waiting.records.is_empty() {
-                continue;
-            }
+            let ring = rings_of(&mut self.mode).rings.get_mut(usize::from(number));
+            let Some(ring) = ring.filter(|ring| !ring.waiting.records.is_empty()) else { continue };
             remains.append(&mut ring.waiting);
             for source in &self.ring_sources {
                 drain = drain.and(kernel.unit().invalidate_ring(*source, number));
@@ -447,6 +459,17 @@ impl Domain {
         assert!(*slot == Slot::Leaving, "a slot is vacated once");
         *slot = Slot::Free;
     }
+}
+
+/// No address of a slot may mean an interrupt: FEEx_xxxx lies in slot 3 of ring 0, near its end.
+fn check_interrupts(place: SlotPlace, size_bytes: u64) -> Result<(), SegmentOverLimit> {
+    let first = place.iova().get();
+    let interrupts = INTERRUPT_PAGES.0 * PAGE_SIZE_BYTES;
+    let room = interrupts.saturating_sub(first);
+    if first < interrupts && size_bytes > room {
+        return Err(SegmentOverLimit { size_bytes, allowed_bytes: room });
+    }
+    Ok(())
 }
 
 /// The frames behind a slot.

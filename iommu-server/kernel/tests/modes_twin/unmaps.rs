@@ -107,10 +107,29 @@ impl Run {
         };
         let is_deferred = self.defers(&[request]);
         let gone = self.unmapped(&request, outcome, order, is_deferred)?;
-        if let Some(pending) = pending {
-            self.settle(gone, is_deferred, request.end_of_burst, pending)?;
+        let named = [request.range.base().get()];
+        match pending {
+            Some(pending) => self.settle(gone, is_deferred, request.end_of_burst, &named, pending),
+            None => {
+                // A burst ends where its driver says so, also with an unmap that is refused.
+                let pending = self.tenant.domain.take_evicted();
+                let ends = self.twin.is_ring() && request.end_of_burst;
+                prop_assert_eq!(!pending.is_empty(), ends);
+                let released = if ends { self.end_bursts_named(&named) } else { Gone::default() };
+                self.keep(pending, released);
+                Ok(())
+            }
         }
-        Ok(())
+    }
+    /// Ends the bursts of the rings that these addresses name, where there are such rings.
+    fn end_bursts_named(&mut self, named: &[u64]) -> Gone {
+        let mut released = Gone::default();
+        for ring in named.iter().map(|iova| (iova >> 48) as usize) {
+            if ring < self.twin.rings.len() {
+                released.append(self.twin.end_burst(ring));
+            }
+        }
+        released
     }
     pub(crate) fn unmap_batch(&mut self, unmaps: &[Unmap]) -> Checked {
         let requests: Vec<DmaUnmap> = unmaps.iter().filter_map(|unmap| self.unmap_request(unmap)).collect();
@@ -123,7 +142,8 @@ impl Run {
             gone.extend(self.unmapped(request, outcome, order + n as u64, is_deferred)?);
         }
         let ends_burst = requests.last().is_some_and(|last| last.end_of_burst);
-        self.settle(gone, is_deferred, ends_burst, pending)
+        let named: Vec<u64> = requests.iter().map(|request| request.range.base().get()).collect();
+        self.settle(gone, is_deferred, ends_burst, &named, pending)
     }
     /// Whether what these unmap stays in use for a while. Coherent memory is freed right away.
     fn defers(&self, requests: &[DmaUnmap]) -> bool {
@@ -171,13 +191,13 @@ impl Run {
         gone: Vec<(usize, Gone)>,
         is_deferred: bool,
         ends_burst: bool,
+        named: &[u64],
         pending: PendingUnmap,
     ) -> Checked {
         let told = gone.iter().fold((0, 0), |sum, (_, gone)| (sum.0 + gone.mappings, sum.1 + gone.bytes));
         prop_assert_eq!((pending.undone.unmapped_mappings(), pending.undone.unmapped_bytes()), told);
         let mut released = Gone::default();
         if self.twin.is_ring() {
-            let touched: Vec<usize> = gone.iter().map(|(ring, _)| *ring).collect();
             for (ring, gone) in gone {
                 let ring = &mut self.twin.rings[ring];
                 if ring.waiting.mappings == 0 {
@@ -185,8 +205,8 @@ impl Run {
                 }
                 ring.waiting.append(gone);
             }
-            for ring in touched.into_iter().filter(|_| ends_burst) {
-                released.append(self.twin.end_burst(ring));
+            if ends_burst {
+                released = self.end_bursts_named(named);
             }
         } else if is_deferred {
             for (_, gone) in gone {
@@ -293,7 +313,8 @@ impl Run {
                     let kind = MappingKind::ScatterGather;
                     self.judge.unmapped((*iova, *size), request.direction, kind, order, death);
                 }
-                self.settle(gone, is_deferred, request.end_of_burst, pending)
+                let named: Vec<u64> = gone.iter().map(|(ring, _)| (*ring as u64) << 48).collect();
+                self.settle(gone, is_deferred, request.end_of_burst, &named, pending)
             }
         }
     }

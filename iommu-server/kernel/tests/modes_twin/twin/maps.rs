@@ -10,7 +10,7 @@ impl Twin {
     /// Why a buffer cannot be mapped, as far as it does not depend on where it goes.
     pub(crate) fn refuses_early(&self, request: &DmaMap) -> Option<Why> {
         let (base, size_bytes) = (request.range.base().get(), request.range.size_bytes());
-        if size_bytes > self.limits.segment_bytes_max {
+        if size_bytes > self.limits.segment_bytes_max && request.function != DmaFunction::Coherent {
             return Some(Why::Segment);
         }
         let is_owned =
