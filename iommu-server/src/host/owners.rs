@@ -21,6 +21,8 @@ pub struct OwnerState {
     pub account: Arc<OwnerAccount>,
     /// Its memory map. Read to map and to move bytes, written to allocate and free.
     pub memory: RwLock<OwnerMemory>,
+    /// Held by who opens or closes buffers in direct maps, drains included: a buffer is open in all of them or in none when another comes.
+    pub direct_maps: tokio::sync::Mutex<()>,
     /// Interrupts of its devices.
     pub interrupts: InterruptFeed,
     /// Its session.
@@ -41,7 +43,8 @@ impl OwnerState {
     pub fn new(kernel: &Kernel, owner: Owner, name: String) -> Self {
         let account = kernel.account(owner);
         let memory = RwLock::new(OwnerMemory::new(kernel, Arc::clone(&account)));
-        Self { owner, name, account, memory, interrupts: InterruptFeed::new(), seat: Seat::new() }
+        let (interrupts, seat) = (InterruptFeed::new(), Seat::new());
+        Self { owner, name, account, memory, direct_maps: tokio::sync::Mutex::default(), interrupts, seat }
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use iommu_kernel::{DeviceEntry, Topology};
+use iommu_kernel::{DeviceEntry, Domain, Topology};
 use iommu_types::errors::{
     AttachError, CreateDomainError, DestroyDomainError, DetachError, DmaLimitsError, DomainInUse,
     LimitReached, NotAttached, NotYours, UnknownDevice,
@@ -278,6 +278,11 @@ impl Host {
         let Some(domain) = slot.take().await else { return };
         // Out of the registry before its identifier can be given to another.
         self.domains.remove(slot);
+        self.destroy_now(domain).await;
+    }
+
+    /// Destroys a domain that is in no registry and to which nothing is attached.
+    pub(super) async fn destroy_now(&self, domain: Domain) {
         let mut destroy = self.kernel.destroy_domain(domain);
         let drained = destroy.take_drain().await;
         destroy.finish(&self.kernel, drained);

@@ -286,7 +286,7 @@ impl DriverService for Drivers {
         request: Request<pb::CreateDomainRequest>,
     ) -> Result<Response<pb::CreateDomainResponse>, Status> {
         once!(self, request, model::CreateDomain, |host, owner, ask| {
-            let slot = host.create_domain(&owner, ask.options).map_err(status)?;
+            let slot = host.create_domain(&owner, ask.options).await.map_err(status)?;
             Ok(pb::CreateDomainResponse { domain_id: u32::from(slot.id.get()) })
         })
     }
