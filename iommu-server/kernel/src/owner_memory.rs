@@ -107,7 +107,11 @@ impl OwnerMemory {
     pub fn pins_of(&self, kernel: &Kernel, gpa: Gpa) -> u32 {
         let buffer = self.buffers.get(&gpa.page_number()).filter(|_| gpa.is_aligned(PAGE_SIZE_BYTES));
         let frames = buffer.into_iter().flat_map(Buffer::frames);
-        frames.filter_map(|frame| kernel.frames.array().state(frame)).map(|state| state.pins).max().unwrap_or(0)
+        frames
+            .filter_map(|frame| kernel.frames.array().state(frame))
+            .map(|state| state.pins)
+            .max()
+            .unwrap_or(0)
     }
     /// Frees every buffer; returns how many bytes. Nothing may be mapped any more.
     pub fn free_all(&mut self, kernel: &Kernel) -> u64 {

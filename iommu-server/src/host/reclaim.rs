@@ -66,8 +66,8 @@ impl Host {
     async fn reset_all(&self, devices: &[DeviceAddress]) {
         let mut resets = tokio::task::JoinSet::new();
         for address in devices {
-            if let Some(session) = self.devices.get(*address).ok().and_then(|device| device.session()) {
-                resets.spawn(async move { session.reset().await });
+            if let Ok(device) = self.devices.get(*address) {
+                resets.spawn(async move { device.reset().await });
             }
         }
         resets.join_all().await;

@@ -46,6 +46,7 @@ use iommu_types::{
 };
 
 pub use domain_api::{MapFixed, MappingState};
+pub use find::Held;
 pub use flush::Waiting;
 pub use lifecycle::PendingDestroy;
 pub use request::{DmaFunction, DmaMap, DmaUnmap, Segment, Tick};

@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 
 use iommu_types::{AccessWidth, PAGE_SIZE_BYTES};
 
+/// Different addresses that are remembered of a device that no sanitizer looks at.
+const CARRIED_MAX: usize = super::SanitizerBounds::USUAL.supplied_per_device;
+
 /// Halves of addresses that are remembered: the 4-byte registers of 16 KiB of registers.
 const HALVES_MAX: usize = 4096;
 
@@ -84,6 +87,14 @@ impl Supplied {
         }
         self.by_stamp.insert(stamp, value);
     }
+    /// The same for another domain: what mappings there were when it was given says nothing there, and the driver may be as right to have
+    /// given it as the device is wrong to use it there. So it is open who is to blame for it.
+    fn carried(mut self) -> Self {
+        for given in self.values.values_mut() {
+            (given.is_certain, given.dangling) = (false, None);
+        }
+        self
+    }
     /// Something was given that was not looked at.
     pub(super) fn lose(&mut self) {
         self.has_lost = true;
@@ -144,6 +155,51 @@ impl Supplied {
     /// Whether an address in `first..=last` is known to have been given after `order`, when nothing was mapped there.
     pub(super) fn dangled_after(&self, first: u64, last: u64, order: u64) -> bool {
         self.values.range(first..=last).any(|(_, given)| given.dangling.is_some_and(|at| at > order))
+    }
+}
+
+/// What a device was given, wherever it is attached: it goes with the device from the sanitizer of one domain to that of the next, and
+/// register writes in between are added.
+#[derive(Debug)]
+pub struct GivenAddresses(Supplied);
+
+impl Default for GivenAddresses {
+    fn default() -> Self {
+        Self::nothing()
+    }
+}
+
+impl GivenAddresses {
+    /// Nothing, as after a reset that the device said that it did.
+    pub fn nothing() -> Self {
+        Self(Supplied::new(CARRIED_MAX, false))
+    }
+    /// Nobody knows what.
+    pub fn unknown() -> Self {
+        Self(Supplied::new(CARRIED_MAX, true))
+    }
+    pub(super) fn of(supplied: Supplied) -> Self {
+        Self(supplied.carried())
+    }
+    pub(super) fn into_supplied(self) -> Supplied {
+        self.0
+    }
+    /// Whether it is certain that nothing was given.
+    pub fn is_nothing(&self) -> bool {
+        !self.0.has_lost && self.0.values.is_empty()
+    }
+    /// A register was written while no sanitizer looked. Without mappings to compare with, each half counts as an address.
+    pub fn written(&mut self, write: RegisterWrite) {
+        let halves = [write.value & u64::from(u32::MAX), write.value >> 32];
+        let halves = halves.into_iter().filter(|_| write.width == AccessWidth::Bytes8);
+        let whole = self.0.addresses_of(write).into_iter().flatten();
+        for value in whole.chain(halves) {
+            self.0.give(value, false, None);
+        }
+    }
+    /// Something was given that nobody looked at.
+    pub fn lose(&mut self) {
+        self.0.lose();
     }
 }
 
