@@ -516,3 +516,49 @@ async fn idle_domains_give_cached_addresses_back() {
     assert_eq!(driver.domain_state(id).await.cached_iova_ranges, 0, "an idle domain keeps none in the end");
     assert_eq!(server.host.trim(), 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_go_with_the_driver_that_named_them() {
+    let server = server_with(|args| args.grace = Some("1ms".to_owned())).await;
+    let operator = operator(&server).await;
+    let driver = Driver::open(&server, 0).await;
+    driver.limit(Some(16), Some(PAGE)).await.unwrap();
+    drop(driver);
+    let gone = async || !topology(&operator).await.owners[0].connected;
+    eventually("the session ends", gone).await;
+    let next = async || {
+        let channel = connect(&server).await;
+        let opened = open(&channel, open_request("driver0", driver_role(0))).await.ok()?;
+        Some(Driver::on(channel, opened))
+    };
+    let mut driver = None;
+    let is_there = async || {
+        driver = next().await;
+        driver.is_some()
+    };
+    eventually("the next driver has the owner", is_there).await;
+    let driver = driver.unwrap();
+    let gpa = driver.buffer(2 * PAGE).await;
+    let iova = driver.map(ENGINE0, gpa, 2 * PAGE).await.expect("no segment limit is left");
+    assert!(iova >= 1 << 16, "{iova:#x}: nor a mask");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_that_limits_refuse_leaves_no_domain_and_a_former_owners_limits_refuse_none() {
+    let server = server().await;
+    let operator = operator(&server).await;
+    let (driver, other) = (Driver::open(&server, 0).await, Driver::open(&server, 1).await);
+    driver.limit(Some(32), None).await.unwrap();
+    let ring = other.create_domain(mode(Ring)).await.unwrap();
+    let to = |number, domain_id| pb::AttachToOwnerRequest {
+        device: Some(device(ENGINE0)),
+        owner: Some(owner(number)),
+        domain_id,
+    };
+    admin(&operator).attach_to_owner(to(1, Some(ring))).await.expect("the mask was the former owner's");
+    assert_eq!(other.domain_state(ring).await.devices, [device(ENGINE0)]);
+    // An unknown domain, and then one that is refused: no default domain of the pair is left.
+    let before = topology(&operator).await.owners[0].domain_ids.clone();
+    admin(&operator).attach_to_owner(to(0, Some(ring))).await.unwrap_err();
+    assert_eq!(topology(&operator).await.owners[0].domain_ids, before);
+}
