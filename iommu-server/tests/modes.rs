@@ -562,3 +562,58 @@ async fn a_move_that_limits_refuse_leaves_no_domain_and_a_former_owners_limits_r
     admin(&operator).attach_to_owner(to(0, Some(ring))).await.unwrap_err();
     assert_eq!(topology(&operator).await.owners[0].domain_ids, before);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mappings_are_listed_page_by_page_also_where_many_begin_at_one_address() {
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    let gpa = driver.buffer(2 * PAGE).await;
+    for protection in [Shared, Strict] {
+        let id = driver.domain(mode(protection)).await;
+        let mut made = Vec::new();
+        for size_bytes in [1, 2, 3] {
+            for at in [gpa, gpa + 8, gpa + PAGE] {
+                made.push((driver.map(ENGINE0, at, size_bytes).await.unwrap(), size_bytes));
+            }
+        }
+        made.sort_unstable();
+        for limit in [1, 2, 4, 9] {
+            let mut request = pb::ListMappingsRequest { domain_id: id, from_iova: 0, skip: 0, limit };
+            let mut seen = Vec::new();
+            for _page in 0..made.len() {
+                let page = inspect(&driver.channel).list_mappings(request).await.unwrap().into_inner();
+                assert!(page.mappings.len() <= limit as usize);
+                seen.extend(page.mappings.iter().map(|mapping| (mapping.iova, mapping.size_bytes)));
+                let Some(from_iova) = page.next_iova else { break };
+                request = pb::ListMappingsRequest { from_iova, skip: page.next_skip, ..request };
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, made, "{protection:?}, {limit} at a time");
+        }
+        let beyond = pb::ListMappingsRequest { domain_id: id, from_iova: 0, skip: u32::MAX, limit: 1 };
+        let beyond = inspect(&driver.channel).list_mappings(beyond).await.unwrap().into_inner();
+        assert_eq!(beyond.mappings.len(), 1, "none begins at 0, so none is skipped");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn coherent_memory_is_freed_by_its_own_names_and_again_after_a_refusal() {
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    for protection in [Strict, Shared, Passthrough, Bounce, Ring] {
+        driver.domain(mode(protection)).await;
+        let (one, other) = (driver.coherent(PAGE).await.unwrap(), driver.coherent(PAGE).await.unwrap());
+        let crossed = pb::AllocateCoherentResponse { gpa: other.gpa, ..one };
+        let crossed = refused(driver.free_coherent(crossed).await);
+        assert!(["INVALID_FIELD", "NOT_MAPPED"].contains(&crossed.as_str()), "{protection:?}: {crossed}");
+        driver.free_coherent(other).await.unwrap();
+        // Mapped a second time, it stays; and the same call frees it later.
+        let again = driver.map(ENGINE0, one.gpa, 64).await.unwrap();
+        for _twice in 0..2 {
+            assert_eq!(refused(driver.free_coherent(one).await), "STILL_MAPPED", "{protection:?}");
+        }
+        driver.unmap(ENGINE0, again, 64).await.unwrap();
+        driver.free_coherent(one).await.unwrap();
+        assert_eq!(refused(driver.free_coherent(one).await), "NOT_ALLOCATED", "{protection:?}");
+    }
+}

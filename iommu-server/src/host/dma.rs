@@ -9,8 +9,8 @@ use iommu_kernel::{
     Segment,
 };
 use iommu_types::errors::{
-    DmaMapError, DmaSyncError, DmaUnmapError, InvalidField, MapError, NotAttached, NotYours, UnknownDevice,
-    UnknownDomain, UnmapError,
+    DmaMapError, DmaSyncError, DmaUnmapError, FreeError, InvalidField, MapError, NotAttached, NotYours,
+    UnknownDevice, UnknownDomain, UnmapError,
 };
 use iommu_types::{
     DeviceAddress, Direction, DmaAttributes, DomainId, GpaRange, Iova, IovaRange, Owner, Protection,
@@ -86,6 +86,17 @@ macro_rules! attached_into_operations {
     )* };
 }
 attached_into_operations!(DmaMapError);
+
+/// Why coherent memory was not freed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FreeCoherentError {
+    /// Its unmap was refused, and nothing was changed.
+    #[error(transparent)]
+    Unmap(#[from] DmaUnmapError),
+    /// It is unmapped, and cannot be freed.
+    #[error(transparent)]
+    Free(#[from] FreeError),
+}
 
 /// What is mapped by one call, and how.
 #[derive(Clone, Copy, Debug)]
@@ -347,6 +358,34 @@ impl Host {
         let (results, unsettled) = self.dma_unmap_batch(owner, device, &[request])?;
         settle_all(unsettled).await;
         results.into_iter().collect()
+    }
+
+    /// Unmaps a coherent buffer and frees it. Where it is mapped elsewhere too it is not freed, and may be freed again with the same call.
+    pub async fn free_coherent(
+        &self,
+        owner: &OwnerState,
+        device: DeviceAddress,
+        buffer: GpaRange,
+        request: DmaUnmap,
+    ) -> Result<(), FreeCoherentError> {
+        let (gpa, place) = (buffer.base(), (device, request.range.base()));
+        let is_unmapped = owner.unmapped_coherent.lock().get(&gpa) == Some(&place);
+        if !is_unmapped {
+            let held = |domain: &Domain| domain.holds(&self.kernel, &request);
+            let slot = self.domain_that_holds(owner.owner, device, held).map_err(DmaUnmapError::from)?;
+            let slot = slot.ok_or(NotAttached { device }).map_err(DmaUnmapError::from)?;
+            let is_anothers = |domain: &mut Domain| {
+                held(domain) == Held::Exactly && !domain.shows(&self.kernel, &request, gpa)
+            };
+            if slot.with(is_anothers).unwrap_or(false) {
+                let why = format!("{gpa} is not the memory that is mapped at {}", request.range.base());
+                return Err(DmaUnmapError::from(InvalidField { field: "gpa".to_owned(), why }).into());
+            }
+            self.dma_unmap(owner.owner, device, request).await?;
+            owner.unmapped_coherent.lock().insert(gpa, place);
+        }
+        self.free_buffer(owner, gpa, request.request_id).await?;
+        Ok(())
     }
 
     /// Unmaps a scatter-gather mapping; resolves when it may be answered.

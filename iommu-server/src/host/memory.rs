@@ -122,6 +122,8 @@ impl Host {
         };
         if freed.is_err() {
             self.open_again(owner, &direct_maps, buffer);
+        } else {
+            owner.unmapped_coherent.lock().remove(&buffer.base());
         }
         freed
     }

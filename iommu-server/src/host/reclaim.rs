@@ -55,6 +55,7 @@ impl Host {
             tokio::time::sleep(bounds::RECLAIM_TICK).await;
         }
         reclaimed.memory_bytes = owner.memory.write().free_all(&self.kernel);
+        owner.unmapped_coherent.lock().clear();
         self.metrics.reclaimed(reclaimed);
         tracing::info!(
             owner = %owner.owner, reason = why, mappings = reclaimed.mappings, domains = reclaimed.domains,

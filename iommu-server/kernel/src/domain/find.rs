@@ -2,7 +2,7 @@
 
 use iommu_hardware::memory::{MappingRecord, RecordIndex};
 use iommu_types::errors::{DirectionMismatch, DmaUnmapError, NotMapped, SizeMismatch, WrongFunction};
-use iommu_types::{Direction, Iova, IovaRange};
+use iommu_types::{Direction, Gpa, Iova, IovaRange};
 
 use super::request::{DmaFunction, DmaUnmap};
 use super::{Domain, Mode};
@@ -157,7 +157,12 @@ impl Domain {
     pub fn holds(&self, kernel: &Kernel, request: &DmaUnmap) -> Held {
         self.held(kernel, request.range.base(), || self.find_exact(kernel, request).is_ok())
     }
-    /// The same for a scatter-gather mapping that begins at an address.
+    /// Whether what an unmap names is here and shows the memory at `gpa`.
+    pub fn shows(&self, kernel: &Kernel, request: &DmaUnmap, gpa: Gpa) -> bool {
+        self.beginning_at(kernel, request.range.base())
+            .any(|found| found.facts.gpa == gpa.get() && check_exact(&found.facts, request).is_ok())
+    }
+    /// What is here of a scatter-gather mapping that begins at an address.
     pub fn holds_sg(&self, kernel: &Kernel, iova: Iova) -> Held {
         let is_sg = |found: Found| function_of(found.facts.kind) == Some(DmaFunction::ScatterGather);
         self.held(kernel, iova, || self.beginning_at(kernel, iova).any(is_sg))
