@@ -617,3 +617,48 @@ async fn coherent_memory_is_freed_by_its_own_names_and_again_after_a_refusal() {
         assert_eq!(refused(driver.free_coherent(one).await), "NOT_ALLOCATED", "{protection:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_tables_of_a_device_behind_rings_are_its_rings() {
+    use iommu_proto::pb::Structure::{RingDevice, RingRoot, RingSlot};
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    let observer = observer(&server).await;
+    let gpa = driver.buffer(PAGE).await;
+    driver.domain(rings(2, 8)).await;
+    let on = |ring| pb::DmaMapRequest { ring, ..driver.map_request(gpa + 8, 64) };
+    let mut mapped = Vec::new();
+    for ring in [0, 1, 1] {
+        mapped.push(driver.dma_map(on(ring)).await.unwrap());
+    }
+    driver.unmap(ENGINE0, mapped[1], 64).await.unwrap();
+    let dump = async |channel: &tonic::transport::Channel, without_page_tables| {
+        let device = Some(device(ENGINE0));
+        let request = pb::DumpTablesRequest { device, without_page_tables };
+        let mut dumped = inspect(channel).dump_tables(request).await.unwrap().into_inner();
+        let mut entries = Vec::new();
+        while let Some(piece) = dumped.message().await.unwrap() {
+            entries.extend(piece.entries);
+        }
+        entries
+    };
+    let seen = dump(&observer, false).await;
+    let sorts: Vec<_> = seen.iter().map(pb::WalkStep::structure).collect();
+    // The last ring is that of coherent memory.
+    let ring = pb::Structure::Ring;
+    assert_eq!(sorts, [RingRoot, RingDevice, ring, RingSlot, ring, RingSlot, ring]);
+    let slots = seen.iter().filter(|step| step.structure() == RingSlot);
+    let slots: Vec<_> = slots.map(|step| step.iova.unwrap()).collect();
+    assert_eq!(slots, [mapped[0], mapped[2]], "only what is valid");
+    assert!(seen.iter().all(|step| step.hpa != 0 && step.reading.starts_with("present")), "{seen:?}");
+    assert_eq!(dump(&observer, true).await.len(), 2, "without the rings");
+    // The driver sees that they are there, and not where.
+    let own = dump(&driver.channel, false).await;
+    assert!(
+        own.len() == seen.len() && own.iter().all(|step| step.hpa == 0 && step.reading.is_empty()),
+        "{own:?}"
+    );
+    driver.attach(ENGINE0, None).await.unwrap();
+    let back = dump(&observer, false).await;
+    assert_eq!(back[0].structure(), pb::Structure::Root);
+}

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use iommu_hardware::vtd::{CacheCounters, Counters, Unit};
-use iommu_kernel::{MappingState, SanitizerHandle};
+use iommu_kernel::{Domain, MappingState, SanitizerHandle};
 use iommu_proto::errors::WireError;
 use iommu_proto::model::{
     self, DomainState, DumpIotlb, DumpTables, DumpedIotlb, Explain, Explained, GetCounters, ListDomains,
@@ -72,7 +72,14 @@ impl Inspect {
         // An operator may attach a device to a domain of its new owner in between, so it is the domain that counts.
         let slot = slot.filter(|slot| caller.sees(Some(slot.owner)));
         // To a domain that is being destroyed nothing is attached.
-        let seen = slot.and_then(|slot| slot.with(|_| look(Scope::Domain(Some(slot.id)))).ok());
+        let source = device.address.source_id;
+        let seen = slot.and_then(|slot| {
+            let scope = |domain: &Domain| match domain.has_ring_source(source) {
+                true => Scope::Rings,
+                false => Scope::Domain(Some(slot.id)),
+            };
+            slot.with(|domain| look(scope(domain))).ok()
+        });
         Ok(seen.unwrap_or_else(|| look(Scope::Domain(None))))
     }
     fn device_state(&self, device: &DeviceState) -> model::DeviceState {

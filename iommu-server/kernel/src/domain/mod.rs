@@ -189,6 +189,10 @@ impl Domain {
     pub fn width_bits(&self) -> u8 {
         self.options.width_bits
     }
+    /// Whether a source behind the ring unit uses the domain's rings. It does as long as nobody changes the domain.
+    pub fn has_ring_source(&self, source: SourceId) -> bool {
+        self.ring_sources.contains(&source)
+    }
     /// What its devices can address.
     pub fn limits(&self) -> DmaLimits {
         self.limits
