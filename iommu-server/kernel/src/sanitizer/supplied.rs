@@ -259,6 +259,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_carried_leaves_it_open_who_is_to_blame() {
+        let mut supplied = Supplied::new(8, false);
+        supplied.give(0x5000, true, Some(7));
+        let mut given = GivenAddresses::of(supplied);
+        assert!(!given.is_nothing() && GivenAddresses::nothing().is_nothing());
+        let wide = RegisterWrite { offset: 0x10, width: AccessWidth::Bytes8, value: 0x7000_0000_8000 };
+        given.written(wide);
+        let supplied = given.into_supplied();
+        assert!(!supplied.dangled_after(0x5000, 0x5000, 6), "orders of another domain mean nothing");
+        for (address, expected) in [
+            (0x5000, Supply::Perhaps),
+            (0x7000_0000_8000, Supply::Perhaps),
+            (0x8000, Supply::Perhaps),
+            (0x7000, Supply::Perhaps),
+            (0x9000, Supply::Never),
+        ] {
+            assert_eq!(supplied.exactly(address), expected, "{address:#x}");
+        }
+        let mut lost = GivenAddresses::nothing();
+        lost.lose();
+        for given in [lost, GivenAddresses::unknown()] {
+            assert!(!given.is_nothing());
+            assert_eq!(given.into_supplied().exactly(0x9000), Supply::Perhaps);
+        }
+    }
+
+    #[test]
     fn two_halves_make_an_address_in_either_order() {
         use AccessWidth::{Bytes1, Bytes2, Bytes4, Bytes8};
         let mut supplied = Supplied::new(8, false);
