@@ -70,15 +70,17 @@ impl Inspect {
     }
 
     /// Mappings of a domain that end above `from`, in the order of their addresses; at most `limit` (0: as
-    /// many as fit one message). `next_iova` says where to go on.
+    /// many as fit one message). Of those that begin at `from` itself, the first `skip` are left out. `next_iova` and `next_skip` say
+    /// where to go on.
     pub async fn mappings(
         &self,
         domain_id: DomainId,
         from: Iova,
+        skip: u32,
         limit: u32,
     ) -> Result<Mappings, SdkError<InspectError>> {
         let message: pb::ListMappingsRequest =
-            model::ListMappings { domain_id, from_iova: from, limit }.into();
+            model::ListMappings { domain_id, from_iova: from, skip, limit }.into();
         let answer = self
             .core
             .unary(message, |channel, request| async move { client(channel).list_mappings(request).await })

@@ -516,3 +516,149 @@ async fn idle_domains_give_cached_addresses_back() {
     assert_eq!(driver.domain_state(id).await.cached_iova_ranges, 0, "an idle domain keeps none in the end");
     assert_eq!(server.host.trim(), 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_go_with_the_driver_that_named_them() {
+    let server = server_with(|args| args.grace = Some("1ms".to_owned())).await;
+    let operator = operator(&server).await;
+    let driver = Driver::open(&server, 0).await;
+    driver.limit(Some(16), Some(PAGE)).await.unwrap();
+    drop(driver);
+    let gone = async || !topology(&operator).await.owners[0].connected;
+    eventually("the session ends", gone).await;
+    let next = async || {
+        let channel = connect(&server).await;
+        let opened = open(&channel, open_request("driver0", driver_role(0))).await.ok()?;
+        Some(Driver::on(channel, opened))
+    };
+    let mut driver = None;
+    let is_there = async || {
+        driver = next().await;
+        driver.is_some()
+    };
+    eventually("the next driver has the owner", is_there).await;
+    let driver = driver.unwrap();
+    let gpa = driver.buffer(2 * PAGE).await;
+    let iova = driver.map(ENGINE0, gpa, 2 * PAGE).await.expect("no segment limit is left");
+    assert!(iova >= 1 << 16, "{iova:#x}: nor a mask");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_move_that_limits_refuse_leaves_no_domain_and_a_former_owners_limits_refuse_none() {
+    let server = server().await;
+    let operator = operator(&server).await;
+    let (driver, other) = (Driver::open(&server, 0).await, Driver::open(&server, 1).await);
+    driver.limit(Some(32), None).await.unwrap();
+    let ring = other.create_domain(mode(Ring)).await.unwrap();
+    let to = |number, domain_id| pb::AttachToOwnerRequest {
+        device: Some(device(ENGINE0)),
+        owner: Some(owner(number)),
+        domain_id,
+    };
+    admin(&operator).attach_to_owner(to(1, Some(ring))).await.expect("the mask was the former owner's");
+    assert_eq!(other.domain_state(ring).await.devices, [device(ENGINE0)]);
+    // An unknown domain, and then one that is refused: no default domain of the pair is left.
+    let before = topology(&operator).await.owners[0].domain_ids.clone();
+    admin(&operator).attach_to_owner(to(0, Some(ring))).await.unwrap_err();
+    assert_eq!(topology(&operator).await.owners[0].domain_ids, before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mappings_are_listed_page_by_page_also_where_many_begin_at_one_address() {
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    let gpa = driver.buffer(2 * PAGE).await;
+    for protection in [Shared, Strict] {
+        let id = driver.domain(mode(protection)).await;
+        let mut made = Vec::new();
+        for size_bytes in [1, 2, 3] {
+            for at in [gpa, gpa + 8, gpa + PAGE] {
+                made.push((driver.map(ENGINE0, at, size_bytes).await.unwrap(), size_bytes));
+            }
+        }
+        made.sort_unstable();
+        for limit in [1, 2, 4, 9] {
+            let mut request = pb::ListMappingsRequest { domain_id: id, from_iova: 0, skip: 0, limit };
+            let mut seen = Vec::new();
+            for _page in 0..made.len() {
+                let page = inspect(&driver.channel).list_mappings(request).await.unwrap().into_inner();
+                assert!(page.mappings.len() <= limit as usize);
+                seen.extend(page.mappings.iter().map(|mapping| (mapping.iova, mapping.size_bytes)));
+                let Some(from_iova) = page.next_iova else { break };
+                request = pb::ListMappingsRequest { from_iova, skip: page.next_skip, ..request };
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, made, "{protection:?}, {limit} at a time");
+        }
+        let beyond = pb::ListMappingsRequest { domain_id: id, from_iova: 0, skip: u32::MAX, limit: 1 };
+        let beyond = inspect(&driver.channel).list_mappings(beyond).await.unwrap().into_inner();
+        assert_eq!(beyond.mappings.len(), 1, "none begins at 0, so none is skipped");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn coherent_memory_is_freed_by_its_own_names_and_again_after_a_refusal() {
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    for protection in [Strict, Shared, Passthrough, Bounce, Ring] {
+        driver.domain(mode(protection)).await;
+        let (one, other) = (driver.coherent(PAGE).await.unwrap(), driver.coherent(PAGE).await.unwrap());
+        let crossed = pb::AllocateCoherentResponse { gpa: other.gpa, ..one };
+        let crossed = refused(driver.free_coherent(crossed).await);
+        assert!(["INVALID_FIELD", "NOT_MAPPED"].contains(&crossed.as_str()), "{protection:?}: {crossed}");
+        driver.free_coherent(other).await.unwrap();
+        // Mapped a second time, it stays; and the same call frees it later.
+        let again = driver.map(ENGINE0, one.gpa, 64).await.unwrap();
+        for _twice in 0..2 {
+            assert_eq!(refused(driver.free_coherent(one).await), "STILL_MAPPED", "{protection:?}");
+        }
+        driver.unmap(ENGINE0, again, 64).await.unwrap();
+        driver.free_coherent(one).await.unwrap();
+        assert_eq!(refused(driver.free_coherent(one).await), "NOT_ALLOCATED", "{protection:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_tables_of_a_device_behind_rings_are_its_rings() {
+    use iommu_proto::pb::Structure::{RingDevice, RingRoot, RingSlot};
+    let server = server().await;
+    let driver = Driver::open(&server, 0).await;
+    let observer = observer(&server).await;
+    let gpa = driver.buffer(PAGE).await;
+    driver.domain(rings(2, 8)).await;
+    let on = |ring| pb::DmaMapRequest { ring, ..driver.map_request(gpa + 8, 64) };
+    let mut mapped = Vec::new();
+    for ring in [0, 1, 1] {
+        mapped.push(driver.dma_map(on(ring)).await.unwrap());
+    }
+    driver.unmap(ENGINE0, mapped[1], 64).await.unwrap();
+    let dump = async |channel: &tonic::transport::Channel, without_page_tables| {
+        let device = Some(device(ENGINE0));
+        let request = pb::DumpTablesRequest { device, without_page_tables };
+        let mut dumped = inspect(channel).dump_tables(request).await.unwrap().into_inner();
+        let mut entries = Vec::new();
+        while let Some(piece) = dumped.message().await.unwrap() {
+            entries.extend(piece.entries);
+        }
+        entries
+    };
+    let seen = dump(&observer, false).await;
+    let sorts: Vec<_> = seen.iter().map(pb::WalkStep::structure).collect();
+    // The last ring is that of coherent memory.
+    let ring = pb::Structure::Ring;
+    assert_eq!(sorts, [RingRoot, RingDevice, ring, RingSlot, ring, RingSlot, ring]);
+    let slots = seen.iter().filter(|step| step.structure() == RingSlot);
+    let slots: Vec<_> = slots.map(|step| step.iova.unwrap()).collect();
+    assert_eq!(slots, [mapped[0], mapped[2]], "only what is valid");
+    assert!(seen.iter().all(|step| step.hpa != 0 && step.reading.starts_with("present")), "{seen:?}");
+    assert_eq!(dump(&observer, true).await.len(), 2, "without the rings");
+    // The driver sees that they are there, and not where.
+    let own = dump(&driver.channel, false).await;
+    assert!(
+        own.len() == seen.len() && own.iter().all(|step| step.hpa == 0 && step.reading.is_empty()),
+        "{own:?}"
+    );
+    driver.attach(ENGINE0, None).await.unwrap();
+    let back = dump(&observer, false).await;
+    assert_eq!(back[0].structure(), pb::Structure::Root);
+}

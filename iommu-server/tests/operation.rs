@@ -162,7 +162,8 @@ async fn an_access_is_explained_and_only_operators_see_physical_addresses() {
     let iotlb = inspect(&observer).dump_iotlb(pb::DumpIotlbRequest::default()).await.unwrap().into_inner();
     assert!(iotlb.entries.iter().any(|entry| entry.iova == iova && entry.hpa == translation.hpa & !0xfff));
     let state = device_state(&observer, ENGINE0).await;
-    let mappings = pb::ListMappingsRequest { domain_id: state.domain_id.unwrap(), from_iova: 0, limit: 0 };
+    let mappings =
+        pb::ListMappingsRequest { domain_id: state.domain_id.unwrap(), from_iova: 0, skip: 0, limit: 0 };
     let mappings = inspect(&driver.channel).list_mappings(mappings).await.unwrap().into_inner();
     assert_eq!((mappings.mappings[0].iova, mappings.next_iova), (iova, None));
     let counters = inspect(&observer).get_counters(pb::GetCountersRequest { segment: None }).await.unwrap();

@@ -243,7 +243,7 @@ impl Stage {
         let domains = inspect.domains(None).await.expect("domains");
         let mut mappings = Vec::new();
         for domain in &domains {
-            let listed = inspect.mappings(domain.domain_id, Iova::new(0), 0).await.expect("mappings");
+            let listed = inspect.mappings(domain.domain_id, Iova::new(0), 0, 0).await.expect("mappings");
             mappings.extend(listed.mappings);
         }
         let attachment =

@@ -473,7 +473,12 @@ async fn registers_memory_and_inspection_refuse_each_nonsense_with_its_own_reaso
                 "the neighbour's mappings",
                 INSPECT,
                 "ListMappings",
-                &pb::ListMappingsRequest { domain_id: ground.neighbours_domain_id, from_iova: 0, limit: 0 },
+                &pb::ListMappingsRequest {
+                    domain_id: ground.neighbours_domain_id,
+                    from_iova: 0,
+                    skip: 0,
+                    limit: 0,
+                },
                 "NOT_YOURS",
             ),
             row("a resume token of no log", "/iommu.v1.FaultService/", "Watch", &watch, "BAD_RESUME_TOKEN"),

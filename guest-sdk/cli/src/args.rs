@@ -65,6 +65,9 @@ pub(crate) enum Command {
         /// Only those that end above this address.
         #[arg(long, value_parser = number, default_value = "0", value_name = "IOVA")]
         from: u64,
+        /// Without so many of those that begin at that very address.
+        #[arg(long, default_value_t = 0)]
+        skip: u32,
         /// At most so many.
         #[arg(long, default_value_t = 1000)]
         limit: u32,

@@ -140,9 +140,10 @@ pub(crate) async fn mappings(
     out: Output,
     domain: u16,
     from: u64,
+    skip: u32,
     limit: u32,
 ) -> anyhow::Result<()> {
-    let page = operator.inspect().mappings(DomainId::new(domain), Iova::new(from), limit).await?;
+    let page = operator.inspect().mappings(DomainId::new(domain), Iova::new(from), skip, limit).await?;
     let value = json!({
         "mappings": page.mappings.iter().map(|mapping| json!({
             "iova": hex(mapping.iova.get()),
@@ -152,6 +153,7 @@ pub(crate) async fn mappings(
             "request_id": mapping.request_id.0,
         })).collect::<Vec<_>>(),
         "next_iova": page.next_iova.map(|iova| hex(iova.get())),
+        "next_skip": page.next_skip,
     });
     out.page(&value, || {
         let rows = page.mappings.iter().map(|mapping| {
@@ -165,7 +167,8 @@ pub(crate) async fn mappings(
         });
         let rows = table(&["iova", "bytes", "gpa", "permissions", "request"], rows.collect());
         match page.next_iova {
-            Some(next) => format!("{rows}more: --from {:#x}\n", next.get()),
+            Some(next) if page.next_skip == 0 => format!("{rows}more: --from {:#x}\n", next.get()),
+            Some(next) => format!("{rows}more: --from {:#x} --skip {}\n", next.get(), page.next_skip),
             None => rows,
         }
     });

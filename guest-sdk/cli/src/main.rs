@@ -72,8 +72,8 @@ async fn run(operator: &Operator, cli: &Cli) -> anyhow::Result<Ended> {
     match &cli.command {
         Command::Status => ask::status(operator, out).await?,
         Command::Domains { domain, owner } => domains::run(operator, out, *domain, *owner).await?,
-        Command::Mappings { domain, from, limit } => {
-            ask::mappings(operator, out, *domain, *from, *limit).await?
+        Command::Mappings { domain, from, skip, limit } => {
+            ask::mappings(operator, out, *domain, *from, *skip, *limit).await?
         }
         Command::Translate(access) => return ask::translate(operator, out, access).await,
         Command::Explain(access) => return ask::explain(operator, out, access).await,

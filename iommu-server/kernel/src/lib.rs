@@ -30,7 +30,7 @@ mod topology;
 pub use account::{OwnerAccount, OwnerLimits};
 pub use boot::{BootError, Kernel, KernelConfig};
 pub use domain::{
-    DmaFunction, DmaMap, DmaSync, DmaUnmap, DmaUnmapSg, Domain, DomainCounters, MapFixed, MappingState,
+    DmaFunction, DmaMap, DmaSync, DmaUnmap, DmaUnmapSg, Domain, DomainCounters, Held, MapFixed, MappingState,
     PendingDestroy, PendingUnmap, SanitizerHandle, Segment, Tick, Undone, Waiting,
 };
 pub use fault_logs::FaultLogs;
@@ -38,6 +38,7 @@ pub use interrupts::MsiMessage;
 pub use iova::{IovaAllocator, IovaCounters, IovaReplay};
 pub use owner_memory::OwnerMemory;
 pub use sanitizer::{
-    DriverCall, EventClock, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer, SanitizerBounds,
+    DriverCall, EventClock, GivenAddresses, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer,
+    SanitizerBounds,
 };
 pub use topology::{DeviceEntry, OwnerEntry, Topology};

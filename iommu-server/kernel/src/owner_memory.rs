@@ -103,6 +103,16 @@ impl OwnerMemory {
         }
         Ok(self.give_back(kernel, first))
     }
+    /// The most pins that any page of the buffer beginning at `gpa` has; 0 when there is none.
+    pub fn pins_of(&self, kernel: &Kernel, gpa: Gpa) -> u32 {
+        let buffer = self.buffers.get(&gpa.page_number()).filter(|_| gpa.is_aligned(PAGE_SIZE_BYTES));
+        let frames = buffer.into_iter().flat_map(Buffer::frames);
+        frames
+            .filter_map(|frame| kernel.frames.array().state(frame))
+            .map(|state| state.pins)
+            .max()
+            .unwrap_or(0)
+    }
     /// Frees every buffer; returns how many bytes. Nothing may be mapped any more.
     pub fn free_all(&mut self, kernel: &Kernel) -> u64 {
         let before = self.account.memory_bytes();

@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 
 use crossbeam_utils::CachePadded;
 use dashmap::DashMap;
+use iommu_kernel::{GivenAddresses, RegisterWrite};
 use iommu_types::errors::UnknownDevice;
 use iommu_types::{DeviceAddress, DmaLimits};
 use parking_lot::{MappedRwLockReadGuard, Mutex, RwLock, RwLockReadGuard};
@@ -115,6 +116,8 @@ pub struct DeviceState {
     /// Held for reading while a batch is carried out and the sanitizer told of it, so that no DMA is told to the sanitizer of a domain
     /// in which it was not done.
     watched: RwLock<Option<WatchedDomain>>,
+    /// What its driver gave it, while no sanitizer keeps that.
+    given: Mutex<GivenAddresses>,
     seat: Mutex<DeviceSeat>,
 }
 
@@ -131,6 +134,7 @@ impl DeviceState {
             limits: Mutex::default(),
             is_watched: AtomicBool::new(false),
             watched: RwLock::new(None),
+            given: Mutex::default(),
             seat: Mutex::default(),
         }
     }
@@ -158,11 +162,57 @@ impl DeviceState {
         }
         RwLockReadGuard::try_map(self.watched.read(), Option::as_ref).ok()
     }
-    /// Puts the device before the eyes of a domain's sanitizer, or takes it away. Waits for a batch that is watched.
+    /// Puts the device before the eyes of a domain's sanitizer, or takes it away. Waits for a batch that is watched. What the device was
+    /// given goes with it.
     pub fn watch(&self, domain: Option<WatchedDomain>) {
         let mut watched = self.watched.write();
+        let mut given = self.given.lock();
+        if let Some(before) = &*watched {
+            *given = before.handle().with(|sanitizer| sanitizer.takes_away(self.address));
+        }
+        if let Some(now) = &domain {
+            let given = std::mem::take(&mut *given);
+            now.handle().with(|sanitizer| sanitizer.brings(self.address, given));
+        }
         self.is_watched.store(domain.is_some(), Ordering::Relaxed);
         *watched = domain;
+    }
+    /// Something is written to a register of the device. Where no sanitizer is told, it is kept for the next; `tell` tells one.
+    pub(crate) fn written(&self, write: RegisterWrite, tell: impl FnOnce(&WatchedDomain)) {
+        // With the lock held nobody moves the device, so that nothing is lost between two sanitizers.
+        let watched = self.watched.read();
+        match (&*watched, &self.home) {
+            (Some(domain), _) => tell(domain),
+            (None, Home::Host) => self.given.lock().written(write),
+            // Nobody ever looks there.
+            (None, Home::Machine(_)) => {}
+        }
+    }
+    /// The device may have found addresses in memory that no sanitizer looked at.
+    pub fn unwatched(&self) {
+        self.given.lock().lose();
+    }
+    /// Resets the device. What it was given it has forgotten then; unless it does not say so, or is not there.
+    pub async fn reset(&self) {
+        let is_reset = match self.session() {
+            Some(session) => session.reset().await,
+            None => false,
+        };
+        let watched = self.watched.read();
+        let mut given = self.given.lock();
+        let taken = watched
+            .as_ref()
+            .map(|domain| domain.handle().with(|sanitizer| sanitizer.takes_away(self.address)));
+        let before = taken.unwrap_or_else(|| std::mem::take(&mut *given));
+        let left = if is_reset || before.is_nothing() {
+            GivenAddresses::nothing()
+        } else {
+            GivenAddresses::unknown()
+        };
+        match &*watched {
+            Some(domain) => domain.handle().with(|sanitizer| sanitizer.brings(self.address, left)),
+            None => *given = left,
+        }
     }
     /// The live session, if any.
     pub fn session(&self) -> Option<Arc<DeviceSession>> {

@@ -53,6 +53,8 @@ pub struct DomainSlot {
     pub watched: Option<WatchedDomain>,
     state: Mutex<SlotState>,
     settled: Notify,
+    /// Whether memory for descriptors, in which devices find addresses, was ever mapped in it.
+    has_had_coherent: AtomicBool,
     /// Whether what is mapped was reported as leaked when the last device went.
     leak_told: AtomicBool,
 }
@@ -72,6 +74,7 @@ impl DomainSlot {
             owner: domain.owner(),
             default_of,
             watched,
+            has_had_coherent: AtomicBool::new(false),
             leak_told: AtomicBool::new(false),
             state: Mutex::new(SlotState {
                 domain: Some(domain),
@@ -117,6 +120,14 @@ impl DomainSlot {
             self.leaked(by);
         }
     }
+    /// Coherent memory is to be mapped in it.
+    pub fn takes_coherent(&self) {
+        self.has_had_coherent.store(true, Ordering::Relaxed);
+    }
+    /// Whether a device in it may have been given addresses that no sanitizer saw.
+    pub fn gives_unseen(&self) -> bool {
+        self.watched.is_none() && self.has_had_coherent.load(Ordering::Relaxed)
+    }
     /// A device is attached: what is mapped is in use again.
     pub fn taken_up(&self) {
         self.leak_told.store(false, Ordering::Relaxed);
@@ -137,20 +148,18 @@ impl DomainSlot {
         })
     }
 
-    /// Runs `operation`, which maps. What it had to evict for that is settled behind the answer: nobody waits for it.
+    /// Runs `operation`, which maps. What it had to evict for that and is not quiet yet comes back, to be settled: behind the answer, or
+    /// before the map is tried again.
     pub fn map_with<R>(
         self: &Arc<Self>,
         kernel: &Arc<Kernel>,
         operation: impl FnOnce(&mut Domain) -> R,
-    ) -> Result<R, UnknownDomain> {
+    ) -> Result<(R, Vec<Unsettled>), UnknownDomain> {
         self.locked(|state| {
             let result = operation(state.there());
-            for evicted in state.there().take_evicted() {
-                if let Some(unsettled) = self.settle_or_keep(kernel, state, evicted) {
-                    tokio::spawn(unsettled.settle());
-                }
-            }
-            result
+            let evicted = state.there().take_evicted();
+            let settle = |evicted| self.settle_or_keep(kernel, state, evicted);
+            (result, evicted.into_iter().filter_map(settle).collect())
         })
     }
 

@@ -7,7 +7,9 @@
 use std::sync::Arc;
 
 use iommu_kernel::Domain;
-use iommu_types::errors::{AllocateError, CreateDomainError, FreeError, LimitReached, MapError, StillMapped};
+use iommu_types::errors::{
+    AllocateError, CreateDomainError, FreeError, LimitReached, MapError, NotAllocated, StillMapped,
+};
 use iommu_types::{DomainOptions, Gpa, GpaRange, Owner, RequestId};
 
 use super::Host;
@@ -17,32 +19,33 @@ use crate::telemetry;
 
 impl Host {
     fn passthrough_domains(&self, owner: Owner) -> Vec<Arc<DomainSlot>> {
-        let is_passthrough = |slot: &DomainSlot| slot.with(|domain| domain.is_passthrough()).unwrap_or(false);
-        self.domains.list(|slot| slot.owner == owner && is_passthrough(slot))
+        // Listed first: a domain's lock is not waited for inside of the registry.
+        let mut found = self.domains.list(|slot| slot.owner == owner);
+        found.retain(|slot| slot.with(|domain| domain.is_passthrough()).unwrap_or(false));
+        found
     }
 
     /// Creates a domain of an owner. A passthrough one has all memory of its owner open from the start.
-    pub fn create_domain(
+    pub async fn create_domain(
         &self,
         owner: &OwnerState,
         options: DomainOptions,
     ) -> Result<Arc<DomainSlot>, CreateDomainError> {
-        // Nobody allocates meanwhile, so that no buffer is missed.
-        let memory = owner.memory.read();
-        let mut domain = self.kernel.create_domain(&owner.account, options)?;
-        if domain.is_passthrough() {
-            for buffer in memory.buffers() {
-                if let Err(error) = domain.open_direct(&self.kernel, &memory, buffer) {
-                    let mut destroy = self.kernel.destroy_domain(domain);
-                    // Nothing is attached to it, so nothing can be in flight.
-                    if let Ok(drained) = destroy.take_drain().try_complete() {
-                        destroy.finish(&self.kernel, drained);
-                    }
-                    return Err(create_error(error));
-                }
+        let _steady = owner.direct_maps.lock().await;
+        let (domain, error) = {
+            // Nobody allocates meanwhile, so that no buffer is missed.
+            let memory = owner.memory.read();
+            let mut domain = self.kernel.create_domain(&owner.account, options)?;
+            let buffers = if domain.is_passthrough() { memory.buffers() } else { Vec::new() };
+            let mut open = |buffer| domain.open_direct(&self.kernel, &memory, buffer);
+            match buffers.into_iter().try_for_each(&mut open) {
+                Ok(()) => return Ok(self.domains.insert(domain, None)),
+                Err(error) => (domain, error),
             }
-        }
-        Ok(self.domains.insert(domain, None))
+        };
+        // Nothing was attached to it, but a device that had its identifier before may be in the middle of something still.
+        self.destroy_now(domain).await;
+        Err(create_error(error))
     }
 
     /// Allocates a buffer, and opens it where all memory of the owner is open.
@@ -51,6 +54,7 @@ impl Host {
         owner: &OwnerState,
         size_bytes: u64,
     ) -> Result<GpaRange, AllocateError> {
+        let _steady = owner.direct_maps.lock().await;
         let (buffer, refused) = {
             let mut memory = owner.memory.write();
             let buffer = memory.allocate(&self.kernel, size_bytes)?;
@@ -63,53 +67,79 @@ impl Host {
         };
         let Some(error) = refused else { return Ok(buffer) };
         // Nobody was told of the buffer, so nobody has mapped it.
-        self.let_go(owner.owner, buffer).await;
+        for slot in self.domains.list(|slot| slot.owner == owner.owner) {
+            self.let_go(&slot, buffer).await;
+        }
         let _freed = owner.memory.write().free(&self.kernel, buffer.base());
         Err(allocate_error(error))
     }
 
-    /// Frees a buffer. Domains let go of what they keep of it first; what is in use keeps it from being freed.
+    /// Frees a buffer. Domains let go of what they keep of it first; what is in use keeps it from being freed, and then every direct map
+    /// stays as it is.
     pub async fn free_buffer(
         &self,
         owner: &OwnerState,
         gpa: Gpa,
         by: RequestId,
     ) -> Result<GpaRange, FreeError> {
+        let _steady = owner.direct_maps.lock().await;
         let buffer = owner.memory.read().buffers().into_iter().find(|buffer| buffer.base() == gpa);
-        if let Some(buffer) = buffer {
-            let uses = |slot: &Arc<DomainSlot>| {
-                slot.with(|domain| domain.is_passthrough() && domain.uses(&self.kernel, buffer))
-                    .unwrap_or(false)
-            };
-            // Asked before anything is closed, so that a refusal leaves a direct map as it is.
-            if self.domains.list(|slot| slot.owner == owner.owner).iter().any(uses) {
-                self.released_while_mapped(owner.owner, buffer, by);
-                return Err(StillMapped { gpa }.into());
-            }
-            self.let_go(owner.owner, buffer).await;
-        }
-        let freed = owner.memory.write().free(&self.kernel, gpa);
-        if let (Err(FreeError::StillMapped(_)), Some(buffer)) = (&freed, buffer) {
+        let Some(buffer) = buffer else { return Err(NotAllocated { gpa }.into()) };
+        let freed = self.free_unused(owner, buffer).await;
+        if let Err(FreeError::StillMapped(_)) = &freed {
             self.released_while_mapped(owner.owner, buffer, by);
-            self.open_again(owner, buffer);
         }
         freed
     }
 
-    /// Closes a buffer in every domain of its owner that keeps something of it, and waits until it is quiet.
-    async fn let_go(&self, owner: Owner, buffer: GpaRange) {
-        for slot in self.domains.list(|slot| slot.owner == owner) {
-            let let_go = |domain: &mut Domain| ((), Some(domain.let_go(&self.kernel, buffer)));
-            if let Ok(((), Some(unsettled))) = slot.unmap_with(&self.kernel, let_go) {
-                unsettled.settle().await;
-            }
+    async fn free_unused(&self, owner: &OwnerState, buffer: GpaRange) -> Result<GpaRange, FreeError> {
+        let direct_maps = self.passthrough_domains(owner.owner);
+        let is_direct = |slot: &DomainSlot| direct_maps.iter().any(|direct| direct.id == slot.id);
+        for slot in self.domains.list(|slot| slot.owner == owner.owner && !is_direct(slot)) {
+            self.let_go(&slot, buffer).await;
+        }
+        // A mapping in a direct map neither pins nor opens anything, so it has to be asked for.
+        let still_mapped = StillMapped { gpa: buffer.base() };
+        let is_used = || {
+            let uses = |domain: &mut Domain| domain.uses(&self.kernel, buffer);
+            direct_maps.iter().any(|slot| slot.with(uses).unwrap_or(false))
+        };
+        // Asked before anything is closed. Each direct map pins each page once; another pin is a mapping's.
+        let has_other_pins = || {
+            let pins = owner.memory.read().pins_of(&self.kernel, buffer.base());
+            u64::from(pins) > direct_maps.len() as u64
+        };
+        if is_used() || has_other_pins() {
+            return Err(still_mapped.into());
+        }
+        for slot in &direct_maps {
+            self.let_go(slot, buffer).await;
+        }
+        let freed = {
+            // Nobody maps while this lock is held, and what was mapped since the first question is seen by the second.
+            let mut memory = owner.memory.write();
+            if is_used() { Err(still_mapped.into()) } else { memory.free(&self.kernel, buffer.base()) }
+        };
+        if freed.is_err() {
+            self.open_again(owner, &direct_maps, buffer);
+        } else {
+            owner.unmapped_coherent.lock().remove(&buffer.base());
+        }
+        freed
+    }
+
+    /// Closes a buffer in a domain that keeps something of it, and waits until it is quiet.
+    async fn let_go(&self, slot: &Arc<DomainSlot>, buffer: GpaRange) {
+        let let_go = |domain: &mut Domain| ((), Some(domain.let_go(&self.kernel, buffer)));
+        if let Ok(((), Some(unsettled))) = slot.unmap_with(&self.kernel, let_go) {
+            unsettled.settle().await;
         }
     }
 
     /// A buffer that was not freed after all is open again where all memory is.
-    fn open_again(&self, owner: &OwnerState, buffer: GpaRange) {
+    fn open_again(&self, owner: &OwnerState, direct_maps: &[Arc<DomainSlot>], buffer: GpaRange) {
         let memory = owner.memory.read();
-        for slot in self.passthrough_domains(owner.owner) {
+        for slot in direct_maps {
             let opened = slot.with(|domain| domain.open_direct(&self.kernel, &memory, buffer));
             if let Ok(Err(reason)) = opened {
                 tracing::error!(owner = %owner.owner, domain_id = %slot.id, %reason, "buffer not open again");

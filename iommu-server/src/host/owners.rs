@@ -1,12 +1,13 @@
 //! What the service keeps of each owner: its memory, its account, its seat, its interrupts.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use dashmap::DashMap;
 use iommu_kernel::{Kernel, OwnerAccount, OwnerMemory};
-use iommu_types::Owner;
 use iommu_types::errors::UnknownOwner;
-use parking_lot::RwLock;
+use iommu_types::{DeviceAddress, Gpa, Iova, Owner};
+use parking_lot::{Mutex, RwLock};
 
 use crate::interrupts::InterruptFeed;
 use crate::session::driver::Seat;
@@ -21,6 +22,11 @@ pub struct OwnerState {
     pub account: Arc<OwnerAccount>,
     /// Its memory map. Read to map and to move bytes, written to allocate and free.
     pub memory: RwLock<OwnerMemory>,
+    /// Held by who opens or closes buffers in direct maps, drains included: a buffer is open in all of them or in none when another comes.
+    pub direct_maps: tokio::sync::Mutex<()>,
+    /// Coherent buffers that were unmapped and then not freed, as something else maps them still: for which device, and where they were
+    /// mapped. Freeing one again goes on where it stopped.
+    pub unmapped_coherent: Mutex<BTreeMap<Gpa, (DeviceAddress, Iova)>>,
     /// Interrupts of its devices.
     pub interrupts: InterruptFeed,
     /// Its session.
@@ -41,7 +47,9 @@ impl OwnerState {
     pub fn new(kernel: &Kernel, owner: Owner, name: String) -> Self {
         let account = kernel.account(owner);
         let memory = RwLock::new(OwnerMemory::new(kernel, Arc::clone(&account)));
-        Self { owner, name, account, memory, interrupts: InterruptFeed::new(), seat: Seat::new() }
+        let (interrupts, seat) = (InterruptFeed::new(), Seat::new());
+        let (direct_maps, unmapped_coherent) = (tokio::sync::Mutex::default(), Mutex::default());
+        Self { owner, name, account, memory, direct_maps, unmapped_coherent, interrupts, seat }
     }
 }
 

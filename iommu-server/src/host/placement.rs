@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use iommu_kernel::{DeviceEntry, Topology};
+use iommu_kernel::{DeviceEntry, Domain, Topology};
 use iommu_types::errors::{
     AttachError, CreateDomainError, DestroyDomainError, DetachError, DmaLimitsError, DomainInUse,
     LimitReached, NotAttached, NotYours, UnknownDevice,
@@ -94,36 +94,60 @@ impl Host {
         let before = self.topology.read().device(address)?.clone();
         let had_default = self.domains.default_of(owner.owner, address).is_some();
         let default = self.default_domain(owner, address).map_err(create_error)?;
-        let target = match domain_id {
-            None => Arc::clone(&default),
-            Some(id) => {
-                let slot = self.domains.get(id).map_err(AttachError::from).and_then(|slot| {
-                    if slot.owner == owner.owner && slot.default_of.is_none_or(|of| of == address) {
-                        Ok(slot)
-                    } else {
-                        Err(not_yours(format!("domain {id}")).into())
-                    }
-                });
-                match slot {
-                    Ok(slot) => slot,
-                    Err(error) => {
-                        if !had_default {
-                            self.dissolve(&default).await;
-                        }
-                        return Err(error);
-                    }
-                }
-            }
+        let given = match domain_id {
+            None => self.move_to(device, owner, &before, &default, by).await,
+            Some(id) => match self.target(owner.owner, address, id) {
+                Ok(target) => self.move_to(device, owner, &before, &target, by).await,
+                Err(error) => Err(error),
+            },
         };
+        if given.is_err() && !had_default {
+            self.dissolve(&default).await;
+        }
+        given
+    }
+
+    /// The domain `id`, when a device of this owner may be attached to it.
+    fn target(
+        &self,
+        owner: Owner,
+        device: DeviceAddress,
+        id: DomainId,
+    ) -> Result<Arc<DomainSlot>, AttachError> {
+        let slot = self.domains.get(id)?;
+        if slot.owner != owner || slot.default_of.is_some_and(|of| of != device) {
+            return Err(not_yours(format!("domain {id}")).into());
+        }
+        Ok(slot)
+    }
+
+    async fn move_to(
+        &self,
+        device: &DeviceState,
+        owner: &Arc<OwnerState>,
+        before: &DeviceEntry,
+        target: &Arc<DomainSlot>,
+        by: RequestId,
+    ) -> Result<DomainId, AttachError> {
         if before.domain_id == Some(target.id) {
             return Ok(target.id);
         }
-        self.fits(device, &target)?;
+        let former = before.owner.filter(|former| *former != owner.owner);
+        // What a former owner said of it goes with that owner.
+        let limits = if former.is_some() { DmaLimits::NONE } else { device.limits() };
+        self.fits(limits, target)?;
         self.detach_locked(device, by).await;
-        if let Some(former) = before.owner.filter(|former| *former != owner.owner) {
+        if let Some(former) = former {
             self.leave_owner(device, former).await;
         }
-        self.attach_now(device, owner, &target)?;
+        if target.watched.is_some() {
+            // Before it is attached, so that everything that it does there is seen. A batch that began earlier is waited for.
+            device.watch(target.watched.clone());
+            if let Some(session) = device.session() {
+                session.quiet().await;
+            }
+        }
+        self.attach_now(device, owner, target).inspect_err(|_| device.watch(None))?;
         Ok(target.id)
     }
 
@@ -145,8 +169,6 @@ impl Host {
         topology.set_attached(device.address, owner.owner, target.id)?;
         drop(topology);
         target.taken_up();
-        // A batch that began while the device was attached to nothing goes unseen; what it did before was refused.
-        device.watch(target.watched.clone());
         device.set_owner(Some(Arc::clone(owner)));
         Ok(())
     }
@@ -154,7 +176,7 @@ impl Host {
     /// Detaches a device, invalidated and drained. Nothing to do when it is attached to nothing. What the last device of a domain leaves
     /// mapped there was leaked.
     async fn detach_locked(&self, device: &DeviceState, by: RequestId) -> Option<DomainId> {
-        let (domain_id, drain) = {
+        let (slot, drain) = {
             let mut topology = self.topology.write();
             let domain_id = topology.set_detached(device.address).ok()?;
             let slot = self.domains.get(domain_id).expect("a domain with a device is in the registry");
@@ -168,7 +190,7 @@ impl Host {
                 let _refused = domain.set_limits(limits);
                 drain
             });
-            (domain_id, drain.expect("a domain with a device is not destroyed"))
+            (slot, drain.expect("a domain with a device is not destroyed"))
         };
         let drained = drain.await;
         if let Ok(slot) = self.domains.get(domain_id) {
@@ -177,7 +199,10 @@ impl Host {
         }
         // Not before: until here its sanitizer is told what the device is refused.
         device.watch(None);
-        Some(domain_id)
+        if slot.gives_unseen() {
+            device.unwatched();
+        }
+        Some(slot.id)
     }
 
     /// What all devices of a domain can address, together with one that is not attached to it yet.
@@ -193,9 +218,9 @@ impl Host {
     }
 
     /// Whether a device can name the addresses of a domain: those of a ring domain have 64 bits.
-    fn fits(&self, device: &DeviceState, target: &DomainSlot) -> Result<(), AttachError> {
+    fn fits(&self, limits: DmaLimits, target: &DomainSlot) -> Result<(), AttachError> {
         let is_ring = target.with(|domain| matches!(domain.protection(), Protection::Ring(_)))?;
-        if is_ring && device.limits().mask_bits < DMA_MASK_BITS_MAX {
+        if is_ring && limits.mask_bits < DMA_MASK_BITS_MAX {
             let limit = "mask_bits of the device in a ring domain, at least".to_owned();
             return Err(LimitReached { limit, allowed: DMA_MASK_BITS_MAX.into() }.into());
         }
@@ -265,9 +290,7 @@ impl Host {
     async fn leave_owner(&self, device: &DeviceState, former: Owner) {
         device.set_owner(None);
         device.set_limits(DmaLimits::NONE);
-        if let Some(session) = device.session() {
-            session.reset().await;
-        }
+        device.reset().await;
         let drain = self.kernel.free_interrupts(device.address.source_id);
         let _drained = drain.await;
         // What it was refused until now is the former owner's to see, and nobody else's.
@@ -282,6 +305,11 @@ impl Host {
         let Some(domain) = slot.take().await else { return };
         // Out of the registry before its identifier can be given to another.
         self.domains.remove(slot);
+        self.destroy_now(domain).await;
+    }
+
+    /// Destroys a domain that is in no registry and to which nothing is attached.
+    pub(super) async fn destroy_now(&self, domain: Domain) {
         let mut destroy = self.kernel.destroy_domain(domain);
         let drained = destroy.take_drain().await;
         destroy.finish(&self.kernel, drained);
@@ -333,6 +361,18 @@ impl Host {
         Ok(())
     }
 
+    /// Forgets what a driver said that a device can address. The domain that it is attached to goes on with what its other devices can.
+    fn without_limits(&self, device: &DeviceState) {
+        let topology = self.topology.write();
+        device.set_limits(DmaLimits::NONE);
+        let attached = topology.device(device.address).ok().and_then(|entry| entry.domain_id);
+        if let Some(slot) = attached.and_then(|id| self.domains.get(id).ok()) {
+            let limits = self.limits_in(&topology, slot.id, None);
+            // Fewer limits are no stricter, so nothing refuses them.
+            let _refused = slot.with(|domain| domain.set_limits(limits));
+        }
+    }
+
     /// Puts a device of an owner back where the configuration has it: on the owner's default domain.
     pub(super) async fn restore(self: &Arc<Self>, owner: &Arc<OwnerState>, address: DeviceAddress) {
         let Ok(device) = self.devices.get(address) else { return };
@@ -340,7 +380,7 @@ impl Host {
         if self.device_of(owner.owner, address).is_err() {
             return;
         }
-        device.set_limits(DmaLimits::NONE);
+        self.without_limits(&device);
         if let Err(reason) = self.give_locked(&device, owner, None, OPERATOR).await {
             tracing::error!(device = %address, owner = %owner.owner, %reason, "device not attached again");
         }

@@ -55,6 +55,7 @@ impl Host {
             tokio::time::sleep(bounds::RECLAIM_TICK).await;
         }
         reclaimed.memory_bytes = owner.memory.write().free_all(&self.kernel);
+        owner.unmapped_coherent.lock().clear();
         self.metrics.reclaimed(reclaimed);
         tracing::info!(
             owner = %owner.owner, reason = why, mappings = reclaimed.mappings, domains = reclaimed.domains,
@@ -66,8 +67,8 @@ impl Host {
     async fn reset_all(&self, devices: &[DeviceAddress]) {
         let mut resets = tokio::task::JoinSet::new();
         for address in devices {
-            if let Some(session) = self.devices.get(*address).ok().and_then(|device| device.session()) {
-                resets.spawn(async move { session.reset().await });
+            if let Ok(device) = self.devices.get(*address) {
+                resets.spawn(async move { device.reset().await });
             }
         }
         resets.join_all().await;

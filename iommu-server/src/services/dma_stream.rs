@@ -24,7 +24,7 @@ use super::{Caller, Invalid, internal, reclaimed};
 use crate::bounds;
 use crate::ending::Ending;
 use crate::host::Host;
-use crate::host::dma::MapAsk;
+use crate::host::dma::{MapAsk, settle_all};
 use crate::host::domains::Unsettled;
 use crate::host::owners::OwnerState;
 use crate::session::driver::{ClientSession, Inside, Tenancy};
@@ -213,23 +213,23 @@ impl Work {
         let unmapped = self.host.dma_unmap_batch(self.owner.owner, device, &self.unmaps);
         let (mut results, unsettled) = match unmapped {
             Ok(unmapped) => unmapped,
-            Err(error) => (std::iter::repeat_n(Err(error), self.unmaps.len()).collect(), None),
+            Err(error) => (std::iter::repeat_n(Err(error), self.unmaps.len()).collect(), Vec::new()),
         };
         for (index, error) in invalid {
             results.insert(index, Err(DmaUnmapError::from(error)));
         }
         assert!(results.len() == count, "every operation of a batch has a result");
         let answer = unmap_response(id, results);
-        match unsettled {
-            None => Taken::Answer(report.answer(Ok(answer))),
-            Some(unsettled) => Taken::Waiting(tokio::spawn(settle(unsettled, answer, report))),
+        if unsettled.is_empty() {
+            return Taken::Answer(report.answer(Ok(answer)));
         }
+        Taken::Waiting(tokio::spawn(settle(unsettled, answer, report)))
     }
 }
 
 /// Answers an unmap when it is quiet (I1).
-async fn settle(unsettled: Unsettled, answer: pb::DmaStreamResponse, report: Report) -> Answer {
-    unsettled.settle().await;
+async fn settle(unsettled: Vec<Unsettled>, answer: pb::DmaStreamResponse, report: Report) -> Answer {
+    settle_all(unsettled).await;
     report.answer(Ok(answer))
 }
 

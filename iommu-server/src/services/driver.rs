@@ -22,7 +22,7 @@ use super::{Caller, parse, reclaimed};
 use crate::bounds;
 use crate::ending::Ending;
 use crate::host::Host;
-use crate::host::dma::MapAsk;
+use crate::host::dma::{FreeCoherentError, MapAsk};
 use crate::host::owners::OwnerState;
 use crate::interrupts::Signal;
 use crate::session::replay::RequestName;
@@ -93,8 +93,10 @@ async fn free_coherent(host: &Host, owner: &OwnerState, ask: &model::FreeCoheren
         function: kernel::DmaFunction::Coherent,
         ..kernel::DmaUnmap::single(range, Direction::Bidirectional, ask.header.request_id)
     };
-    host.dma_unmap(owner.owner, ask.device, request).await.map_err(status)?;
-    host.free_buffer(owner, ask.gpa, ask.header.request_id).await.map(|_| ()).map_err(status)
+    host.free_coherent(owner, ask.device, buffer, request).await.map_err(|error| match error {
+        FreeCoherentError::Unmap(error) => status(error),
+        FreeCoherentError::Free(error) => status(error),
+    })
 }
 
 impl Drivers {
@@ -286,7 +288,7 @@ impl DriverService for Drivers {
         request: Request<pb::CreateDomainRequest>,
     ) -> Result<Response<pb::CreateDomainResponse>, Status> {
         once!(self, request, model::CreateDomain, |host, owner, ask| {
-            let slot = host.create_domain(&owner, ask.options).map_err(status)?;
+            let slot = host.create_domain(&owner, ask.options).await.map_err(status)?;
             Ok(pb::CreateDomainResponse { domain_id: u32::from(slot.id.get()) })
         })
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use iommu_hardware::vtd::{CacheCounters, Counters, Unit};
-use iommu_kernel::SanitizerHandle;
+use iommu_kernel::{Domain, MappingState, SanitizerHandle};
 use iommu_proto::errors::WireError;
 use iommu_proto::model::{
     self, DomainState, DumpIotlb, DumpTables, DumpedIotlb, Explain, Explained, GetCounters, ListDomains,
@@ -72,7 +72,14 @@ impl Inspect {
         // An operator may attach a device to a domain of its new owner in between, so it is the domain that counts.
         let slot = slot.filter(|slot| caller.sees(Some(slot.owner)));
         // To a domain that is being destroyed nothing is attached.
-        let seen = slot.and_then(|slot| slot.with(|_| look(Scope::Domain(Some(slot.id)))).ok());
+        let source = device.address.source_id;
+        let seen = slot.and_then(|slot| {
+            let scope = |domain: &Domain| match domain.has_ring_source(source) {
+                true => Scope::Rings,
+                false => Scope::Domain(Some(slot.id)),
+            };
+            slot.with(|domain| look(scope(domain))).ok()
+        });
         Ok(seen.unwrap_or_else(|| look(Scope::Domain(None))))
     }
     fn device_state(&self, device: &DeviceState) -> model::DeviceState {
@@ -267,22 +274,31 @@ impl InspectService for Inspect {
         request: Request<pb::ListMappingsRequest>,
     ) -> Result<Response<pb::ListMappingsResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let ListMappings { domain_id, from_iova, limit } = parse(request.into_inner())?;
+        let ListMappings { domain_id, from_iova, skip, limit } = parse(request.into_inner())?;
         let slot = self.host.domains.get(domain_id).map_err(WireError::into_status)?;
         caller.must_see(Some(slot.owner), format!("domain {domain_id}")).map_err(WireError::into_status)?;
         let limit = limited(limit);
-        let found = slot
-            .with(|domain| domain.mappings(&self.host.kernel, from_iova, limit + 1))
+        let skip = skip as usize;
+        let ask = limit.saturating_add(1).saturating_add(skip);
+        let mut found = slot
+            .with(|domain| domain.mappings(&self.host.kernel, from_iova, ask))
             .map_err(WireError::into_status)?;
-        let next_iova = found.get(limit).map(|next| next.range.base());
-        let mappings = found.into_iter().take(limit).map(|mapping| model::MappingState {
+        let begins_at = |iova: Iova| move |mapping: &&MappingState| mapping.range.base() == iova;
+        // Those that were given already; fewer when some are gone meanwhile.
+        let skipped = found.iter().take(skip).take_while(begins_at(from_iova)).count();
+        let next_iova = found.get(skipped + limit).map(|next| next.range.base());
+        let before_next = &found[..found.len().min(skipped + limit)];
+        let next_skip = next_iova.map_or(0, |next| before_next.iter().filter(begins_at(next)).count());
+        // No more than there are records.
+        let next_skip = u32::try_from(next_skip).unwrap_or(u32::MAX);
+        let mappings = found.drain(skipped..).take(limit).map(|mapping| model::MappingState {
             iova: mapping.range.base(),
             size_bytes: mapping.range.size_bytes(),
             gpa: mapping.gpa,
             permissions: mapping.permissions,
             request_id: mapping.request_id,
         });
-        Ok(Response::new(Mappings { mappings: mappings.collect(), next_iova }.into()))
+        Ok(Response::new(Mappings { mappings: mappings.collect(), next_iova, next_skip }.into()))
     }
 
     type DumpTablesStream = Feed<pb::DumpTablesResponse>;
@@ -390,8 +406,13 @@ impl InspectService for Inspect {
             self.while_tables_stay(&caller, &device, explain).map_err(WireError::into_status)?;
         // Ring tables do not name their domain; the topology does.
         let attached = self.host.topology.read().device(address).ok().and_then(|entry| entry.domain_id);
-        if let (Outcome::Translated(translation), Some(attached)) = (&mut explanation.outcome, attached) {
-            translation.domain_id = attached;
+        if let Some(attached) = attached {
+            if let Outcome::Translated(translation) = &mut explanation.outcome {
+                translation.domain_id = attached;
+            }
+            if let Some(stale) = &mut explanation.stale {
+                stale.domain_id = attached;
+            }
         }
         let physical = caller.sees_all() || matches!(device.home, Home::Machine(_));
         let explanation = if physical { explanation } else { without_physical(explanation) };

@@ -11,6 +11,7 @@ pub mod feed;
 pub mod inspect;
 pub mod log_token;
 pub mod memory;
+mod ring_tables;
 pub mod sanitizer;
 pub mod session;
 mod tables;

@@ -16,6 +16,8 @@ use iommu_types::{
     Access, DomainId, Hpa, Iova, PAGE_SIZE_BYTES, PageSize, Permissions, SourceId, Step, Structure,
 };
 
+use super::ring_tables::RingDump;
+
 /// Entries in a table.
 const ENTRIES: u64 = 512;
 /// Bits of the address of a table or page.
@@ -36,6 +38,8 @@ pub(super) enum Scope {
     Machine,
     /// Those of the domain whose tables are kept in place, if there is one.
     Domain(Option<DomainId>),
+    /// The rings of the device, which belong to the domain that is kept in place.
+    Rings,
 }
 
 /// Where a walk over a table stands.
@@ -54,6 +58,8 @@ pub(super) struct Dump {
     source: SourceId,
     first: std::vec::IntoIter<Step>,
     frames: Vec<Frame>,
+    /// The rings of the device, as long as it has some that stay.
+    rings: Option<RingDump>,
     /// Whether the top-level table is still to be begun.
     is_fresh: bool,
 }
@@ -75,10 +81,13 @@ fn top(context: &Step, scope: Scope) -> Option<(Hpa, u8)> {
     (low & 1 != 0 && second_stage).then_some((Hpa::new(low & ADDRESS_MASK), level))
 }
 
-/// The root and the context entry of a source.
+/// The root and the context entry of a source, or what stands for them in the ring unit.
 fn root_and_context(unit: &Unit, source: SourceId) -> Vec<Step> {
     let explanation = unit.explain(source, None, Iova::new(PAGE_SIZE_BYTES), Access::Read, 1);
-    let is_meant = |step: &Step| matches!(step.structure, Structure::Root | Structure::Context);
+    let is_meant = |step: &Step| {
+        use Structure::{Context, RingDevice, RingRoot, Root};
+        matches!(step.structure, Root | Context | RingRoot | RingDevice)
+    };
     explanation.steps.into_iter().filter(is_meant).collect()
 }
 
@@ -86,16 +95,20 @@ impl Dump {
     /// The dump of a source's tables.
     pub(super) fn new(unit: Arc<Unit>, source: SourceId, without_page_tables: bool) -> Self {
         let first = root_and_context(&unit, source).into_iter();
-        Self { unit, source, first, frames: Vec::new(), is_fresh: !without_page_tables }
+        Self { unit, source, first, frames: Vec::new(), rings: None, is_fresh: !without_page_tables }
     }
     /// Goes on after a pause: leaves every table that is no longer where it was.
     pub(super) fn resume(&mut self, scope: Scope) {
         let steps = root_and_context(&self.unit, self.source);
         let context = steps.iter().find(|step| step.structure == Structure::Context);
         let mut table = context.and_then(|context| top(context, scope));
-        if std::mem::take(&mut self.is_fresh)
-            && let Some((table, level)) = table
-        {
+        let is_fresh = std::mem::take(&mut self.is_fresh);
+        self.rings = match scope {
+            Scope::Rings if is_fresh => Some(RingDump::default()),
+            Scope::Rings => self.rings.take(),
+            Scope::Machine | Scope::Domain(_) => None,
+        };
+        if is_fresh && let Some((table, level)) = table {
             let permissions = Permissions::READ_WRITE;
             self.frames.push(Frame { table, level, index: 0, base: 0, permissions });
         }
@@ -138,6 +151,9 @@ impl Iterator for Dump {
     fn next(&mut self) -> Option<WalkStep> {
         if let Some(step) = self.first.next() {
             return Some(WalkStep { step, iova: None });
+        }
+        if let Some(rings) = &mut self.rings {
+            return rings.next(&self.unit, self.source);
         }
         loop {
             let frame = self.frames.last_mut()?;

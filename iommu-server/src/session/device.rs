@@ -106,16 +106,21 @@ impl DeviceSession {
     }
     /// Asks the device to forget everything, and waits until it says that it did, at most [`bounds::RESET_TIMEOUT`]. A device that
     /// does not say so is not trusted to have done it; what it still sends meets empty tables. Register accesses that wait for a credit are
-    /// refused: they are meant for the device as it was.
-    pub async fn reset(&self) {
+    /// refused: they are meant for the device as it was. Returns whether it said so.
+    pub async fn reset(&self) -> bool {
         let tag = self.resets_asked.fetch_add(1, Ordering::Relaxed) + 1;
         let mut done = self.resets_done.subscribe();
         self.mmio.expel();
         self.mailbox.withdraw_resets();
         self.mailbox.push(pb::server_to_device::Message::Reset(pb::Reset { tag }));
         let answered = done.wait_for(|done| *done >= tag);
-        if tokio::time::timeout(bounds::RESET_TIMEOUT, answered).await.is_err() {
-            warn_limited!(device = %self.address, generation = self.generation, "device not reset in time");
+        match tokio::time::timeout(bounds::RESET_TIMEOUT, answered).await {
+            // At the end of a session nobody waits any more, and nothing was said.
+            Ok(done) => done.is_ok_and(|done| *done != u64::MAX),
+            Err(_) => {
+                warn_limited!(device = %self.address, generation = self.generation, "device not reset in time");
+                false
+            }
         }
     }
     /// The device says that it was reset; `false` when nobody asked.

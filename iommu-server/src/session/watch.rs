@@ -23,13 +23,14 @@ const INTERRUPT_REASONS: Range<u8> = 0x20..0x30;
 /// difference: it was not the device.
 pub(crate) fn supply(device: &DeviceState, access: MmioAccess) {
     let Some(value) = access.write_value else { return };
-    let Some(domain) = device.watched() else { return };
     // Registers of two BARs are not neighbours.
     let offset = access.offset.wrapping_add(u64::from(access.bar) << 60);
     let write = RegisterWrite { offset, width: access.width, value };
-    let now = Moment { at_us: telemetry::now().0, order: domain.handle().clock().now() };
-    domain.handle().with(|sanitizer| sanitizer.supplied(now, device.address, write));
-    domain.file();
+    device.written(write, |domain| {
+        let now = Moment { at_us: telemetry::now().0, order: domain.handle().clock().now() };
+        domain.handle().with(|sanitizer| sanitizer.supplied(now, device.address, write));
+        domain.file();
+    });
 }
 
 struct Seen {

@@ -145,6 +145,8 @@ messages! {
         domain_id: DomainId,
         /// Only those that end above this address.
         from_iova: Iova,
+        /// Without so many of those that begin at that very address.
+        skip: u32,
         /// At most so many; 0 for as many as fit one message.
         limit: u32,
     };
@@ -154,6 +156,8 @@ messages! {
         mappings: Vec<MappingState>,
         /// Where to go on, when there are more.
         next_iova: Option<Iova>,
+        /// How many that begin there are not to come again.
+        next_skip: u32,
     };
     /// A mapping.
     MappingState as MappingState {

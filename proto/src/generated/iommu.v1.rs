@@ -6247,6 +6247,9 @@ pub struct ListMappingsRequest {
     /// At most so many; 0 for as many as fit one message.
     #[prost(uint32, tag = "3")]
     pub limit: u32,
+    /// Without so many of those that begin at that very address; where addresses are the memory's own, many may.
+    #[prost(uint32, tag = "4")]
+    pub skip: u32,
 }
 /// Mappings.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -6257,6 +6260,9 @@ pub struct ListMappingsResponse {
     /// Where to go on, when there are more.
     #[prost(fixed64, optional, tag = "2")]
     pub next_iova: ::core::option::Option<u64>,
+    /// How many that begin there are not to come again: the next request's skip.
+    #[prost(uint32, tag = "3")]
+    pub next_skip: u32,
 }
 /// A mapping.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

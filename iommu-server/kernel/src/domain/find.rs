@@ -2,7 +2,7 @@
 
 use iommu_hardware::memory::{MappingRecord, RecordIndex};
 use iommu_types::errors::{DirectionMismatch, DmaUnmapError, NotMapped, SizeMismatch, WrongFunction};
-use iommu_types::{Direction, Iova};
+use iommu_types::{Direction, Gpa, Iova, IovaRange};
 
 use super::request::{DmaFunction, DmaUnmap};
 use super::{Domain, Mode};
@@ -133,4 +133,45 @@ pub(super) fn direction_of(permissions: u8) -> Direction {
     let all = [Direction::Bidirectional, Direction::ToDevice, Direction::FromDevice];
     let found = all.into_iter().find(|direction| direction.permissions().bits() == permissions);
     found.expect("a record of the DMA API has a direction")
+}
+
+/// What a domain has where an unmap or a sync looks, for whoever has several domains to ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Held {
+    /// Nothing.
+    Nothing,
+    /// A mapping that covers the address, and is not what was asked for.
+    Other,
+    /// What was asked for.
+    Exactly,
+}
+
+impl Domain {
+    fn held(&self, kernel: &Kernel, iova: Iova, is_exact: impl FnOnce() -> bool) -> Held {
+        match self.find_covering(kernel, iova) {
+            _ if is_exact() => Held::Exactly,
+            Some(_) => Held::Other,
+            None => Held::Nothing,
+        }
+    }
+    /// What is here of what an unmap names. Changes nothing and tells nobody.
+    pub fn holds(&self, kernel: &Kernel, request: &DmaUnmap) -> Held {
+        self.held(kernel, request.range.base(), || self.find_exact(kernel, request).is_ok())
+    }
+    /// Whether what an unmap names is here and shows the memory at `gpa`.
+    pub fn shows(&self, kernel: &Kernel, request: &DmaUnmap, gpa: Gpa) -> bool {
+        self.beginning_at(kernel, request.range.base())
+            .any(|found| found.facts.gpa == gpa.get() && check_exact(&found.facts, request).is_ok())
+    }
+    /// What is here of a scatter-gather mapping that begins at an address.
+    pub fn holds_sg(&self, kernel: &Kernel, iova: Iova) -> Held {
+        let is_sg = |found: Found| function_of(found.facts.kind) == Some(DmaFunction::ScatterGather);
+        self.held(kernel, iova, || self.beginning_at(kernel, iova).any(is_sg))
+    }
+    /// The same for a part of a mapping.
+    pub fn holds_part(&self, kernel: &Kernel, range: IovaRange) -> Held {
+        let last = range.last().get();
+        let covers = |found: Found| last <= found.facts.iova + (found.facts.size_bytes - 1);
+        self.held(kernel, range.base(), || self.find_covering(kernel, range.base()).is_some_and(covers))
+    }
 }

@@ -46,6 +46,7 @@ use iommu_types::{
 };
 
 pub use domain_api::{MapFixed, MappingState};
+pub use find::Held;
 pub use flush::Waiting;
 pub use lifecycle::PendingDestroy;
 pub use request::{DmaFunction, DmaMap, DmaUnmap, Segment, Tick};
@@ -188,6 +189,10 @@ impl Domain {
     pub fn width_bits(&self) -> u8 {
         self.options.width_bits
     }
+    /// Whether a source behind the ring unit uses the domain's rings. It does as long as nobody changes the domain.
+    pub fn has_ring_source(&self, source: SourceId) -> bool {
+        self.ring_sources.contains(&source)
+    }
     /// What its devices can address.
     pub fn limits(&self) -> DmaLimits {
         self.limits
@@ -244,11 +249,10 @@ impl Domain {
             self.ranges.range(first..).take(limit + 1).map(|(page, mapping)| (*page, mapping.record));
         let slots = self.tables.slots_from(first, limit + 1);
         let ledger = self.ledger.from(from).take(limit + 1);
-        let mut found: Vec<_> = ranges.chain(slots).chain(ledger).collect();
+        let mut found: Vec<(u64, RecordIndex)> = ranges.chain(slots).chain(ledger).collect();
         if let Mode::Ring(rings) = &self.mode {
             found.extend(rings.live_from(from).take(limit + 1));
         }
-        found.sort_unstable_by_key(|(page, _)| *page);
         let state = |(_, index)| {
             let (_, record) = kernel.records.records().get(index);
             MappingState {
@@ -258,7 +262,12 @@ impl Domain {
                 request_id: RequestId(record.request_id),
             }
         };
-        found.into_iter().map(state).filter(|state| state.range.base() >= from).take(limit).collect()
+        let mut found: Vec<_> = found.into_iter().map(state).collect();
+        found.retain(|state| state.range.base() >= from);
+        // Many may begin at one address. They stay in the order in which they are kept, so that who looks again finds it as it was.
+        found.sort_by_key(|state| state.range.base());
+        found.truncate(limit);
+        found
     }
 }
 

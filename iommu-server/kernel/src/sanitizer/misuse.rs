@@ -4,9 +4,9 @@
 //! whatever the violation.
 
 use iommu_types::errors::{DmaMapError, DmaSyncError, DmaUnmapError};
-use iommu_types::{Direction, GpaRange, Iova, IovaRange, ReportClass, SyncFor, Violation};
+use iommu_types::{Direction, GpaRange, Iova, IovaRange, ReportClass, RequestId, SyncFor, Violation};
 
-use super::mapping::Mapping;
+use super::mapping::{Mapping, MappingKind};
 use super::{DriverCall, Sanitizer};
 
 impl Sanitizer {
@@ -16,6 +16,10 @@ impl Sanitizer {
         if matches!(error, DmaMapError::SegmentOverLimit(_)) {
             self.report_call(call, ReportClass::SegmentOverLimit, None, None);
         }
+    }
+    /// A map that was refused is tried again, and the driver will not hear of this refusal.
+    pub fn retried_map(&mut self, request_id: RequestId) {
+        self.failed_map.take_if(|failed| *failed == request_id);
     }
     /// An unmap of the DMA API was refused. What was asked wrongly (an unknown device, an empty range) is no matter of mappings and not reported.
     pub fn refused_unmap(&mut self, call: DriverCall, iova: Iova, error: &DmaUnmapError) {
@@ -91,9 +95,11 @@ impl Sanitizer {
         newest.is_some()
     }
     /// The device or the driver lets go, and what is mapped now was leaked: a report for each mapping, oldest first, up to a bound; the last
-    /// one counts the rest. Mappings live on until they are unmapped.
+    /// one counts the rest. Mappings live on until they are unmapped. Those at fixed addresses go with their domain and are no leak.
     pub fn leaked(&mut self, call: DriverCall) {
-        let mut leaked: Vec<Mapping> = self.live.iter().copied().collect();
+        let is_lasting = |mapping: &&Mapping| mapping.kind == MappingKind::Fixed;
+        let mut leaked: Vec<Mapping> =
+            self.live.iter().filter(|mapping| !is_lasting(mapping)).copied().collect();
         leaked.sort_unstable_by_key(|mapping| mapping.number);
         let told = leaked.len().min(self.bounds.leak_reports.max(1));
         for (n, mapping) in leaked[..told].iter().enumerate() {

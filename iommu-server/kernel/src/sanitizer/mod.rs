@@ -41,7 +41,7 @@ use iommu_types::{
 };
 
 pub use mapping::{MappingKind, NewMapping};
-pub use supplied::RegisterWrite;
+pub use supplied::{GivenAddresses, RegisterWrite};
 
 use devices::Devices;
 use graveyard::Graveyard;

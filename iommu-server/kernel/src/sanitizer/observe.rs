@@ -7,7 +7,7 @@ use iommu_types::{
 
 use super::judge::{self, Place};
 use super::mapping::{Asked, Mapping};
-use super::supplied::{RegisterWrite, words};
+use super::supplied::{GivenAddresses, RegisterWrite, words};
 use super::{DriverCall, Moment, Sanitizer};
 
 /// Bytes of one read that are looked at for addresses: more than a device reads of descriptors at once.
@@ -45,6 +45,16 @@ impl Sanitizer {
                 self.report_error_value(now, device, request_id);
             }
         }
+    }
+    /// A device comes, and with it what it was given before.
+    pub fn brings(&mut self, device: DeviceAddress, given: GivenAddresses) {
+        self.devices.device(device).supplied = given.into_supplied();
+    }
+    /// A device goes, and takes with it what it was given.
+    pub fn takes_away(&mut self, device: DeviceAddress) -> GivenAddresses {
+        let supplied = &mut self.devices.device(device).supplied;
+        let nothing = GivenAddresses::nothing().into_supplied();
+        GivenAddresses::of(std::mem::replace(supplied, nothing))
     }
     fn give(&mut self, now: Moment, device: DeviceAddress, value: u64) {
         let dangling = self.nothing_mapped_at(value, now.order).then_some(now.order);

@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 
 use iommu_types::{AccessWidth, PAGE_SIZE_BYTES};
 
+/// Different addresses that are remembered of a device that no sanitizer looks at.
+const CARRIED_MAX: usize = super::SanitizerBounds::USUAL.supplied_per_device;
+
 /// Halves of addresses that are remembered: the 4-byte registers of 16 KiB of registers.
 const HALVES_MAX: usize = 4096;
 
@@ -84,6 +87,14 @@ impl Supplied {
         }
         self.by_stamp.insert(stamp, value);
     }
+    /// The same for another domain: what mappings there were when it was given says nothing there, and the driver may be as right to have
+    /// given it as the device is wrong to use it there. So it is open who is to blame for it.
+    fn carried(mut self) -> Self {
+        for given in self.values.values_mut() {
+            (given.is_certain, given.dangling) = (false, None);
+        }
+        self
+    }
     /// Something was given that was not looked at.
     pub(super) fn lose(&mut self) {
         self.has_lost = true;
@@ -147,6 +158,51 @@ impl Supplied {
     }
 }
 
+/// What a device was given, wherever it is attached: it goes with the device from the sanitizer of one domain to that of the next, and
+/// register writes in between are added.
+#[derive(Debug)]
+pub struct GivenAddresses(Supplied);
+
+impl Default for GivenAddresses {
+    fn default() -> Self {
+        Self::nothing()
+    }
+}
+
+impl GivenAddresses {
+    /// Nothing, as after a reset that the device said that it did.
+    pub fn nothing() -> Self {
+        Self(Supplied::new(CARRIED_MAX, false))
+    }
+    /// Nobody knows what.
+    pub fn unknown() -> Self {
+        Self(Supplied::new(CARRIED_MAX, true))
+    }
+    pub(super) fn of(supplied: Supplied) -> Self {
+        Self(supplied.carried())
+    }
+    pub(super) fn into_supplied(self) -> Supplied {
+        self.0
+    }
+    /// Whether it is certain that nothing was given.
+    pub fn is_nothing(&self) -> bool {
+        !self.0.has_lost && self.0.values.is_empty()
+    }
+    /// A register was written while no sanitizer looked. Without mappings to compare with, each half counts as an address.
+    pub fn written(&mut self, write: RegisterWrite) {
+        let halves = [write.value & u64::from(u32::MAX), write.value >> 32];
+        let halves = halves.into_iter().filter(|_| write.width == AccessWidth::Bytes8);
+        let whole = self.0.addresses_of(write).into_iter().flatten();
+        for value in whole.chain(halves) {
+            self.0.give(value, false, None);
+        }
+    }
+    /// Something was given that nobody looked at.
+    pub fn lose(&mut self) {
+        self.0.lose();
+    }
+}
+
 /// A word that may be an address, as a device finds it in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Word {
@@ -200,6 +256,33 @@ mod tests {
         assert_eq!(answers(&supplied), [Supply::Given, Supply::Perhaps, Supply::Given, Supply::Perhaps]);
         assert!(!supplied.holds(0x6010) && supplied.holds(0x5000));
         assert_eq!(supplied.values.len(), supplied.by_stamp.len());
+    }
+
+    #[test]
+    fn what_is_carried_leaves_it_open_who_is_to_blame() {
+        let mut supplied = Supplied::new(8, false);
+        supplied.give(0x5000, true, Some(7));
+        let mut given = GivenAddresses::of(supplied);
+        assert!(!given.is_nothing() && GivenAddresses::nothing().is_nothing());
+        let wide = RegisterWrite { offset: 0x10, width: AccessWidth::Bytes8, value: 0x7000_0000_8000 };
+        given.written(wide);
+        let supplied = given.into_supplied();
+        assert!(!supplied.dangled_after(0x5000, 0x5000, 6), "orders of another domain mean nothing");
+        for (address, expected) in [
+            (0x5000, Supply::Perhaps),
+            (0x7000_0000_8000, Supply::Perhaps),
+            (0x8000, Supply::Perhaps),
+            (0x7000, Supply::Perhaps),
+            (0x9000, Supply::Never),
+        ] {
+            assert_eq!(supplied.exactly(address), expected, "{address:#x}");
+        }
+        let mut lost = GivenAddresses::nothing();
+        lost.lose();
+        for given in [lost, GivenAddresses::unknown()] {
+            assert!(!given.is_nothing());
+            assert_eq!(given.into_supplied().exactly(0x9000), Supply::Perhaps);
+        }
     }
 
     #[test]
