@@ -294,7 +294,7 @@ impl Domain {
     ) -> Result<PendingUnmap, DmaUnmapError> {
         let revoked = self.revoke_asked(kernel, request, now);
         if !request.end_of_burst {
-            return revoked.map(|told| PendingUnmap::answered(told));
+            return revoked.map(PendingUnmap::answered);
         }
         // A burst ends where its driver says so, whatever becomes of its last unmap.
         let named = RingIova::unpack(request.range.base()).ring;

@@ -2,7 +2,7 @@
 
 use iommu_kernel::{DmaMap, MappingKind, PendingUnmap};
 use iommu_types::errors::DmaMapError;
-use iommu_types::{Direction, DmaAttributes, Gpa, GpaRange, Iova, Protection, ReportClass};
+use iommu_types::{Direction, DmaAttributes, Gpa, GpaRange, Iova, Permissions, Protection, ReportClass};
 use proptest::prelude::*;
 
 use super::fixture::{PAGE, gpa_range};
@@ -172,7 +172,22 @@ impl Run {
             });
         }
         self.twin.open(&mapping);
+        self.check_shadow(&mapping)?;
         Ok(mapping)
+    }
+    /// Nothing of an earlier mapping is seen in a shadow, beside this one either. Nobody tells the sanitizer of the look.
+    fn check_shadow(&mut self, mapping: &Mapping) -> Checked {
+        let is_read = mapping.request.direction.permissions().contains(Permissions::READ);
+        if let Some(shadow) = mapping.shadow.filter(|_| is_read) {
+            let shadow = &self.twin.shadows[shadow];
+            let found = self.tenant.device_reads(Iova::new(shadow.first * PAGE), shadow.bytes.len());
+            prop_assert!(
+                found.as_ref() == Ok(&shadow.bytes),
+                "{:?} is not all that is in its shadow",
+                mapping
+            );
+        }
+        Ok(())
     }
     /// Which idle shadows are gone, by trying.
     fn look_for_shadows(&mut self, is_some_gone: bool) -> Checked<Gone> {

@@ -173,7 +173,9 @@ fn any_part() -> impl Strategy<Value = Part> {
         prop_oneof![3 => (1u64..5).prop_map(|n| n * 2048), 2 => 1u64..300, 2 => Just(4096), 1 => 1u64..9000];
     let part = |(buffer, offset, size_bytes): (Index, u64, u64)| Part { buffer, offset, size_bytes };
     let whole = any::<Index>().prop_map(|buffer| Part { buffer, offset: 0, size_bytes: u64::MAX });
-    prop_oneof![9 => (any::<Index>(), offset, size).prop_map(part), 1 => whole]
+    // Whole pages, so that elements of scatter-gather meet.
+    let aligned = (any::<Index>(), (0u64..3).prop_map(|n| n * 4096), (1u64..3).prop_map(|n| n * 4096));
+    prop_oneof![9 => (any::<Index>(), offset, size).prop_map(part), 3 => aligned.prop_map(part), 1 => whole]
 }
 
 fn any_unmap() -> impl Strategy<Value = Unmap> {
@@ -246,7 +248,7 @@ fn any_map() -> impl Strategy<Value = Step> {
 
 fn any_limits() -> impl Strategy<Value = Step> {
     let mask = prop_oneof![3 => Just(64u8), 1 => Just(32u8), 1 => 14u8..19];
-    let longest = prop_oneof![3 => Just(u64::MAX), 1 => Just(8192u64), 1 => Just(0u64)];
+    let longest = prop_oneof![2 => Just(u64::MAX), 1 => Just(4096u64), 1 => Just(8192u64), 1 => Just(0u64)];
     let boundary = prop_oneof![3 => Just(0u64), 1 => prop::sample::select(vec![1u64, 2, 4])];
     (mask, longest, boundary).prop_map(|(mask_bits, segment_bytes_max, boundary_pages)| Step::Limits {
         mask_bits,
@@ -268,7 +270,7 @@ pub(crate) fn any_step() -> impl Strategy<Value = Step> {
         5 => (index(), 0u64..6000, 1u64..6000, sync_for, wrong).prop_map(
             |(which, offset, size_bytes, target, wrong)|
                 Step::Sync { which, offset, size_bytes, target, wrong }),
-        1 => any_limits(),
+        2 => any_limits(),
         2 => (0u64..12).prop_map(|ms| Step::Pass { ms }),
         1 => Just(Step::Reclaim),
         8 => index().prop_map(|which| Step::Finish { which }),
