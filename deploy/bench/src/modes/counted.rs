@@ -1,8 +1,9 @@
 //! Batches of DMA whose instructions are counted: a process of its own, that a counter looks at from outside.
 //!
-//! The device writes and reads 64 bytes in turn, at addresses that it has used before. What is counted is [`carry_out`] and
-//! what it calls; the stage is built and every translation cached before. The three paths are the shipping code: that of a device session
-//! ([`execute_for`]) with and without a sanitizer, and the execution under it, called directly.
+//! The device goes through a few pages side by side, 64 bytes at a time, each piece written and then read; every batch begins at the
+//! same addresses. What is counted is [`carry_out`] and what it calls; the stage is built and every translation cached before. The three
+//! paths are the shipping code: that of a device session ([`execute_for`]) with and without a sanitizer, and the execution under it,
+//! called directly.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -23,8 +24,8 @@ use crate::in_process::host::{Caches, Host, LARGE, Pages, map};
 
 /// Bytes of each DMA.
 const DMA_BYTES: u32 = 64;
-/// Pages that the device uses in turn.
-const PAGES: u64 = 16;
+/// Pages that the device goes through side by side.
+const PAGES: u32 = 4;
 /// The name of the function that is counted, as a pattern: the compiler adds what tells its instances apart.
 pub(crate) const COUNTED_FUNCTION: &str = "*modes::counted::carry_out*";
 
@@ -72,7 +73,7 @@ impl Stage {
         let mut options = DomainOptions::new(Protection::Strict);
         options.sanitizer = path == DmaPath::On;
         let mut domain = host.domain_of(options)?;
-        let mut pages = Pages::of(host.buffer(PAGES * PAGE_SIZE_BYTES)?);
+        let mut pages = Pages::of(host.buffer(u64::from(PAGES) * PAGE_SIZE_BYTES)?);
         let source_id = host.source(&mut domain)?;
         let port = host.kernel.unit().port(source_id).context("open a port")?;
         let address = DeviceAddress { segment: 0, source_id };
@@ -87,9 +88,10 @@ impl Stage {
     /// Writes and reads in turn, each read where the write before it was.
     fn batch(&self, operations: u32) -> pb::DmaBatch {
         let mut batch = Batch::new();
-        for (pair, base) in (0..operations.div_ceil(2)).zip(self.bases.iter().cycle()) {
-            let slot = u64::from(pair) * u64::from(DMA_BYTES) % PAGE_SIZE_BYTES;
-            let iova = base.checked_add(slot).expect("it lies in a mapped page");
+        for pair in 0..operations.div_ceil(2) {
+            let base = self.bases[(pair % PAGES) as usize];
+            let offset = u64::from(pair / PAGES) * u64::from(DMA_BYTES) % PAGE_SIZE_BYTES;
+            let iova = base.checked_add(offset).expect("it lies in a mapped page");
             batch.write_slice(iova, &[0x5a; DMA_BYTES as usize]);
             if batch.len() < operations as usize {
                 batch.read(iova, DMA_BYTES);
