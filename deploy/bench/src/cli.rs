@@ -68,7 +68,7 @@ pub(crate) enum Role {
     /// Only what each protection mode costs and what each shortcut gives up; options as without it.
     ///
     /// A replay of a NIC's rings in every mode, as event counts, modelled cycles and time, and what stands around it. Options as without
-    /// it; names may be told without their "modes-".
+    /// it; names may be told without their "modes-". Instructions are counted where `valgrind` is installed.
     Modes,
     /// The reference on the wire: decodes what a device or a driver sends and answers with as many bytes.
     #[command(hide = true)]
