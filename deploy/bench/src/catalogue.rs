@@ -45,6 +45,10 @@ pub(crate) const ALL: &[Measurement] = &[
     measurement("modes-stale", "how long a device can use what was unmapped"),
     measurement("modes-copy", "copy against invalidate by size, and where they meet"),
     measurement("modes-tenants", "4 to 1,024 tenants and one that thrashes the IOTLB, shared or partitioned"),
+    measurement(
+        "modes-sanitizer",
+        "instructions per DMA without a sanitizer in the code, with it off, and on",
+    ),
     measurement("start", "from spawning the server to its ready line"),
     measurement("latency-tcp", "one DMA in flight over TCP, beside the echo"),
     measurement("latency-unix", "one DMA in flight over a UNIX socket, beside the echo"),
@@ -108,6 +112,7 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "modes-stale" => modes::stale::windows(bench),
         "modes-copy" => modes::copies::copies(bench),
         "modes-tenants" => modes::tenants::tenants(bench),
+        "modes-sanitizer" => modes::sanitizer::instructions(bench).await,
         "start" => wire::start::ready(bench).await,
         "latency-tcp" => wire::latency::one_in_flight(bench, wire::Transport::Tcp).await,
         "latency-unix" => wire::latency::one_in_flight(bench, wire::Transport::Unix).await,

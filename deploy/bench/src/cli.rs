@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use crate::modes::counted::DmaPath;
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0  every measurement ran, targets missed or not
@@ -63,8 +65,10 @@ const MODES: &str = "modes";
 /// What this binary does.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Role {
-    /// Only what protection costs and what each shortcut gives up: a replay of rings in every mode, and what stands around it. Options as
-    /// without it; names may be told without their "modes-".
+    /// Only what each protection mode costs and what each shortcut gives up; options as without it.
+    ///
+    /// A replay of a NIC's rings in every mode, as event counts, modelled cycles and time, and what stands around it. Options as without
+    /// it; names may be told without their "modes-". Instructions are counted where `valgrind` is installed.
     Modes,
     /// The reference on the wire: decodes what a device or a driver sends and answers with as many bytes.
     #[command(hide = true)]
@@ -75,6 +79,19 @@ pub(crate) enum Role {
         /// UNIX socket to listen on.
         #[arg(long)]
         listen_unix: PathBuf,
+    },
+    /// What `modes-sanitizer` counts instructions of: batches of DMA, in this process.
+    #[command(hide = true)]
+    CountDma {
+        /// How the batches reach their device's domain.
+        #[arg(long)]
+        path: DmaPath,
+        /// DMA in each batch.
+        #[arg(long)]
+        operations: u32,
+        /// How many batches.
+        #[arg(long)]
+        batches: u32,
     },
 }
 

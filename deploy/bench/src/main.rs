@@ -52,6 +52,10 @@ async fn main() -> anyhow::Result<ExitCode> {
         wire::echo::serve(*listen, listen_unix).await?;
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(Role::CountDma { path, operations, batches }) = &cli.role {
+        modes::counted::run(*path, *operations, *batches)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let wanted = Wanted(cli.words());
     let chosen = wanted.measurements().unwrap_or_else(|word| {
         let told = format!("no figure's name begins with {word:?}; --list tells the names");
@@ -87,7 +91,12 @@ async fn measure(
     for &measurement in chosen {
         bench.progress.begin(measurement.name);
         match catalogue::run(measurement, &mut bench).await {
-            Ok(measured) => report.add(measured),
+            Ok(measured) => {
+                for skipped in &measured.skipped {
+                    bench.progress.say(&format!("{} skipped: {}", skipped.name, skipped.skipped));
+                }
+                report.add(measured);
+            }
             Err(error) => {
                 bench.progress.say(&format!("{} could not run: {error:#}", measurement.name));
                 could_not_run.push(measurement.name);
@@ -112,6 +121,9 @@ async fn measure(
         let missed = report.figures.iter().filter(|figure| figure.met == Some(false)).count();
         let judged = report.figures.iter().filter(|figure| figure.met.is_some()).count();
         let mut told = format!("{}\n{} of {judged} targets met", report.table(), judged - missed);
+        if !report.skipped.is_empty() {
+            told += &format!(", {} skipped", report.skipped.len());
+        }
         told +=
             &format!("; {} and {} plots are in {}\n", "report.json", written.len() - 1, directory.display());
         print(&told)?;

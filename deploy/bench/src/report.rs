@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde::Serialize;
 
 use crate::figure::{Bound, Bounded, Figure};
 use crate::plot::{Chart, bars_against_targets};
@@ -17,6 +18,25 @@ pub(crate) struct Report {
     pub(crate) charts: Vec<Chart>,
     /// Tables of their own, for figures that stand side by side.
     pub(crate) tables: Vec<Sheet>,
+    /// Measurements that this machine has not the means for. Neither met nor missed.
+    pub(crate) skipped: Vec<Skipped>,
+}
+
+/// A measurement that was not made. The fields are those of `report.json`.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Skipped {
+    /// Its name.
+    pub(crate) name: &'static str,
+    /// Why.
+    pub(crate) skipped: &'static str,
+}
+
+/// An entry of `report.json`.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Entry<'r> {
+    Figure(&'r Figure),
+    Skipped(&'r Skipped),
 }
 
 /// A table of its own.
@@ -49,6 +69,7 @@ impl Report {
         self.figures.extend(other.figures);
         self.charts.extend(other.charts);
         self.tables.extend(other.tables);
+        self.skipped.extend(other.skipped);
     }
 
     /// Whether a target is missed.
@@ -56,9 +77,11 @@ impl Report {
         self.figures.iter().any(|figure| figure.met == Some(false))
     }
 
-    /// `report.json`: an array of figures.
+    /// `report.json`: an array of figures, then of what was skipped.
     pub(crate) fn json(&self) -> anyhow::Result<String> {
-        serde_json::to_string_pretty(&self.figures).context("write the report as JSON")
+        let figures = self.figures.iter().map(Entry::Figure);
+        let entries: Vec<_> = figures.chain(self.skipped.iter().map(Entry::Skipped)).collect();
+        serde_json::to_string_pretty(&entries).context("write the report as JSON")
     }
 
     /// Writes `report.json` and the plots, and says where each of them is.
@@ -103,6 +126,12 @@ impl Report {
                 target(figure),
                 figure.met.map(|met| if met { "met" } else { "MISSED" }.to_owned()).unwrap_or_default(),
             ]);
+        }
+        for Skipped { name, skipped } in &self.skipped {
+            let mut row = [const { String::new() }; 9];
+            row[0] = (*name).to_owned();
+            row[8] = format!("skipped: {skipped}");
+            table.add_row(row);
         }
         for index in [1, 3, 4, 6, 7] {
             let column = table.column_mut(index).expect("the header has nine columns");
@@ -149,7 +178,7 @@ pub(crate) fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Report, Sheet, number};
+    use super::{Report, Sheet, Skipped, number};
     use crate::figure::{Figure, RatioOf, Target};
     use crate::samples::Samples;
 
@@ -181,6 +210,21 @@ mod tests {
         for word in ["iotlb-hit-1024", "9.00", "8.00..10.0", "115", "12.78", "≥ 5.00", "met"] {
             assert!(table.contains(word), "{word} is missing in\n{table}");
         }
+    }
+
+    #[test]
+    fn what_was_skipped_is_told_and_is_neither_met_nor_missed() {
+        let mut all = Report::default();
+        let skipped = vec![Skipped { name: "modes-sanitizer", skipped: "no valgrind" }];
+        all.add(report());
+        all.add(Report { skipped, ..Report::default() });
+        assert!(!all.missed_any());
+        let table = all.table();
+        let row = table.lines().find(|line| line.contains("modes-sanitizer")).unwrap_or_default();
+        assert!(row.contains("skipped: no valgrind"), "{table}");
+        let json = all.json().expect("both are plain");
+        let read: serde_json::Value = serde_json::from_str(&json).expect("what was written can be read");
+        assert_eq!(read[1], serde_json::json!({"name": "modes-sanitizer", "skipped": "no valgrind"}));
     }
 
     #[test]

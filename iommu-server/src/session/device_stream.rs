@@ -25,8 +25,7 @@ use tokio::task::coop;
 use tonic::{Status, Streaming};
 
 use super::device::DeviceSession;
-use super::execute::{Executed, NoWatch, execute, refuse};
-use super::watch::BatchWatch;
+use super::execute::{Executed, execute_for, refuse};
 use crate::bounds;
 use crate::connection::ConnectionHandle;
 use crate::ending::Ending;
@@ -282,15 +281,7 @@ impl Live {
                     Home::Machine(machine) => machine.interrupts.deliver(signal),
                 }
             };
-            match device.watched() {
-                None => execute(&mut self.port, batch, deliver, &mut NoWatch)?,
-                Some(domain) => {
-                    let mut watch = BatchWatch::new(&domain, device.address);
-                    let executed = execute(&mut self.port, batch, deliver, &mut watch)?;
-                    watch.tell(&executed.completions.payload);
-                    executed
-                }
-            }
+            execute_for(device, &mut self.port, batch, deliver)?
         };
         self.device.counters.add(executed.count);
         if executed.count.faults > 0 && matches!(self.device.home, Home::Host) {
