@@ -180,7 +180,7 @@ async fn an_unmap_that_does_not_fit_is_refused_in_every_mode_and_changes_nothing
         let direction = pb::Direction::ToDevice.into();
         let wrong = pb::DmaUnmapRequest { direction, ..driver.unmap_request(iova, 100) };
         assert_eq!(refused(driver.dma_unmap(wrong).await), "DIRECTION_MISMATCH", "{protection:?}");
-        assert_eq!(refused(driver.unmap_sg(iova, 1).await), "NOT_MAPPED", "{protection:?}: not so");
+        assert_eq!(refused(driver.unmap_sg(iova, 1).await), "WRONG_FUNCTION", "{protection:?}: not so");
         assert_eq!(refused(driver.unmap_sg(segments[0].0, 3).await), "INVALID_FIELD", "{protection:?}");
         let as_single = driver.unmap(ENGINE0, segments[0].0, segments[0].1).await;
         assert_eq!(refused(as_single), "WRONG_FUNCTION", "{protection:?}");
