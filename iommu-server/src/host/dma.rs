@@ -418,7 +418,7 @@ impl Host {
         device: DeviceAddress,
         request: DmaSync,
     ) -> Result<(), DmaSyncError> {
-        let held = |domain: &Domain| domain.holds_part(&self.kernel, request.range);
+        let held = |domain: &Domain| domain.holds_part(&self.kernel, &request);
         let slot = self.domain_that_holds(owner, device, held)?.ok_or(NotAttached { device })?;
         let now = telemetry::now();
         slot.with(|domain| domain.dma_sync(&self.kernel, request, now)).map_err(|_| NotAttached { device })?

@@ -193,10 +193,8 @@ impl Host {
             (slot, drain.expect("a domain with a device is not destroyed"))
         };
         let drained = drain.await;
-        if let Ok(slot) = self.domains.get(domain_id) {
-            // One that is being destroyed meanwhile waits for the source by itself.
-            let _gone = slot.with(|domain| domain.forget_source(device.address.source_id, drained));
-        }
+        // One that is being destroyed meanwhile waits for the source by itself.
+        let _gone = slot.with(|domain| domain.forget_source(device.address.source_id, drained));
         // Not before: until here its sanitizer is told what the device is refused.
         device.watch(None);
         if slot.gives_unseen() {

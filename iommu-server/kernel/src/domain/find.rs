@@ -2,10 +2,10 @@
 
 use iommu_hardware::memory::{MappingRecord, RecordIndex};
 use iommu_types::errors::{DirectionMismatch, DmaUnmapError, NotMapped, SizeMismatch, WrongFunction};
-use iommu_types::{Direction, Gpa, Iova, IovaRange};
+use iommu_types::{Direction, Gpa, Iova};
 
 use super::request::{DmaFunction, DmaUnmap};
-use super::{Domain, Mode};
+use super::{DmaSync, Domain, Mode};
 use crate::boot::Kernel;
 
 /// A mapping of the DMA API.
@@ -148,7 +148,7 @@ pub enum Held {
 
 impl Domain {
     fn held(&self, kernel: &Kernel, iova: Iova, is_exact: impl FnOnce() -> bool) -> Held {
-        match self.find_covering(kernel, iova) {
+        match self.covering(kernel, iova).next() {
             _ if is_exact() => Held::Exactly,
             Some(_) => Held::Other,
             None => Held::Nothing,
@@ -168,10 +168,10 @@ impl Domain {
         let is_sg = |found: Found| function_of(found.facts.kind) == Some(DmaFunction::ScatterGather);
         self.held(kernel, iova, || self.beginning_at(kernel, iova).any(is_sg))
     }
-    /// The same for a part of a mapping.
-    pub fn holds_part(&self, kernel: &Kernel, range: IovaRange) -> Held {
-        let last = range.last().get();
-        let covers = |found: Found| last <= found.facts.iova + (found.facts.size_bytes - 1);
-        self.held(kernel, range.base(), || self.find_covering(kernel, range.base()).is_some_and(covers))
+    /// What is here of what a sync names.
+    pub fn holds_part(&self, kernel: &Kernel, request: &DmaSync) -> Held {
+        let iova = request.range.base();
+        let fits = |found: Found| self.check_sync(&found, request).is_ok();
+        self.held(kernel, iova, || self.covering(kernel, iova).any(fits))
     }
 }

@@ -55,7 +55,7 @@ impl Domain {
         Ok(())
     }
     /// Whether a sync names a part of this mapping. Of scatter-gather the caller knows segments, which may hold several elements.
-    fn check_sync(&self, found: &Found, request: &DmaSync) -> Result<(), DmaSyncError> {
+    pub(super) fn check_sync(&self, found: &Found, request: &DmaSync) -> Result<(), DmaSyncError> {
         let DmaSync { range, direction, .. } = *request;
         let (iova, size_bytes, facts) = (range.base(), range.size_bytes(), &found.facts);
         let made = function_of(facts.kind);
