@@ -2,7 +2,8 @@
 //!
 //! An owner names only its own memory, and only through this map (I2). Buffers begin at 0x1000 and go up; a page that is
 //! never memory lies behind each, so that running over the end of a buffer is refused instead of reaching the next one;
-//! addresses are not used again, so that a stale one names nothing. No buffer lies at FEEx_xxxx. A buffer with pins is not freed (I9).
+//! addresses are not used again, so that a stale one names nothing (an owner that has allocated 4 GiB in all gets addresses beyond a
+//! 32-bit device's mask, in domains that use the memory's own). No buffer lies at FEEx_xxxx. A buffer with pins is not freed (I9).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

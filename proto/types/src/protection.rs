@@ -173,7 +173,8 @@ impl fmt::Display for Protection {
 pub enum MappingGranularity {
     /// Whole 4 KiB pages: neighbours of a buffer on its pages are open too.
     Page,
-    /// Exactly the bytes that were mapped.
+    /// Exactly the bytes that were mapped. In shared and persistent domains a page is one mapping of all its users: from the first byte of
+    /// any of them to the last.
     Byte,
 }
 

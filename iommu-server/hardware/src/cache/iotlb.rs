@@ -73,12 +73,19 @@ impl<A: Atomics> Iotlb<A> {
             None => words::whole(entry.hpa, entry.permissions),
             Some(extent) => {
                 assert!(entry.size == PageSize::Size4K, "only the smallest pages are partial: {entry:?}");
+                self.spans.note_special();
                 words::partial(entry.hpa, entry.permissions, extent)
             }
         };
         let size = usize::from(entry.size.leaf_level() - 1);
         let span = Span { domain: entry.domain_id, base: entry.iova, size, data };
         self.spans.fill(drains, walked_under, span)
+    }
+
+    /// Whether a partial page was ever filled: until then a miss need not look for one.
+    #[inline]
+    pub fn may_hold_partial(&self) -> bool {
+        self.spans.may_hold_special()
     }
 
     /// Forgets everything. As for every invalidation, the generation was moved before

@@ -48,6 +48,9 @@ const DOMAIN_STEP: u64 = 0x91e1_0da5_c79e_7b1d;
 /// Spans of a range that are looked for one by one. A larger range scans the sets of its domain.
 const PROBES_MAX: u64 = 64;
 
+/// In `filled`: an entry that a plain lookup does not use.
+const SPECIAL: u64 = 1 << SIZES;
+
 /// One entry. `size` is an index into the shifts of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Span {
@@ -64,7 +67,7 @@ pub(super) struct Spans<A: Atomics> {
     shifts: [u32; SIZES],
     /// A share has 2 to the power of this many sets.
     index_bits: u32,
-    /// Bit n is set once size n was filled. Read by every lookup, written three times at most.
+    /// Bit n is set once size n was filled, and [`SPECIAL`] once a special entry was. Read by every lookup, written four times at most.
     filled: CachePadded<A::Word>,
 }
 
@@ -120,6 +123,19 @@ impl<A: Atomics> Spans<A> {
         let (index, tag) =
             (self.index(span.domain, span.size, number), self.tag(span.domain, span.size, number));
         self.sets.insert(index, tag, span.data, || drains.is_current(span.domain, walked_under))
+    }
+
+    /// Notes, before it is filled, that an entry is of the kind that a plain lookup does not use.
+    pub(super) fn note_special(&self) {
+        if !self.may_hold_special() {
+            self.filled.fetch_or(SPECIAL, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether such an entry was ever filled.
+    #[inline]
+    pub(super) fn may_hold_special(&self) -> bool {
+        self.filled.load(Ordering::Relaxed) & SPECIAL != 0
     }
 
     pub(super) fn invalidate_all(&self) {

@@ -10,7 +10,8 @@
 //! their atomics and their memory, so that loom runs the code that ships.
 //!
 //! **Architecture invariant (I1, I2):** after a slot is made invalid and before its ring is invalidated, at most two stale
-//! slots of the ring can be served: the one in use and the prefetched one. After the invalidation and its drain, none.
+//! slots of the ring can be served at any moment: the one in use and the prefetched one. After the invalidation and its drain, none.
+//! An access is judged page by page of its address, as everywhere; a slot's bounds hold for each page.
 
 mod cache;
 mod explain;

@@ -1,7 +1,7 @@
 //! The bit layouts of the ring tables: plain values that encode and decode, and nothing that behaves.
 //!
 //! The paper (Malka, Amit, Ben-Yehuda and Tsafrir, ASPLOS'15) says what the structures hold; the bits are ours. All of them
-//! are little endian, and an entry is read and written in one 16-byte access, so that a walk sees it whole or not at all.
+//! are little endian, and an entry is read in one 16-byte access. Software may write a slot in two: where it leads, then that it is valid.
 //!
 //! ```text
 //! root[bus]      127                        64 63                   12 11          1 0
@@ -140,7 +140,7 @@ pub struct RingPte {
     pub device_may_read: bool,
     /// Whether the device may write them.
     pub device_may_write: bool,
-    /// V. Software sets it last; with a 16-byte store all of the entry appears at once.
+    /// V. Software sets it last, and clears it first.
     pub is_valid: bool,
     #[bits(31)]
     __: u32,

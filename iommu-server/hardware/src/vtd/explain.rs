@@ -44,7 +44,7 @@ impl Unit {
         if let Some(cache) = self.rings.cache_of(source)
             && !request.is_in_interrupt_range()
         {
-            return riommu::explain(&self.rings_of(source, &cache), &Request { size_bytes, ..request });
+            return riommu::explain(&self.rings_of(source, &cache), &request);
         }
         let mut steps = StepCollector::new(self.table_rules());
         let (end, context) = self.end_by_tables(source, &request, &mut steps);

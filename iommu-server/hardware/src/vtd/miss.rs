@@ -99,7 +99,7 @@ pub(super) fn walk_and_fill(
 
 /// What the IOTLB answers to a request that its hot path does not: a partial page lets it pass, or, with CM=1, an absent one refuses it.
 fn cached_end(unit: &Unit, context: &CachedContext, request: &Request) -> Option<Result<Hpa, WalkFault>> {
-    if !unit.has_byte_extents() && !unit.capabilities().caching_mode {
+    if !unit.iotlb.may_hold_partial() && !unit.capabilities().caching_mode {
         return None;
     }
     let entry = unit.iotlb.lookup(context.domain_id, request.iova)?;
