@@ -9,10 +9,13 @@
 //! empty, all of them are unhooked, the whole domain is invalidated, paging structures included, and the frames wait for
 //! that drain before they are tables again or anybody's memory.
 
+mod frames;
+mod slots;
+
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use iommu_hardware::memory::{PhysicalMemory, RecordIndex};
+use iommu_hardware::memory::PhysicalMemory;
 use iommu_hardware::vtd::spec::extent::{self, ByteExtent};
 use iommu_hardware::vtd::spec::pte::{self, ENTRIES_PER_TABLE, SecondStageEntry};
 use iommu_types::{Hpa, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions};
@@ -190,49 +193,6 @@ impl Tables {
         let is_stocked = missing.single <= self.spare.single.len() && missing.pairs <= self.spare.pairs.len();
         if is_stocked { Ok(()) } else { self.stock_up(kernel, account, missing) }
     }
-    fn stock_up(&mut self, kernel: &Kernel, account: &OwnerAccount, wanted: Missing) -> Result<(), Shortage> {
-        let before = Missing { single: self.spare.single.len(), pairs: self.spare.pairs.len() };
-        let taken = self.take_frames(kernel, account, wanted);
-        if taken.is_err() {
-            self.give_back(kernel, account, before);
-        }
-        taken
-    }
-    fn take_frames(
-        &mut self,
-        kernel: &Kernel,
-        account: &OwnerAccount,
-        wanted: Missing,
-    ) -> Result<(), Shortage> {
-        while self.spare.single.len() < wanted.single {
-            account.tables.charge(PAGE_SIZE_BYTES)?;
-            let table = kernel.frames.allocate_table();
-            self.spare.single.push(table.inspect_err(|_| account.tables.refund(PAGE_SIZE_BYTES))?);
-        }
-        while self.spare.pairs.len() < wanted.pairs {
-            account.tables.charge(2 * PAGE_SIZE_BYTES)?;
-            let pair = kernel.frames.allocate_table_pair();
-            self.spare.pairs.push(pair.inspect_err(|_| account.tables.refund(2 * PAGE_SIZE_BYTES))?);
-        }
-        Ok(())
-    }
-    /// Returns spare frames until only `keep` are left. They are zeroed.
-    fn give_back(&mut self, kernel: &Kernel, account: &OwnerAccount, keep: Missing) {
-        let Spares { single, pairs } = &mut self.spare;
-        for table in single.drain(keep.single.min(single.len())..) {
-            kernel.frames.free_table(table);
-            account.tables.refund(PAGE_SIZE_BYTES);
-        }
-        for pair in pairs.drain(keep.pairs.min(pairs.len())..) {
-            kernel.frames.free_table(pair);
-            kernel.frames.free_table(frame_at(pair, 1));
-            account.tables.refund(2 * PAGE_SIZE_BYTES);
-        }
-    }
-    /// Returns spare frames beyond those that are always kept.
-    pub(super) fn trim(&mut self, kernel: &Kernel, account: &OwnerAccount) {
-        self.give_back(kernel, account, Missing { single: SPARE_TABLES_MAX, pairs: SPARE_TABLES_MAX });
-    }
     /// Tables that do not exist yet. Extents ascend, so a table is counted once by looking at the one before.
     fn missing(&self, extents: &[Extent]) -> Missing {
         let mut counted: [Option<Key>; LEVELS_MAX + 1] = [None; LEVELS_MAX + 1];
@@ -397,87 +357,6 @@ impl Tables {
             }
         }
         unhooked.len() > before
-    }
-    /// Takes back frames of unhooked tables, after the drain. Their entries were all cleared.
-    pub(super) fn recycle(&mut self, kernel: &Kernel, account: &OwnerAccount, tables: &mut Vec<Unhooked>) {
-        if tables.is_empty() {
-            return;
-        }
-        for Unhooked { base, is_pair } in tables.drain(..) {
-            if is_pair { self.spare.pairs.push(base) } else { self.spare.single.push(base) }
-        }
-        self.trim(kernel, account);
-    }
-    /// Returns every frame. Nothing may be cached any more.
-    pub(super) fn destroy(&mut self, kernel: &Kernel, account: &OwnerAccount) {
-        for (key, node) in self.nodes.drain() {
-            if self.has_extents && level_of(key) == 1 {
-                self.spare.pairs.push(node.table);
-            } else {
-                self.spare.single.push(node.table);
-            }
-        }
-        self.give_back(kernel, account, Missing::default());
-    }
-
-    // === slots: which DMA-API mapping begins at a page ===
-    /// The record of the mapping that begins at a page.
-    pub(super) fn slot(&self, page: u64) -> Option<RecordIndex> {
-        let node = self.nodes.get(&leaf_key(page))?;
-        RecordIndex(node.slots.as_ref()?[slot_index(page)].checked_sub(1)?).into()
-    }
-    /// The record of the nearest mapping with a slot that begins at a page or before it, under the same leaf table.
-    pub(super) fn slot_up_to(&self, page: u64) -> Option<RecordIndex> {
-        let slots = self.nodes.get(&leaf_key(page))?.slots.as_ref()?;
-        let nearest = slots[..=slot_index(page)].iter().rev().find_map(|slot| slot.checked_sub(1))?;
-        Some(RecordIndex(nearest))
-    }
-    pub(super) fn set_slot(&mut self, page: u64, record: RecordIndex) {
-        let node = self.nodes.get_mut(&leaf_key(page)).expect("the mapping has a leaf table");
-        let slots = node.slots.get_or_insert_with(|| Box::new([0; ENTRIES_PER_TABLE as usize]));
-        slots[slot_index(page)] = record.0 + 1;
-    }
-    pub(super) fn clear_slot(&mut self, page: u64) {
-        let node = self.nodes.get_mut(&leaf_key(page)).expect("the mapping has a leaf table");
-        node.slots.as_mut().expect("the mapping has a slot")[slot_index(page)] = 0;
-    }
-    /// The first mapping with a slot that has a page in `first..=last`; `last_page` gives a mapping's last page.
-    pub(super) fn slot_overlapping(
-        &self,
-        first: u64,
-        last: u64,
-        last_page: impl Fn(RecordIndex) -> u64,
-    ) -> Option<(u64, RecordIndex)> {
-        let in_region = |key: Key, node: &Node| {
-            let base = first_address(key).page_number();
-            let mapping =
-                |(n, slot): (usize, &u32)| Some((base + n as u64, RecordIndex(slot.checked_sub(1)?)));
-            let mut mappings =
-                node.slots.iter().flat_map(|slots| slots.iter()).enumerate().filter_map(mapping);
-            mappings.find(|(page, record)| *page <= last && last_page(*record) >= first)
-        };
-        if leaf_key(first) == leaf_key(last) {
-            return in_region(leaf_key(first), self.nodes.get(&leaf_key(first))?);
-        }
-        // Only leaf tables have slots, so keys of other levels do no harm.
-        let is_near = |(key, _): &(&Key, &Node)| (leaf_key(first)..=leaf_key(last)).contains(*key);
-        let near = self.nodes.iter().filter(is_near);
-        near.filter_map(|(key, node)| in_region(*key, node)).min_by_key(|(page, _)| *page)
-    }
-    /// Mappings that begin at `from` or after, by page, `limit` at most.
-    pub(super) fn slots_from(&self, from: u64, limit: usize) -> Vec<(u64, RecordIndex)> {
-        let has_slots = |(key, node): &(&Key, &Node)| node.slots.is_some() && **key >= leaf_key(from);
-        let mut regions: Vec<_> = self.nodes.iter().filter(has_slots).collect();
-        regions.sort_unstable_by_key(|(key, _)| **key);
-        let slots_of = |(key, node): (&Key, &Node)| {
-            let first = first_address(*key).page_number();
-            let slots: Vec<u32> = node.slots.as_ref().map(|slots| slots.to_vec()).unwrap_or_default();
-            let slot =
-                move |(n, slot): (usize, u32)| Some((first + n as u64, RecordIndex(slot.checked_sub(1)?)));
-            slots.into_iter().enumerate().filter_map(slot)
-        };
-        let found = regions.into_iter().flat_map(slots_of).skip_while(|(page, _)| *page < from);
-        found.take(limit).collect()
     }
 }
 
