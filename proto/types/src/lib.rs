@@ -12,6 +12,7 @@ mod dma;
 pub mod errors;
 mod explain;
 mod fault;
+mod function;
 mod identity;
 mod invalidation;
 mod protection;
@@ -28,6 +29,7 @@ pub use dma::{
 };
 pub use explain::{CacheState, Explanation, Outcome, Step, Structure, Translation};
 pub use fault::{DmaFault, Fault, FaultReason, FaultRecord, InterruptFault, Refusal, TranslationFault};
+pub use function::{FunctionKind, PciFunction};
 pub use identity::{Generation, Identity, Owner, ParseOwnerError, RequestId, Role};
 pub use invalidation::{FunctionMask, Granularity, Invalidation};
 pub use protection::{

@@ -11,12 +11,12 @@ macro_rules! for_each_operation {
         $callback! {
             $($more)*
             /// Why a buffer was not allocated.
-            AllocateError { InvalidField, OutOfMemory, LimitReached }
+            AllocateError { NotAHostDriver, InvalidField, OutOfMemory, LimitReached }
             /// Why a buffer was not freed.
             FreeError { InvalidRange, NotAllocated, StillMapped }
             /// Why the DMA API did not map.
             DmaMapError {
-                InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached,
+                InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotAHostDriver, NotOwned, MemoryLeaving, IovaExhausted, OutOfMemory, LimitReached,
                 RingOverflow, NotContiguous, SegmentOverLimit, BeyondMask, BeyondWidth, ModeRefuses,
             }
             /// Why the DMA API did not unmap.
@@ -26,7 +26,7 @@ macro_rules! for_each_operation {
             /// Why a device's DMA limits were not set.
             DmaLimitsError { InvalidField, UnknownDevice, NotYours, NotAttached, ModeRefuses }
             /// Why the domain API did not map.
-            MapError { InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
+            MapError { InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, MemoryLeaving, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
             /// Why the domain API did not unmap.
             UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
             /// Why a domain was not created.
@@ -39,6 +39,29 @@ macro_rules! for_each_operation {
             DetachError { UnknownDevice, NotAttached, NotYours }
             /// Why a device was not declared.
             DeclareError { InvalidField, DeviceExists, UnknownOwner, LimitReached }
+            /// Why no virtual machine was created.
+            CreateVmError { InvalidField, LimitReached }
+            /// Why a virtual machine was not destroyed.
+            DestroyVmError { UnknownOwner, NotYours }
+            /// Why a virtual machine was given no memory.
+            AddMemoryError {
+                InvalidField, InvalidRange, Unaligned, UnknownOwner, NotYours, MemoryOverlaps, ReservedRange, BeyondWidth, OutOfMemory, LimitReached,
+            }
+            /// Why memory was not taken back.
+            RemoveMemoryError { InvalidField, InvalidRange, Unaligned, UnknownOwner, NotYours, NotOwned, StillMapped, MemoryLeaving }
+            /// Why memory was not moved.
+            MoveMemoryError {
+                InvalidField, InvalidRange, Unaligned, UnknownOwner, NotYours, NotOwned, StillMapped, MemoryLeaving, MemoryOverlaps, ReservedRange,
+                BeyondWidth, OutOfMemory, LimitReached,
+            }
+            /// Why a function was not forgotten.
+            RemoveFunctionError { UnknownDevice, NotYours, GroupInUse, InvalidField }
+            /// Why a function was not assigned.
+            AssignError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, NotAssignable, GroupInUse, OutOfMemory, LimitReached }
+            /// Why a function was not released.
+            ReleaseError { UnknownDevice, NotYours, NotAttached }
+            /// Why a hypercall has no answer.
+            HypercallError { InvalidField, NoHypervisor, HypercallRefused, HypercallTimeout, LimitReached }
             /// Why memory was not read or written.
             MemoryError { InvalidRange, InvalidField, UnknownOwner, UnknownMachine, NotYours, NotOwned, NoMemory, LimitReached }
             /// Why no interrupt was allocated.
