@@ -100,6 +100,17 @@ const _: () = assert!(BULK_PIECE_BYTES < limits::BATCH_BYTES_MAX as usize);
 /// Table entries in one dump: more than a million mappings have.
 pub const DUMP_ENTRIES_MAX: usize = 4 << 20;
 
+// ---- hypervisors
+
+/// Names under which hypervisors are known at once.
+pub const HYPERVISORS_MAX: usize = 64;
+/// Virtual machines of one hypervisor.
+pub const VMS_PER_HYPERVISOR_MAX: usize = 256;
+/// Hypercalls of one virtual machine that wait for their answer: a ring's worth of requests, each a page at most.
+pub const HYPERCALLS_PER_VM_MAX: usize = 64;
+/// How long a guest waits for its hypervisor.
+pub const HYPERCALL_TIMEOUT: Duration = Duration::from_secs(10);
+
 // ---- bare machines
 
 /// Bare machines of one client.

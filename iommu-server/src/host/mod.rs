@@ -3,16 +3,21 @@
 //! **Lock order:** topology, owner memory, domain, the watched domain of a device, sanitizer, logs of faults and reports. No lock is held across an await; what has to be quiet is awaited
 //! in between. Registries hand out `Arc`s and keep their guards to themselves.
 
+pub mod assignment;
 pub mod devices;
 pub mod dma;
 pub mod domains;
 pub mod faults;
+pub mod hypercalls;
+pub mod hypervisors;
 pub mod memory;
 pub mod owners;
 pub mod placement;
 pub mod reclaim;
 pub mod sanitizer;
 pub mod trim;
+pub mod vm_memory;
+pub mod vms;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,6 +34,7 @@ use parking_lot::RwLock;
 use self::devices::{DeviceState, Devices, Home};
 use self::domains::Domains;
 use self::faults::FaultHub;
+use self::hypervisors::Hypervisors;
 use self::owners::{OwnerState, Owners};
 use self::sanitizer::SanitizerHub;
 use crate::bounds;
@@ -50,10 +56,14 @@ pub struct Host {
     pub topology: RwLock<Topology>,
     /// Owners.
     pub owners: Owners,
+    /// Hypervisors.
+    pub hypervisors: Hypervisors,
     /// Devices.
     pub devices: Devices,
     /// Domains.
     pub domains: Domains,
+    /// Held while the functions of a group change hands.
+    pub assignments: tokio::sync::Mutex<()>,
     /// Bare machines and their clients.
     pub machines: Machines,
     /// Fault logs.
@@ -134,8 +144,10 @@ impl Host {
             kernel,
             topology: RwLock::new(Topology::new(bounds::DEVICES_MAX, bounds::OWNERS_MAX)),
             owners: Owners::default(),
+            hypervisors: Hypervisors::default(),
             devices: Devices::default(),
             domains: Domains::new(Arc::clone(&reports)),
+            assignments: tokio::sync::Mutex::default(),
             machines: Machines::default(),
             faults: FaultHub::default(),
             reports,
@@ -151,13 +163,7 @@ impl Host {
             host.declare_owner(driver.owner, driver.name)?;
         }
         for device in devices {
-            host.declare_device(DeviceEntry {
-                address: device.address,
-                name: device.name,
-                owner: device.owner,
-                domain_id: None,
-            })
-            .await?;
+            host.declare_device(DeviceEntry::new(device.address, device.name, device.owner)).await?;
         }
         Ok(host)
     }
@@ -168,7 +174,8 @@ impl Host {
             let mut topology = self.topology.write();
             topology.declare_owner(OwnerEntry { owner, name: name.clone() })?;
         }
-        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, owner, name)));
+        let account = self.kernel.account(owner)?;
+        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, account, name)));
         Ok(())
     }
 
@@ -198,6 +205,11 @@ impl Host {
         self.shutdown.end(Ending::ShuttingDown);
         for owner in self.owners.list() {
             if let Some(session) = owner.seat.connected() {
+                session.end.end(Ending::ShuttingDown);
+            }
+        }
+        for hypervisor in self.hypervisors.list() {
+            if let Some(session) = hypervisor.seat.connected() {
                 session.end.end(Ending::ShuttingDown);
             }
         }

@@ -9,6 +9,7 @@ use iommu_types::errors::UnknownOwner;
 use iommu_types::{DeviceAddress, Gpa, Iova, Owner};
 use parking_lot::{Mutex, RwLock};
 
+use crate::host::hypervisors::HypervisorState;
 use crate::interrupts::InterruptFeed;
 use crate::session::driver::Seat;
 
@@ -31,6 +32,8 @@ pub struct OwnerState {
     pub interrupts: InterruptFeed,
     /// Its session.
     pub seat: Seat,
+    /// Whose virtual machine it is; `None` for a driver of the host.
+    pub hypervisor: Option<Arc<HypervisorState>>,
 }
 
 impl std::fmt::Debug for OwnerState {
@@ -44,12 +47,21 @@ impl std::fmt::Debug for OwnerState {
 
 impl OwnerState {
     /// An owner with nothing.
-    pub fn new(kernel: &Kernel, owner: Owner, name: String) -> Self {
-        let account = kernel.account(owner);
+    pub fn new(kernel: &Kernel, account: Arc<OwnerAccount>, name: String) -> Self {
+        let owner = account.owner();
         let memory = RwLock::new(OwnerMemory::new(kernel, Arc::clone(&account)));
         let (interrupts, seat) = (InterruptFeed::new(), Seat::new());
         let (direct_maps, unmapped_coherent) = (tokio::sync::Mutex::default(), Mutex::default());
-        Self { owner, name, account, memory, direct_maps, unmapped_coherent, interrupts, seat }
+        let hypervisor = None;
+        Self { owner, name, account, memory, direct_maps, unmapped_coherent, interrupts, seat, hypervisor }
+    }
+    /// The same, as a virtual machine of a hypervisor.
+    pub fn of_hypervisor(self, hypervisor: &Arc<HypervisorState>) -> Self {
+        Self { hypervisor: Some(Arc::clone(hypervisor)), ..self }
+    }
+    /// Whether it is a virtual machine: it has the memory that its hypervisor gives it.
+    pub fn is_vm(&self) -> bool {
+        self.hypervisor.is_some()
     }
 }
 
@@ -67,6 +79,10 @@ impl Owners {
     /// The owner, when declared.
     pub fn get(&self, owner: Owner) -> Result<Arc<OwnerState>, UnknownOwner> {
         self.by_owner.get(&owner).map(|entry| Arc::clone(entry.value())).ok_or(UnknownOwner { owner })
+    }
+    /// Forgets one.
+    pub fn remove(&self, owner: Owner) {
+        self.by_owner.remove(&owner);
     }
     /// All of them in order.
     pub fn list(&self) -> Vec<Arc<OwnerState>> {

@@ -39,7 +39,7 @@ impl Host {
 
     /// Whether the device is still the one at its address. It may have been removed, and another declared there, while a call waited for
     /// its placement.
-    fn still_declared(&self, device: &Arc<DeviceState>) -> Result<(), UnknownDevice> {
+    pub(super) fn still_declared(&self, device: &Arc<DeviceState>) -> Result<(), UnknownDevice> {
         let declared = self.devices.get(device.address)?;
         if Arc::ptr_eq(&declared, device) { Ok(()) } else { Err(UnknownDevice { device: device.address }) }
     }
@@ -175,7 +175,7 @@ impl Host {
 
     /// Detaches a device, invalidated and drained. Nothing to do when it is attached to nothing. What the last device of a domain leaves
     /// mapped there was leaked.
-    async fn detach_locked(&self, device: &DeviceState, by: RequestId) -> Option<DomainId> {
+    pub(super) async fn detach_locked(&self, device: &DeviceState, by: RequestId) -> Option<DomainId> {
         let (slot, drain) = {
             let mut topology = self.topology.write();
             let domain_id = topology.set_detached(device.address).ok()?;
@@ -285,7 +285,7 @@ impl Host {
     }
 
     /// What a former owner had for a device goes: what the device holds of it, interrupts, the default domain with its mappings.
-    async fn leave_owner(&self, device: &DeviceState, former: Owner) {
+    pub(super) async fn leave_owner(&self, device: &DeviceState, former: Owner) {
         device.set_owner(None);
         device.set_limits(DmaLimits::NONE);
         device.reset().await;

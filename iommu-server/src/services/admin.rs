@@ -9,7 +9,7 @@ use iommu_proto::model::{self, Peer};
 use iommu_proto::pb;
 use iommu_proto::pb::admin_service_server::AdminService;
 use iommu_types::errors::{AttachError, DetachError, InvalidField};
-use iommu_types::{DeviceAddress, Owner};
+use iommu_types::{DeviceAddress, Owner, PciFunction};
 use tonic::{Request, Response, Status};
 
 use super::driver::mmio_call;
@@ -51,9 +51,10 @@ impl AdminService for Admin {
         request: Request<pb::DeclareDeviceRequest>,
     ) -> Result<Response<pb::DeclareDeviceResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let model::DeclareDevice { device: address, name, owner } = parse(request.into_inner())?;
+        let model::DeclareDevice { device: address, name, owner, function } = parse(request.into_inner())?;
         let host = Arc::clone(&self.host);
-        let entry = DeviceEntry { address, name, owner, domain_id: None };
+        let function = function.unwrap_or(PciFunction::ISOLATED);
+        let entry = DeviceEntry { function, ..DeviceEntry::new(address, name, owner) };
         to_its_end(async move { host.declare_device(entry).await }).await?;
         tracing::info!(device = %address, by = %caller.session.identity, "device declared");
         Ok(Response::new(pb::DeclareDeviceResponse {}))

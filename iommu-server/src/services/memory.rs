@@ -26,15 +26,19 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Whose memory is meant: a driver's is its own, everybody else says whose.
+    /// Whose memory is meant: a driver's is its own, everybody else says whose, a hypervisor one of its virtual machines.
     fn owner(&self, caller: &Caller, named: Option<Owner>) -> Result<Arc<OwnerState>, MemoryError> {
         match (caller.session.owner(), named) {
             (Some(own), None) => Ok(Arc::clone(own)),
             (Some(own), Some(named)) if own.owner == named => Ok(Arc::clone(own)),
             (Some(_), Some(named)) => Err(NotYours { object: format!("the memory of {named}") }.into()),
+            (None, Some(named)) if caller.session.hypervisor().is_some() => {
+                caller.must_see(Some(named), format!("the memory of {named}"))?;
+                Ok(self.host.owners.get(named)?)
+            }
             (None, Some(named)) => Ok(self.host.owners.get(named)?),
             (None, None) => {
-                let why = "is absent; an operator says whose memory is meant".to_owned();
+                let why = "is absent; operators and hypervisors say whose memory is meant".to_owned();
                 Err(InvalidField { field: "owner".to_owned(), why }.into())
             }
         }

@@ -160,7 +160,9 @@ impl DeviceStream {
             LimitReached { limit, allowed: u64::from(bounds::DEVICE_PORTS_MAX) }.into_status()
         })?;
         let connection = self.connection.clone();
-        let make = |generation| DeviceSession::new(device.address, generation, mmio_credits, connection);
+        let make = |generation| {
+            DeviceSession::new(device.address, generation, device.assignment(), mmio_credits, connection)
+        };
         let (session, fenced) = device.seat(make).map_err(WireError::into_status)?;
         self.host.watchdog.watch(&session);
         tracing::info!(
@@ -173,6 +175,7 @@ impl DeviceStream {
             dma_credits: bounds::DMA_CREDITS,
             batch_operations_max: bounds::BATCH.operations_max,
             batch_bytes_max: bounds::BATCH.bytes_max,
+            assignment_generation: session.acknowledged(),
         };
         let quiet = async move {
             for before in fenced {
@@ -262,7 +265,10 @@ impl Live {
         // Fenced between the check at the top of the loop and here: refused, not carried out (I6: answered and counted). Whoever ended the
         // session may wait for `executing`, so it is asked with that lock held.
         let executing = self.session.executing.try_lock();
-        let executed = if executing.is_err() || self.session.ended().is_some() {
+        let executed = if self.is_stale(batch) {
+            // Whoever moves the device raised its generation first and then waits for `executing`.
+            refuse(batch, Refusal::StaleGeneration)
+        } else if executing.is_err() || self.session.ended().is_some() {
             refuse(batch, Refusal::Fenced)
         } else {
             let device = &self.device;
@@ -288,6 +294,12 @@ impl Live {
             host.faults.collect(host);
         }
         Ok(executed)
+    }
+
+    /// Whether a batch was queued before the device changed hands or was reset, or comes before the device knows of it.
+    fn is_stale(&self, batch: &pb::DmaBatch) -> bool {
+        let (current, acknowledged) = (self.device.assignment(), self.session.acknowledged());
+        acknowledged != current || batch.assignment_generation.is_some_and(|claimed| claimed != current)
     }
 
     fn mmio(&self, completion: pb::MmioCompletion) -> Result<(), String> {
