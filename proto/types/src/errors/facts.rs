@@ -207,6 +207,16 @@ facts! {
         /// First address of the page that is.
         gpa: Gpa,
     } = "{gpa} is still mapped for a device; unmap it first";
+    /// Memory is about to leave its owner, so nothing new is done with it.
+    MemoryLeaving {
+        /// First address that is.
+        gpa: Gpa,
+    } = "{gpa} is being taken back from its owner; use other memory";
+    /// The owner has memory at the address already, or is about to get it.
+    MemoryOverlaps {
+        /// First address that is taken.
+        gpa: Gpa,
+    } = "the owner has memory at {gpa} already; choose another address";
     /// No buffer was allocated at the address with that size.
     NotAllocated {
         /// The address.

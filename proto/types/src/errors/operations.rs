@@ -13,11 +13,18 @@ macro_rules! for_each_operation {
             /// Why a buffer was not allocated.
             AllocateError { InvalidField, OutOfMemory, LimitReached }
             /// Why a buffer was not freed.
-            FreeError { InvalidRange, NotAllocated, StillMapped }
+            FreeError { InvalidRange, NotAllocated, StillMapped, MemoryLeaving }
+            /// Why an owner was not given memory at an address.
+            AddMemoryError { InvalidRange, InvalidField, Unaligned, UnknownOwner, NotYours, MemoryOverlaps, OutOfMemory, LimitReached }
+            /// Why memory was not taken back from an owner, nor given to another.
+            TakeMemoryError {
+                InvalidRange, InvalidField, Unaligned, UnknownOwner, NotYours, NotOwned, MemoryLeaving, StillMapped, MemoryOverlaps,
+                OutOfMemory, LimitReached,
+            }
             /// Why the DMA API did not map.
             DmaMapError {
                 InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached,
-                RingOverflow, NotContiguous, SegmentOverLimit, BeyondMask, BeyondWidth, ModeRefuses,
+                RingOverflow, NotContiguous, SegmentOverLimit, BeyondMask, BeyondWidth, ModeRefuses, MemoryLeaving,
             }
             /// Why the DMA API did not unmap.
             DmaUnmapError { InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotMapped, SizeMismatch, DirectionMismatch, WrongFunction }
@@ -26,7 +33,10 @@ macro_rules! for_each_operation {
             /// Why a device's DMA limits were not set.
             DmaLimitsError { InvalidField, UnknownDevice, NotYours, NotAttached, ModeRefuses }
             /// Why the domain API did not map.
-            MapError { InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
+            MapError {
+                InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, MemoryLeaving, RangeOverlaps, BeyondWidth,
+                ReservedRange, OutOfMemory, LimitReached,
+            }
             /// Why the domain API did not unmap.
             UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
             /// Why a domain was not created.
