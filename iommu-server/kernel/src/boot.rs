@@ -58,7 +58,7 @@ pub struct Kernel {
     memory: Arc<PhysicalMemory>,
     unit: Arc<Unit>,
     config: KernelConfig,
-    pub(crate) frames: FrameAllocator,
+    pub(crate) frames: Arc<FrameAllocator>,
     pub(crate) records: RecordPool,
     pub(crate) contexts: ContextTables,
     pub(crate) interrupts: InterruptEntries,
@@ -89,7 +89,7 @@ impl Kernel {
         let records = MappingRecords::new(Arc::clone(&memory), layout.records, layout.record_count);
         let extended_mode = config.unit.capabilities.extended_interrupt_mode;
         let kernel = Self {
-            frames: FrameAllocator::new(Arc::clone(&memory), array, layout.reserved),
+            frames: Arc::new(FrameAllocator::new(Arc::clone(&memory), array, layout.reserved)),
             records: RecordPool::new(records),
             contexts: ContextTables::new(layout.root_table),
             interrupts: InterruptEntries::new(layout.interrupt_table, extended_mode),

@@ -36,7 +36,7 @@ pub use domain::{
 pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;
 pub use iova::{IovaAllocator, IovaCounters, IovaReplay};
-pub use owner_memory::OwnerMemory;
+pub use owner_memory::{Arrived, Leaving, Left, NotLeft, OwnerMemory, Room};
 pub use sanitizer::{
     DriverCall, EventClock, GivenAddresses, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer,
     SanitizerBounds,

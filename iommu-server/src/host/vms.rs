@@ -158,4 +158,4 @@ macro_rules! into_operations {
         }
     )* };
 }
-into_operations!(DestroyVmError, AddMemoryError, RemoveMemoryError, MoveMemoryError, AssignError);
+into_operations!(DestroyVmError, AddMemoryError, TakeMemoryError, AssignError);

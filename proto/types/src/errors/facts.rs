@@ -207,16 +207,16 @@ facts! {
         /// First address of the page that is.
         gpa: Gpa,
     } = "{gpa} is still mapped for a device; unmap it first";
-    /// Memory is being taken from its owner: nothing is mapped there any more.
+    /// Memory is about to leave its owner, so nothing new is done with it.
     MemoryLeaving {
-        /// First address of the page that is.
+        /// First address that is.
         gpa: Gpa,
-    } = "{gpa} is being taken back by the hypervisor";
-    /// The owner has memory there already.
+    } = "{gpa} is being taken back from its owner; use other memory";
+    /// The owner has memory at the address already, or is about to get it.
     MemoryOverlaps {
         /// First address that is taken.
         gpa: Gpa,
-    } = "there is memory at {gpa} already";
+    } = "the owner has memory at {gpa} already; choose another address";
     /// The call is for drivers of the host.
     NotAHostDriver {
         /// Who called.

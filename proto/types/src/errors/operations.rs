@@ -13,7 +13,14 @@ macro_rules! for_each_operation {
             /// Why a buffer was not allocated.
             AllocateError { NotAHostDriver, InvalidField, OutOfMemory, LimitReached }
             /// Why a buffer was not freed.
-            FreeError { InvalidRange, NotAllocated, StillMapped }
+            FreeError { InvalidRange, NotAllocated, StillMapped, MemoryLeaving }
+            /// Why an owner was not given memory at an address.
+            AddMemoryError { InvalidRange, InvalidField, Unaligned, UnknownOwner, NotYours, MemoryOverlaps, OutOfMemory, LimitReached }
+            /// Why memory was not taken back from an owner, nor given to another.
+            TakeMemoryError {
+                InvalidRange, InvalidField, Unaligned, UnknownOwner, NotYours, NotOwned, MemoryLeaving, StillMapped, MemoryOverlaps,
+                OutOfMemory, LimitReached,
+            }
             /// Why the DMA API did not map.
             DmaMapError {
                 InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotAHostDriver, NotOwned, MemoryLeaving, IovaExhausted, OutOfMemory, LimitReached,
@@ -26,7 +33,10 @@ macro_rules! for_each_operation {
             /// Why a device's DMA limits were not set.
             DmaLimitsError { InvalidField, UnknownDevice, NotYours, NotAttached, ModeRefuses }
             /// Why the domain API did not map.
-            MapError { InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, MemoryLeaving, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
+            MapError {
+                InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, MemoryLeaving, RangeOverlaps, BeyondWidth,
+                ReservedRange, OutOfMemory, LimitReached,
+            }
             /// Why the domain API did not unmap.
             UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
             /// Why a domain was not created.
@@ -43,17 +53,6 @@ macro_rules! for_each_operation {
             CreateVmError { InvalidField, LimitReached }
             /// Why a virtual machine was not destroyed.
             DestroyVmError { UnknownOwner, NotYours }
-            /// Why a virtual machine was given no memory.
-            AddMemoryError {
-                InvalidField, InvalidRange, Unaligned, UnknownOwner, NotYours, MemoryOverlaps, ReservedRange, BeyondWidth, OutOfMemory, LimitReached,
-            }
-            /// Why memory was not taken back.
-            RemoveMemoryError { InvalidField, InvalidRange, Unaligned, UnknownOwner, NotYours, NotOwned, StillMapped, MemoryLeaving }
-            /// Why memory was not moved.
-            MoveMemoryError {
-                InvalidField, InvalidRange, Unaligned, UnknownOwner, NotYours, NotOwned, StillMapped, MemoryLeaving, MemoryOverlaps, ReservedRange,
-                BeyondWidth, OutOfMemory, LimitReached,
-            }
             /// Why a function was not forgotten.
             RemoveFunctionError { UnknownDevice, NotYours, GroupInUse, InvalidField }
             /// Why a function was not assigned.
