@@ -20,7 +20,7 @@ use crate::convert::bad_answer;
 use crate::requests::Requests;
 use crate::{
     Buffer, DeviceHandle, Domain, Faults, Inspect, InterruptEvent, Memory, Never, Sanitizer, SdkError,
-    SessionLimits, Subscription, TransportError,
+    SessionLimits, Subscription,
 };
 
 /// A mapping that was dropped without being unmapped, or whose unmap was dropped before its answer.
@@ -74,12 +74,8 @@ impl DriverCore {
         F: Fn(DriverServiceClient<Channel>, Request<M>) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let waited = self.core.deadline();
-        let request = tokio::time::timeout(waited, self.requests.begin()).await.map_err(|_| {
-            let last = Some("the server's window is full of requests without an answer".to_owned());
-            TransportError::Deadline { waited, last }
-        })?;
-        self.core.call(|channel| call(client(channel), self.core.request(message(request.header())))).await
+        let method = |channel, request| call(client(channel), request);
+        self.requests.call(&self.core, Duration::ZERO, message, method).await
     }
 
     pub(crate) fn report_leak(&self, leak: LeakReport) {
