@@ -43,6 +43,8 @@ mod domain;
 mod driver;
 mod error;
 mod faults;
+mod guest;
+mod guest_memory;
 mod handle;
 mod hypervisor;
 mod inspect;

@@ -56,7 +56,7 @@ impl Connection {
         owner: Owner,
     ) -> Result<Driver, SdkError<SessionError>> {
         let role = WireRole::Driver(pb::DriverRole { owner: Some(owner.into()) });
-        Ok(Driver::new(self.open(name, role).await?, owner))
+        Driver::begin(self.open(name, role).await?, owner).await
     }
 
     /// Opens a session that creates virtual machines and owns them. An earlier session of the same name is fenced, and its virtual machines

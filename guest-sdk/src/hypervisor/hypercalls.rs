@@ -150,10 +150,7 @@ impl Hypercalls {
             let place = stream.answers.clone().reserve_owned();
             let ended = match place.await {
                 // The transport let go of the answers, so the stream is over; it says why.
-                Err(_) => match stream.calls.message().await {
-                    Ok(_) => None,
-                    Err(status) => Some(status),
-                },
+                Err(_) => stream.calls.message().await.err(),
                 Ok(place) => match stream.calls.message().await {
                     Ok(Some(call)) => {
                         let pb::ServeHypercallsResponse { tag, vm, payload } = call;

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 mod hypervisor;
+mod inspect;
 
 use std::any::Any;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -15,7 +16,7 @@ use bytes::Bytes;
 use guest_sdk::{Connection, Driver, Hypervisor, Owner};
 use iommu_proto::errors::WireError;
 use iommu_proto::pb;
-use iommu_types::errors::SessionRequired;
+use iommu_types::errors::{MemoryError, SessionRequired};
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
@@ -66,6 +67,8 @@ pub(crate) struct State {
     /// The streams of ServeHypercalls, one after the other, and every answer that was given.
     pub(crate) hypercalls: VecDeque<Vec<Result<pb::ServeHypercallsResponse, Status>>>,
     pub(crate) hypercall_answers: Vec<pb::ServeHypercallsRequest>,
+    /// What the next writes of memory are refused with.
+    pub(crate) write_refusals: VecDeque<MemoryError>,
     /// Bytes of a memory.
     pub(crate) memory: Vec<u8>,
 }
@@ -81,6 +84,7 @@ impl Fake {
             .add_service(pb::session_service_server::SessionServiceServer::new(self.clone()))
             .add_service(pb::driver_service_server::DriverServiceServer::new(self.clone()))
             .add_service(pb::hypervisor_service_server::HypervisorServiceServer::new(self.clone()))
+            .add_service(pb::inspect_service_server::InspectServiceServer::new(self.clone()))
             .add_service(pb::memory_service_server::MemoryServiceServer::new(self.clone()))
             .add_service(pb::fault_service_server::FaultServiceServer::new(self.clone()))
             .add_service(pb::sanitizer_service_server::SanitizerServiceServer::new(self.clone()));
@@ -300,6 +304,9 @@ impl pb::memory_service_server::MemoryService for Fake {
         request: Request<pb::MemoryWriteRequest>,
     ) -> Result<Response<pb::MemoryWriteResponse>, Status> {
         self.enter("write", &request, None)?;
+        if let Some(refusal) = self.state().write_refusals.pop_front() {
+            return Err(refusal.into_status());
+        }
         let written_bytes = self.put(request.into_inner());
         Ok(Response::new(pb::MemoryWriteResponse { written_bytes }))
     }
