@@ -4,13 +4,17 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use iommu_proto::pb;
 use iommu_proto::pb::open_request::Role as WireRole;
 use iommu_types::Owner;
 use iommu_types::errors::SessionError;
 
 use crate::connection::{Core, serving};
-use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, Sanitizer, SdkError, TransportError};
+use crate::{
+    Admin, BareClient, Driver, Faults, Hypervisor, Inspect, Memory, Sanitizer, SavedSession, SdkError,
+    TransportError,
+};
 
 /// How long a call may take, retries included, unless said otherwise.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -52,7 +56,27 @@ impl Connection {
         owner: Owner,
     ) -> Result<Driver, SdkError<SessionError>> {
         let role = WireRole::Driver(pb::DriverRole { owner: Some(owner.into()) });
-        Ok(Driver::new(self.open(name, role).await?, owner))
+        Driver::begin(self.open(name, role).await?, owner).await
+    }
+
+    /// Opens a session that creates virtual machines and owns them. An earlier session of the same name is fenced, and its virtual machines
+    /// are destroyed; [`resume_hypervisor`](Self::resume_hypervisor) goes on with it instead.
+    pub async fn hypervisor(self, name: impl Into<String>) -> Result<Hypervisor, SdkError<SessionError>> {
+        let role = WireRole::Hypervisor(pb::HypervisorRole {});
+        Ok(Hypervisor::new(self.open(name, role).await?, 0))
+    }
+
+    /// Goes on with the session of another process of this hypervisor, which is fenced if it is still there. Ends with
+    /// [`TransportError::StateLost`] when the server's grace is over.
+    pub async fn resume_hypervisor(
+        self,
+        name: impl Into<String>,
+        saved: &SavedSession,
+    ) -> Result<Hypervisor, SdkError<SessionError>> {
+        let role = WireRole::Hypervisor(pb::HypervisorRole {});
+        let token = Bytes::copy_from_slice(&saved.resume_token);
+        let core = Core::open(self.endpoint, self.deadline, name.into(), role, token).await?;
+        Ok(Hypervisor::new(core, saved.last_request_id))
     }
 
     /// Opens a session that may look and not touch.
@@ -76,7 +100,7 @@ impl Connection {
         name: impl Into<String>,
         role: WireRole,
     ) -> Result<Arc<Core>, SdkError<SessionError>> {
-        Core::open(self.endpoint, self.deadline, name.into(), role).await
+        Core::open(self.endpoint, self.deadline, name.into(), role, Bytes::new()).await
     }
 }
 

@@ -13,6 +13,7 @@ pub mod hypervisors;
 pub mod memory;
 pub mod owners;
 pub mod placement;
+pub mod rates;
 pub mod reclaim;
 pub mod sanitizer;
 pub mod trim;
@@ -27,6 +28,7 @@ use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::UnitConfig;
 use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, Topology};
+use iommu_proto::model::TenantLimits;
 use iommu_types::errors::{DeclareError, LimitReached, UnknownOwner};
 use iommu_types::{Capabilities, Owner};
 use parking_lot::RwLock;
@@ -174,8 +176,8 @@ impl Host {
             let mut topology = self.topology.write();
             topology.declare_owner(OwnerEntry { owner, name: name.clone() })?;
         }
-        let account = self.kernel.account(owner)?;
-        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, account, name)));
+        let account = self.kernel.account(owner);
+        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, account, name, TenantLimits::default())));
         Ok(())
     }
 

@@ -26,6 +26,7 @@ use tonic::{Status, Streaming};
 
 use super::device::DeviceSession;
 use super::execute::{Executed, execute_for, refuse};
+use super::payer::Payer;
 use crate::bounds;
 use crate::connection::ConnectionHandle;
 use crate::ending::Ending;
@@ -44,6 +45,10 @@ struct Live {
     device: Arc<DeviceState>,
     /// Until it is sent; `None` afterwards.
     welcome: Option<Welcoming>,
+    /// Whose rates its DMA counts for.
+    payer: Payer,
+    /// While it is over a rate of its owner, nothing is read.
+    penalty: Option<Pin<Box<tokio::time::Sleep>>>,
     /// How the stream ended; as long as it did not, the only way out is a lost connection (closed, broken, or silent for too long).
     left: Option<String>,
 }
@@ -183,7 +188,15 @@ impl DeviceStream {
             }
         };
         let welcome = Some(Welcoming { before_are_quiet: Box::pin(quiet), welcome });
-        self.stage = Stage::Live(Box::new(Live { port, session, device, welcome, left: None }));
+        self.stage = Stage::Live(Box::new(Live {
+            port,
+            session,
+            device,
+            welcome,
+            payer: Payer::default(),
+            penalty: None,
+            left: None,
+        }));
         if self.host.shutdown.ended().is_some() {
             // The drain may have looked before this session was there to be seen.
             self.host.end_device_sessions();
@@ -207,6 +220,10 @@ impl DeviceStream {
             }
             if let Poll::Ready(message) = queued {
                 return Poll::Ready(Some(Ok(message)));
+            }
+            if let Some(penalty) = &mut live.penalty {
+                ready!(penalty.as_mut().poll(context));
+                live.penalty = None;
             }
             let budget = ready!(coop::poll_proceed(context));
             let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
@@ -270,6 +287,9 @@ impl Live {
             refuse(batch, Refusal::StaleGeneration)
         } else if executing.is_err() || self.session.ended().is_some() {
             refuse(batch, Refusal::Fenced)
+        } else if let Err(over) = self.payer.pay(&self.device, batch) {
+            self.penalty = Some(Box::pin(tokio::time::sleep(over.penalty)));
+            refuse(batch, over.refusal)
         } else {
             let device = &self.device;
             let deliver = |interrupt: DeliveredInterrupt| {

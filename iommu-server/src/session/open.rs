@@ -199,7 +199,11 @@ pub async fn end_for_good(host: &Arc<Host>, owner: &Arc<OwnerState>, why: &str) 
     }
     seated.generation += 1;
     owner.seat.fence(seated.generation);
-    reclaim(host, &Tenant::Driver(Arc::clone(owner)), &mut seated, why).await;
+    seated.session = None;
+    if let Some(tenancy) = seated.tenancy.take() {
+        tenancy.close().await;
+    }
+    host.reclaim_owner(owner, why).await;
     true
 }
 
