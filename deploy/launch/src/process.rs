@@ -23,10 +23,30 @@ pub struct Process {
 impl Process {
     /// Starts `program`. Standard error goes to the file `log`; standard output can be taken by the caller.
     pub fn start(name: &str, program: &Path, arguments: &[String], log: PathBuf) -> anyhow::Result<Self> {
+        Self::spawn(name, program, arguments, log, Stdio::null())
+    }
+
+    /// The same, with a standard input that can be taken by the caller.
+    pub fn start_with_input(
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        log: PathBuf,
+    ) -> anyhow::Result<Self> {
+        Self::spawn(name, program, arguments, log, Stdio::piped())
+    }
+
+    fn spawn(
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        log: PathBuf,
+        input: Stdio,
+    ) -> anyhow::Result<Self> {
         let file = std::fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let child = Command::new(program)
             .args(arguments)
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(file)
             .kill_on_drop(true)
@@ -43,6 +63,11 @@ impl Process {
     /// What it has logged so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Its standard input, when it was started with one; once.
+    pub fn take_stdin(&mut self) -> Option<tokio::process::ChildStdin> {
+        self.child.stdin.take()
     }
 
     /// Its standard output; once.

@@ -108,6 +108,14 @@ impl Server {
         Process::start(&options.name, &self.binaries.dma_engine, &arguments, log)
     }
 
+    /// Starts a `rogue`, which knows where this server listens and waits for lines.
+    pub fn start_rogue(&mut self) -> anyhow::Result<Process> {
+        let arguments: Vec<String> = vec!["--server".into(), self.endpoint.clone()];
+        self.agents_started += 1;
+        let log = self.path(&format!("agent-{}.log", self.agents_started));
+        Process::start_with_input("rogue", &self.binaries.rogue, &arguments, log)
+    }
+
     /// Runs `iommuctl` against this server and gives its exit code, standard output and standard error.
     pub async fn iommuctl(&self, arguments: &[&str]) -> anyhow::Result<(i32, String, String)> {
         let output = tokio::process::Command::new(&self.binaries.iommuctl)
