@@ -4,9 +4,10 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+use iommu_proto::credentials::Credentials;
 use iommu_proto::pb;
 use iommu_proto::pb::open_request::Role as WireRole;
-use iommu_types::Owner;
+use iommu_types::{Identity, Owner, Role};
 use iommu_types::errors::SessionError;
 
 use crate::connection::{Core, serving};
@@ -14,19 +15,33 @@ use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, Sanitizer, SdkEr
 
 /// How long a call may take, retries included, unless said otherwise.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// As whom the health service is asked over TLS unless the credentials are given as files: an observer may do least.
+const HEALTH_OBSERVER: &str = "observer";
 
-/// A connection that is still to be opened: where to, and with which deadline.
+/// A connection that is still to be opened: where to, with which credentials, and with which deadline.
 #[derive(Clone, Debug)]
 #[must_use = "a connection does nothing until a role is opened on it"]
 pub struct Connection {
     endpoint: String,
+    credentials: Credentials,
     deadline: Duration,
 }
 
 impl Connection {
-    /// A connection to `http://ADDRESS:PORT` or `unix:///PATH`.
+    /// A connection to `https://HOST:PORT`, or, without certificates, to `http://HOST:PORT` or `unix:///PATH`.
     pub fn to(endpoint: impl Into<String>) -> Self {
-        Self { endpoint: endpoint.into(), deadline: DEADLINE }
+        Self {
+            endpoint: endpoint.into(),
+            credentials: Credentials::from_default_directory(),
+            deadline: DEADLINE,
+        }
+    }
+
+    /// Where the certificate is with which the client shows who it is; unless given, in the [default
+    /// directory](iommu_proto::credentials::default_directory), under the role that is opened.
+    pub fn credentials(mut self, credentials: Credentials) -> Self {
+        self.credentials = credentials;
+        self
     }
 
     /// How long a call may take, retries included; 10 s unless given. Subscriptions and bulk transfers have
@@ -38,7 +53,8 @@ impl Connection {
 
     /// Whether the server says that it serves (`grpc.health.v1`). Needs no session; tries once.
     pub async fn is_serving(&self) -> Result<bool, TransportError> {
-        let asked = serving(&self.endpoint);
+        let observer = Identity { name: HEALTH_OBSERVER.to_owned(), role: Role::Observer };
+        let asked = serving(&self.endpoint, &self.credentials, &observer);
         let ended = tokio::time::timeout(self.deadline, asked).await;
         ended.unwrap_or(Err(TransportError::Deadline { waited: self.deadline, last: None }))
     }
@@ -52,31 +68,33 @@ impl Connection {
         owner: Owner,
     ) -> Result<Driver, SdkError<SessionError>> {
         let role = WireRole::Driver(pb::DriverRole { owner: Some(owner.into()) });
-        Ok(Driver::new(self.open(name, role).await?, owner))
+        Ok(Driver::new(self.open(name, Role::Driver(owner), role).await?, owner))
     }
 
     /// Opens a session that may look and not touch.
     pub async fn observer(self, name: impl Into<String>) -> Result<Observer, SdkError<SessionError>> {
-        Ok(Observer { core: self.open(name, WireRole::Observer(pb::ObserverRole {})).await? })
+        Ok(Observer { core: self.open(name, Role::Observer, WireRole::Observer(pb::ObserverRole {})).await? })
     }
 
     /// Opens a session that may look, declare and attach devices, and read and write memory.
     pub async fn operator(self, name: impl Into<String>) -> Result<Operator, SdkError<SessionError>> {
-        let core = self.open(name, WireRole::Operator(pb::OperatorRole {})).await?;
+        let core = self.open(name, Role::Operator, WireRole::Operator(pb::OperatorRole {})).await?;
         Ok(Operator { observer: Observer { core } })
     }
 
     /// Opens a session that creates bare machines and owns them.
     pub async fn bare(self, name: impl Into<String>) -> Result<BareClient, SdkError<SessionError>> {
-        Ok(BareClient::new(self.open(name, WireRole::Bare(pb::BareRole {})).await?))
+        Ok(BareClient::new(self.open(name, Role::Bare, WireRole::Bare(pb::BareRole {})).await?))
     }
 
     async fn open(
         self,
         name: impl Into<String>,
-        role: WireRole,
+        role: Role,
+        wire_role: WireRole,
     ) -> Result<Arc<Core>, SdkError<SessionError>> {
-        Core::open(self.endpoint, self.deadline, name.into(), role).await
+        let identity = Identity { name: name.into(), role };
+        Core::open(self.endpoint, &self.credentials, self.deadline, identity, wire_role).await
     }
 }
 
