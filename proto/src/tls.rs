@@ -140,7 +140,8 @@ fn reason_of(alert: AlertDescription) -> Refused {
         AlertDescription::CertificateRevoked => Refused::Revoked,
         AlertDescription::UnknownCA => Refused::UnknownAuthority,
         AlertDescription::CertificateRequired => Refused::NoCertificate,
-        AlertDescription::AccessDenied => Refused::NoIdentity,
+        // What remains when the chain is good: what the certificate says.
+        AlertDescription::CertificateUnknown => Refused::NoIdentity,
         other => Refused::Other(format!("{other:?}")),
     }
 }

@@ -101,6 +101,9 @@ fn judge(host: &Host, path: &str, connection: Option<&ConnectionHandle>) -> Resu
     if host.shutdown.ended().is_some() {
         return Err(ShuttingDown {}.into_status());
     }
+    if let Some(ending) = connection.and_then(ConnectionHandle::ended) {
+        return Err(ending.clone().into_status());
+    }
     let Needs::Roles(roles) = needs else { return Ok(None) };
     let connection = connection.ok_or_else(|| internal("a request came over no connection"))?;
     let refused = |role: Role| RoleRefused { role: role.to_string(), needs: roles.words.to_owned() };

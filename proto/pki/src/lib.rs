@@ -19,5 +19,5 @@ pub use authority::{AUTHORITY_DAYS, Authority, CREDENTIAL_DAYS, Credential, Vali
 pub use directory::{AUTHORITY, AUTHORITY_KEY, Directory, Issued, Overwrite, REVOCATIONS, SERVER, Shown};
 pub use errors::PkiError;
 pub use index::IssuedRecord;
-pub use peer::{ParseSerialError, PeerCertificate, Serial, UnfitCertificate, Usage};
+pub use peer::{ParseSerialError, PeerCertificate, Serial, UnfitCertificate, Usage, not_after_unix_s};
 pub use revocation::{Revoked, Revocations};

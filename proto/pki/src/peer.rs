@@ -118,6 +118,11 @@ impl PeerCertificate {
     }
 }
 
+/// Last second of the validity of any certificate, since the UNIX epoch.
+pub fn not_after_unix_s(der: &[u8]) -> Result<u64, UnfitCertificate> {
+    Ok(not_after(&parse(der)?))
+}
+
 pub(crate) fn parse(der: &[u8]) -> Result<X509Certificate<'_>, UnfitCertificate> {
     let malformed = |why: String| UnfitCertificate::Malformed { why };
     let (rest, certificate) = X509Certificate::from_der(der).map_err(|error| malformed(error.to_string()))?;
