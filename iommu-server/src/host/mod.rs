@@ -46,6 +46,8 @@ use crate::ending::{EndSignal, Ending};
 use crate::machine::Machines;
 use crate::metrics::Metrics;
 use crate::session::watchdog::Watchdog;
+use crate::tls::bootstrap::certificates;
+use crate::tls::{Tls, TlsError};
 
 /// Everything that the services share.
 #[derive(Debug)]
@@ -76,6 +78,8 @@ pub struct Host {
     pub watchdog: Arc<Watchdog>,
     /// What is counted about the service itself.
     pub metrics: Arc<Metrics>,
+    /// Certificates; none for a server that listens in plaintext, or on UNIX sockets alone.
+    pub tls: Option<Arc<Tls>>,
     /// Connections.
     pub connections: Arc<Connections>,
     /// Ends when the server goes down.
@@ -96,6 +100,9 @@ pub enum StartError {
     /// The kernel floor.
     #[error("boot: {0}")]
     Boot(#[from] iommu_kernel::BootError),
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A declaration of the configuration.
     #[error("declaration: {0}")]
     Declare(#[from] DeclareError),
@@ -135,6 +142,7 @@ fn kernel_config(config: &Config) -> KernelConfig {
 impl Host {
     /// Makes memory, boots the kernel floor, and declares what the configuration says.
     pub async fn start(config: Config) -> Result<Arc<Self>, StartError> {
+        let tls = config.pki.clone().map(|path| certificates(path, &config).map(Arc::new)).transpose()?;
         let backing = config.memory_file.clone().map_or(Backing::Memfd, Backing::File);
         let memory = PhysicalMemory::new(&MemoryConfig { size_bytes: config.memory_bytes, backing })?;
         let kernel = Kernel::boot(Arc::new(memory), kernel_config(&config))?;
@@ -155,6 +163,7 @@ impl Host {
             reports,
             watchdog,
             metrics: Arc::default(),
+            tls,
             connections: Arc::default(),
             shutdown: EndSignal::new(),
             started: Instant::now(),
