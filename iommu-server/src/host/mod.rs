@@ -30,7 +30,7 @@ use iommu_hardware::vtd::UnitConfig;
 use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, Topology};
 use iommu_proto::model::TenantLimits;
 use iommu_types::errors::{DeclareError, LimitReached, UnknownOwner};
-use iommu_types::{Capabilities, Owner};
+use iommu_types::{Capabilities, Identity, Owner, Role};
 use parking_lot::RwLock;
 
 use self::devices::{DeviceState, Devices, Home};
@@ -209,6 +209,20 @@ impl Host {
             return Err(declare_error(error, owner_state.owner));
         }
         Ok(())
+    }
+
+    /// A peer was declared: it gets a certificate, where the server can issue one.
+    pub(crate) async fn peer_comes(&self, name: &str, role: Role) {
+        if let Some(tls) = &self.tls {
+            tls.comes(Identity { name: name.to_owned(), role }).await;
+        }
+    }
+
+    /// A peer is no more: its certificates are revoked, where the server can.
+    pub(crate) async fn peer_goes(&self, name: &str, role: Role) {
+        if let Some(tls) = &self.tls {
+            tls.goes(Identity { name: name.to_owned(), role }).await;
+        }
     }
 
     /// Ends everything that has a stream: the server goes down.

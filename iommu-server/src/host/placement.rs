@@ -12,6 +12,7 @@ use iommu_types::errors::{
 };
 use iommu_types::{
     DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId,
+    Role,
 };
 
 use super::Host;
@@ -357,6 +358,7 @@ impl Host {
         if let Some(owner) = owner {
             self.leave_owner(&device, owner).await;
         }
+        self.peer_goes(&device.name, Role::Device(address)).await;
         self.devices.remove(address);
         self.topology.write().remove_device(address)?;
         Ok(())

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use iommu_kernel::{OwnerEntry, OwnerLimits};
 use iommu_proto::model::TenantLimits;
-use iommu_types::Owner;
+use iommu_types::{Owner, Role};
 use iommu_types::errors::{
     CreateVmError, DeclareError, DestroyVmError, InvalidField, NotYours, UnknownOwner,
 };
@@ -72,7 +72,7 @@ fn limits(most: &OwnerLimits, asked: TenantLimits) -> Result<OwnerLimits, Create
 
 impl Host {
     /// Creates a virtual machine of a hypervisor.
-    pub fn create_vm(
+    pub async fn create_vm(
         &self,
         hypervisor: &Arc<HypervisorState>,
         name: String,
@@ -98,7 +98,9 @@ impl Host {
             self.topology.write().remove_owner(owner);
         })?;
         let state = OwnerState::new(&self.kernel, account, name, asked).of_hypervisor(hypervisor);
+        let name = state.name.clone();
         self.owners.insert(Arc::new(state));
+        self.peer_comes(&name, Role::Driver(owner)).await;
         tracing::info!(%owner, hypervisor = %hypervisor.name, "virtual machine created");
         Ok(number)
     }
@@ -142,6 +144,7 @@ impl Host {
         self.faults.collect(self);
         self.faults.forget(owner.owner);
         self.reports.forget(owner.owner);
+        self.peer_goes(&owner.name, Role::Driver(owner.owner)).await;
         self.owners.remove(owner.owner);
         self.topology.write().remove_owner(owner.owner);
         self.kernel.forget_account(owner.owner);

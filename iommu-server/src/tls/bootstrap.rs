@@ -64,7 +64,7 @@ fn is_label(name: &str) -> bool {
 }
 
 /// What is there already stays, also when another server on this directory was quicker.
-fn unless_there<T>(issued: Result<T, PkiError>) -> Result<usize, PkiError> {
+pub(super) fn unless_there<T>(issued: Result<T, PkiError>) -> Result<usize, PkiError> {
     match issued {
         Ok(_) => Ok(1),
         Err(PkiError::Exists { .. }) => Ok(0),
@@ -73,7 +73,7 @@ fn unless_there<T>(issued: Result<T, PkiError>) -> Result<usize, PkiError> {
 }
 
 /// A file that is for somebody else stays; who finds it there must hear why it is refused.
-fn tell_of_another(directory: &Directory, peer: &Identity) {
+pub(super) fn tell_of_another(directory: &Directory, peer: &Identity) {
     let Ok(path) = peer.credential_file().map(|name| directory.file(&name)) else { return };
     match Directory::show(&path).map(|shown| shown.usage) {
         Ok(Usage::Peer(other)) if other == *peer => {}
