@@ -20,6 +20,7 @@ mod contexts;
 mod domain;
 mod fault_logs;
 mod frames;
+mod groups;
 mod interrupts;
 mod iova;
 mod owner_memory;
@@ -34,6 +35,7 @@ pub use domain::{
     PendingDestroy, PendingUnmap, SanitizerHandle, Segment, Tick, Undone, Waiting,
 };
 pub use fault_logs::FaultLogs;
+pub use groups::{FunctionKind, PciFunction};
 pub use interrupts::MsiMessage;
 pub use iova::{IovaAllocator, IovaCounters, IovaReplay};
 pub use owner_memory::{Arrived, Leaving, Left, NotLeft, OwnerMemory, Room};

@@ -9,7 +9,8 @@ use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::memory::PhysicalMemory;
 use iommu_hardware::vtd::UnitConfig;
 use iommu_kernel::{
-    BootError, DeviceEntry, FaultLogs, Kernel, KernelConfig, OwnerEntry, OwnerLimits, OwnerMemory, Topology,
+    BootError, DeviceEntry, FaultLogs, Kernel, KernelConfig, OwnerEntry, OwnerLimits, OwnerMemory,
+    PciFunction, Topology,
 };
 use iommu_types::errors::{CreateDomainError, DeclareError, DetachError, LimitReached};
 use iommu_types::{
@@ -177,7 +178,8 @@ fn device(bus: u8) -> DeviceAddress {
 }
 
 fn entry(bus: u8, owner: Option<Owner>) -> DeviceEntry {
-    DeviceEntry { address: device(bus), name: format!("dev{bus}"), owner, domain_id: None }
+    let function = PciFunction::ENDPOINT;
+    DeviceEntry { address: device(bus), name: format!("dev{bus}"), function, owner, domain_id: None }
 }
 
 #[test]

@@ -21,7 +21,7 @@ use std::time::Instant;
 use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::UnitConfig;
-use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, Topology};
+use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, PciFunction, Topology};
 use iommu_types::errors::{DeclareError, LimitReached, UnknownOwner};
 use iommu_types::{Capabilities, Owner};
 use parking_lot::RwLock;
@@ -154,6 +154,7 @@ impl Host {
             host.declare_device(DeviceEntry {
                 address: device.address,
                 name: device.name,
+                function: PciFunction::ENDPOINT,
                 owner: device.owner,
                 domain_id: None,
             })

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use iommu_kernel::DeviceEntry;
+use iommu_kernel::{DeviceEntry, PciFunction};
 use iommu_proto::errors::WireError;
 use iommu_proto::model::{self, Peer};
 use iommu_proto::pb;
@@ -53,7 +53,8 @@ impl AdminService for Admin {
         let caller = Caller::of(&request)?;
         let model::DeclareDevice { device: address, name, owner } = parse(request.into_inner())?;
         let host = Arc::clone(&self.host);
-        let entry = DeviceEntry { address, name, owner, domain_id: None };
+        let function = PciFunction::ENDPOINT;
+        let entry = DeviceEntry { address, name, function, owner, domain_id: None };
         to_its_end(async move { host.declare_device(entry).await }).await?;
         tracing::info!(device = %address, by = %caller.session.identity, "device declared");
         Ok(Response::new(pb::DeclareDeviceResponse {}))

@@ -49,6 +49,12 @@ macro_rules! for_each_operation {
             DetachError { UnknownDevice, NotAttached, NotYours }
             /// Why a device was not declared.
             DeclareError { InvalidField, DeviceExists, UnknownOwner, LimitReached }
+            /// Why a device was not removed.
+            RemoveDeviceError { InvalidField, UnknownDevice, NotYours }
+            /// Why a device was not assigned.
+            AssignError { InvalidField, UnknownDevice, UnknownOwner, NotYours, DomainInUse }
+            /// Why an owner was not removed.
+            RemoveOwnerError { UnknownOwner, NotYours, OwnerInUse }
             /// Why memory was not read or written.
             MemoryError { InvalidRange, InvalidField, UnknownOwner, UnknownMachine, NotYours, NotOwned, NoMemory, LimitReached }
             /// Why no interrupt was allocated.
