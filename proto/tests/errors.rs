@@ -102,6 +102,7 @@ samples! {
     HypercallTimeout { waited_ms: 0x1234_5678_9abc };
     NotAllocated { gpa: Gpa::new(0x2000) };
     DomainInUse { domain_id: DomainId::new(7), device: device() };
+    OwnerInUse { owner: Owner::Driver(3), device: device() };
     LimitReached { limit: "some text".to_owned(), allowed: 0x1234_5678_9abc };
     NoMemory { address: 0x1234_5678_9abc };
     BadRegisterAccess { offset: 0x1234_5678_9abc, width_bytes: 70_000 };

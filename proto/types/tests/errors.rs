@@ -86,6 +86,7 @@ fn every_fact_shows_itself_with_its_facts() {
         (shown(HypercallTimeout { waited_ms: 7654 }), &["7654|0x1de6"]),
         (shown(NotAllocated { gpa: Gpa::new(0x2000) }), &["gpa:0x2000"]),
         (shown(DomainInUse { domain_id: DomainId::new(54), device: device() }), &["54", "0000:00:1f.2"]),
+        (shown(OwnerInUse { owner: Owner::Driver(3), device: device() }), &["driver:3", "0000:00:1f.2"]),
         (shown(LimitReached { limit: text(), allowed: 7654 }), &["the given text", "7654|0x1de6"]),
         (shown(NoMemory { address: 7654 }), &["7654|0x1de6"]),
         (shown(BadRegisterAccess { offset: 7654, width_bytes: 321 }), &["7654|0x1de6", "321"]),
