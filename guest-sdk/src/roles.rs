@@ -7,8 +7,8 @@ use std::time::Duration;
 use iommu_proto::credentials::Credentials;
 use iommu_proto::pb;
 use iommu_proto::pb::open_request::Role as WireRole;
-use iommu_types::{Identity, Owner, Role};
 use iommu_types::errors::SessionError;
+use iommu_types::{Identity, Owner, Role};
 
 use crate::connection::{Core, serving};
 use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, Sanitizer, SdkError, TransportError};

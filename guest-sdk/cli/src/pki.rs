@@ -57,9 +57,7 @@ fn issue(out: Output, directory: &Directory, subject: &Subject) -> anyhow::Resul
         (Subject::Server { host, .. }, _) => {
             (directory.issue_server(host, validity, into, overwrite)?, "the server".to_owned())
         }
-        (_, Some(identity)) => {
-            (directory.issue(&identity, validity, into, overwrite)?, identity.to_string())
-        }
+        (_, Some(identity)) => (directory.issue(&identity, validity, into, overwrite)?, identity.to_string()),
         (_, None) => bail!("only a server has no identity"),
     };
     let (path, expires) = (issued.path.display().to_string(), date(issued.not_after_unix_s));
@@ -117,12 +115,7 @@ fn list(out: Output, directory: &Directory) -> anyhow::Result<()> {
         .iter()
         .map(|record| {
             let state = state(&revocations, &record.serial, record.not_after_unix_s);
-            [
-                subject(record),
-                record.serial.to_string(),
-                date(record.not_after_unix_s),
-                state.to_owned(),
-            ]
+            [subject(record), record.serial.to_string(), date(record.not_after_unix_s), state.to_owned()]
         })
         .collect();
     let value = rows
