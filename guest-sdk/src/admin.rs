@@ -40,7 +40,7 @@ impl Admin {
         owner: Option<Owner>,
     ) -> Result<(), SdkError<DeclareError>> {
         let message: pb::DeclareDeviceRequest =
-            model::DeclareDevice { device, name: name.into(), owner }.into();
+            model::DeclareDevice { device, name: name.into(), owner, function: None }.into();
         self.core
             .unary_once(
                 message,

@@ -1,4 +1,4 @@
-//! Memory that a driver allocated from the host.
+//! Memory that a driver allocated: from the host, or, in a virtual machine, out of what the machine has.
 
 use std::sync::Arc;
 
@@ -61,7 +61,14 @@ impl Buffer {
     }
 
     /// Gives the buffer back. Refused while a device has any of it mapped, and then given back to the caller.
+    ///
+    /// In a virtual machine the memory stays the machine's, and nobody is asked: as in any kernel, memory that is freed while a device has it
+    /// mapped is the next buffer's, and the device's too.
     pub async fn free(self) -> Result<(), (Self, SdkError<FreeError>)> {
+        if let Some(own) = &self.driver.own_memory {
+            own.give_back(self.range);
+            return Ok(());
+        }
         let gpa = self.gpa().get();
         let message = |header: RequestHeader| pb::FreeBufferRequest { header: Some(header.into()), gpa };
         let answer = self

@@ -66,25 +66,31 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// Connects and opens the session. Tries once: a server that is not there is told at once.
+    /// Connects and opens the session, with a token the one that it belongs to. Tries once: a server that is not there is told at once.
     pub(crate) async fn open(
         endpoint_text: String,
         credentials: &Credentials,
         deadline: Duration,
         identity: Identity,
         role: WireRole,
+        resume_token: Bytes,
     ) -> Result<Arc<Self>, SdkError<SessionError>> {
         let dial = Dial::to(&endpoint_text, credentials, &identity).map_err(TransportError::from)?;
         let mut open = pb::OpenRequest {
             schema_version: SCHEMA_VERSION,
             name: identity.name,
             role: Some(role),
-            resume_token: Bytes::new(),
+            resume_token,
         };
+        let token_given = !open.resume_token.is_empty();
         let opening = open_session(&dial, &endpoint_text, &mut open, 1);
-        let (live, _) = tokio::time::timeout(deadline, opening)
+        let opened = tokio::time::timeout(deadline, opening)
             .await
-            .map_err(|_| TransportError::Deadline { waited: deadline, last: None })??;
+            .map_err(|_| TransportError::Deadline { waited: deadline, last: None })?;
+        let live = match opened {
+            Err(error) if token_given && is_forgotten(&error) => return Err(TransportError::StateLost.into()),
+            opened => opened?.0,
+        };
         Ok(Arc::new(Self {
             dial,
             endpoint_text,
@@ -104,6 +110,11 @@ impl Core {
 
     pub(crate) fn generation(&self) -> Generation {
         self.live().generation
+    }
+
+    /// What brings the session back, from another process too.
+    pub(crate) async fn resume_token(&self) -> Bytes {
+        self.open.lock().await.resume_token.clone()
     }
 
     pub(crate) fn grace(&self) -> Duration {
@@ -144,6 +155,20 @@ impl Core {
         F: Fn(Channel) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
+        self.call_within(self.deadline, attempt).await
+    }
+
+    /// The same with a deadline of its own.
+    pub(crate) async fn call_within<E, T, F, A>(
+        &self,
+        deadline: Duration,
+        attempt: F,
+    ) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: Fn(Channel) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
         let mut last = None;
         let retried = async {
             let mut delay = RETRY_FIRST;
@@ -165,8 +190,8 @@ impl Core {
                 delay = (delay * 2).min(RETRY_LONGEST);
             }
         };
-        let ended = tokio::time::timeout(self.deadline, retried).await;
-        ended.unwrap_or_else(|_| Err(TransportError::Deadline { waited: self.deadline, last }.into()))
+        let ended = tokio::time::timeout(deadline, retried).await;
+        ended.unwrap_or_else(|_| Err(TransportError::Deadline { waited: deadline, last }.into()))
     }
 
     /// Calls once, for what must not be done twice and has no request ID. A session that the server does not
@@ -266,7 +291,7 @@ fn is_forgotten(error: &SdkError<SessionError>) -> bool {
 
 /// Whether what the session held is there again when it is opened with its token. Who holds nothing opens afresh.
 fn is_resumable(role: Option<&WireRole>) -> bool {
-    matches!(role, Some(WireRole::Driver(_) | WireRole::Bare(_)))
+    matches!(role, Some(WireRole::Driver(_) | WireRole::Bare(_) | WireRole::Hypervisor(_)))
 }
 
 /// Whether a failure to open again is worth another attempt.

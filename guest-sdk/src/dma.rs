@@ -165,6 +165,9 @@ impl Driver {
 
     /// Allocates memory that CPU and device share for long (Linux `dma_alloc_coherent`), such as a descriptor
     /// ring.
+    ///
+    /// The server allocates it, so a virtual machine, which has memory of its own, is refused
+    /// ([`NotAHostDriver`](crate::errors::NotAHostDriver)): it takes blocks of a [`DmaPool`](crate::DmaPool), or maps a buffer for long.
     pub async fn dma_alloc_coherent(
         &self,
         device: &DeviceHandle,

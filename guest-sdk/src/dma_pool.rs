@@ -2,15 +2,19 @@
 //!
 //! Coherent memory comes in whole pages; a pool cuts it into blocks of one size that are aligned and cross no boundary, as devices ask for
 //! them. It is made of [`dma_alloc_coherent`](crate::Driver::dma_alloc_coherent) alone, so the server sees pages and not blocks: blocks of one
-//! page are open to the device together.
+//! page are open to the device together. In a virtual machine it is made of the machine's own pages, mapped for as long as the pool lives; that is
+//! coherent in every mode but bounce, where it is refused.
+
+mod pages;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use iommu_types::errors::{DmaMapError, DmaUnmapError, InvalidField};
 use iommu_types::{Gpa, GpaRange, Iova, PAGE_SIZE_BYTES};
 
+use self::pages::PoolPages;
 use crate::convert::bad_answer;
-use crate::{Coherent, DeviceHandle, Driver, SdkError, TransportError};
+use crate::{DeviceHandle, Driver, SdkError, TransportError};
 
 /// A pool of blocks of coherent memory for one device. It keeps the pages that it took until it is destroyed; they go with the session
 /// too.
@@ -55,7 +59,7 @@ struct Place {
 struct State {
     free: Vec<Place>,
     in_use: u64,
-    pages: Vec<Coherent>,
+    pages: Vec<PoolPages>,
 }
 
 /// A panic while the lock was held leaves a state that is still whole.
@@ -90,17 +94,17 @@ impl DmaPool {
         // Usually an allocation is aligned to its size. Where the mode gives the addresses it may be only to pages, and a large block then
         // needs room to be moved in.
         for bytes in [self.layout.usual_bytes(), self.layout.sure_bytes()] {
-            let coherent = self.driver.dma_alloc_coherent(&self.device, bytes).await?;
-            let offsets = self.layout.offsets(coherent.iova(), coherent.size_bytes());
+            let pages = PoolPages::take(&self.driver, &self.device, bytes).await?;
+            let offsets = self.layout.offsets(pages.iova(), pages.range().size_bytes());
             let places = offsets.map(|offset| {
-                let (iova, gpa) = (coherent.iova(), coherent.range().base());
+                let (iova, gpa) = (pages.iova(), pages.range().base());
                 Some(Place { iova: iova.checked_add(offset)?, gpa: gpa.checked_add(offset)? })
             });
             let places: Option<Vec<Place>> = places.collect();
             let places = places.ok_or_else(|| bad_answer("coherent memory that wraps"))?;
             let fits = !places.is_empty();
             let mut state = lock(&self.state);
-            state.pages.push(coherent);
+            state.pages.push(pages);
             // Blocks are taken from the end; the first of an allocation is given first.
             state.free.extend(places.into_iter().rev());
             if fits && let Some(block) = self.take(&mut state) {

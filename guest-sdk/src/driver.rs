@@ -10,17 +10,19 @@ use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model::{self, RequestHeader};
 use iommu_proto::pb;
 use iommu_proto::pb::driver_service_client::DriverServiceClient;
-use iommu_types::errors::{AllocateError, CreateDomainError};
+use iommu_types::errors::{AllocateError, CreateDomainError, SessionError};
 use iommu_types::{DeviceAddress, Direction, DomainOptions, Generation, Gpa, GpaRange, Iova, Owner};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use crate::connection::Core;
 use crate::convert::bad_answer;
+use crate::guest::without_refusal;
+use crate::guest_memory::GuestMemory;
 use crate::requests::Requests;
 use crate::{
     Buffer, DeviceHandle, Domain, Faults, Inspect, InterruptEvent, Memory, Never, Sanitizer, SdkError,
-    SessionLimits, Subscription, TransportError,
+    SessionLimits, Subscription,
 };
 
 /// A mapping that was dropped without being unmapped, or whose unmap was dropped before its answer.
@@ -48,7 +50,9 @@ pub struct Driver {
 pub(crate) struct DriverCore {
     pub(crate) core: Arc<Core>,
     pub(crate) requests: Arc<Requests>,
-    owner: Owner,
+    pub(crate) owner: Owner,
+    /// Of a virtual machine, whose buffers are pages of its own memory. Drivers of the host have theirs from the server.
+    pub(crate) own_memory: Option<GuestMemory>,
     leaked: AtomicU64,
     on_leak: OnceLock<LeakWatcher>,
 }
@@ -74,12 +78,8 @@ impl DriverCore {
         F: Fn(DriverServiceClient<Channel>, Request<M>) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let waited = self.core.deadline();
-        let request = tokio::time::timeout(waited, self.requests.begin()).await.map_err(|_| {
-            let last = Some("the server's window is full of requests without an answer".to_owned());
-            TransportError::Deadline { waited, last }
-        })?;
-        self.core.call(|channel| call(client(channel), self.core.request(message(request.header())))).await
+        let method = |channel, request| call(client(channel), request);
+        self.requests.call(&self.core, Duration::ZERO, message, method).await
     }
 
     pub(crate) fn report_leak(&self, leak: LeakReport) {
@@ -102,10 +102,16 @@ pub(crate) fn client(channel: Channel) -> DriverServiceClient<Channel> {
 }
 
 impl Driver {
-    pub(crate) fn new(core: Arc<Core>, owner: Owner) -> Self {
+    /// The driver of a session that stands; that of a virtual machine learns what memory it has.
+    pub(crate) async fn begin(core: Arc<Core>, owner: Owner) -> Result<Self, SdkError<SessionError>> {
         let requests = Requests::new(core.limits().request_window);
-        let inner = DriverCore { core, requests, owner, leaked: AtomicU64::new(0), on_leak: OnceLock::new() };
-        Self { inner: Arc::new(inner) }
+        let own_memory = matches!(owner, Owner::Vm(_)).then(GuestMemory::default);
+        let (leaked, on_leak) = (AtomicU64::new(0), OnceLock::new());
+        let inner = DriverCore { core, requests, owner, own_memory, leaked, on_leak };
+        if inner.own_memory.is_some() {
+            inner.learn_memory().await.map_err(without_refusal)?;
+        }
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// The owner that this driver acts for.
@@ -165,7 +171,15 @@ impl Driver {
     }
 
     /// Allocates a buffer of at least `size_bytes` (at least 1), rounded up to whole 4 KiB pages and zeroed.
+    ///
+    /// A virtual machine has the memory that its hypervisor gave it, so its buffers are pages of that, chosen here and not by the server:
+    /// whoever uses [`memory_regions`](Self::memory_regions) directly divides it with this allocator. [`OutOfMemory`](crate::errors::OutOfMemory) then means that
+    /// no run of free pages is long enough, and the hypervisor has to give more.
     pub async fn allocate(&self, size_bytes: u64) -> Result<Buffer, SdkError<AllocateError>> {
+        if let Some(own) = &self.inner.own_memory {
+            let range = self.inner.allocate_own(own, size_bytes).await?;
+            return Ok(Buffer::new(Arc::clone(&self.inner), range));
+        }
         let message =
             |header: RequestHeader| pb::AllocateBufferRequest { header: Some(header.into()), size_bytes };
         let answer = self

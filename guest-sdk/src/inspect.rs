@@ -5,8 +5,8 @@ use std::sync::Arc;
 use iommu_proto::limits::MESSAGE_BYTES_MAX;
 use iommu_proto::model;
 pub use iommu_proto::model::{
-    CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, IotlbEntry, MappingState, Mappings,
-    OwnerState, RingCounters, Topology, WalkStep,
+    CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, IotlbEntry, LimitState, LimitsOfOwner,
+    MappingState, Mappings, OwnerState, RingCounters, Topology, WalkStep,
 };
 use iommu_proto::pb;
 use iommu_proto::pb::inspect_service_client::InspectServiceClient;
@@ -57,6 +57,16 @@ impl Inspect {
             })
             .await?;
         Ok(answer.try_into().map_err(bad_answer)?)
+    }
+
+    /// What each owner uses of its limits, and how often each limit refused it; of one owner, or of all that the caller may see.
+    pub async fn limits(&self, owner: Option<Owner>) -> Result<Vec<LimitsOfOwner>, SdkError<InspectError>> {
+        let message: pb::ListLimitsRequest = model::ListLimits { owner }.into();
+        let answer = self
+            .core
+            .unary(message, |channel, request| async move { client(channel).list_limits(request).await })
+            .await?;
+        Ok(model::LimitsList::try_from(answer).map_err(bad_answer)?.owners)
     }
 
     /// Domains with their counters; of one owner, or of all that the caller may see.

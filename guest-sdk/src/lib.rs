@@ -1,5 +1,5 @@
-//! Async clients of the IOMMU: [`Driver`] (DMA API and domain API), [`Observer`], [`Operator`],
-//! [`BareClient`].
+//! Async clients of the IOMMU: [`Driver`] (DMA API and domain API), [`Hypervisor`] (virtual machines), [`Observer`],
+//! [`Operator`], [`BareClient`].
 //!
 //! Every client begins with a [`Connection`], which says who it is; what it is allowed follows from that. A
 //! lost connection is opened again by itself, with the same session as long as the server's grace lasts.
@@ -43,7 +43,10 @@ mod domain;
 mod driver;
 mod error;
 mod faults;
+mod guest;
+mod guest_memory;
 mod handle;
+mod hypervisor;
 mod inspect;
 mod interrupts;
 mod mapping;
@@ -67,9 +70,13 @@ pub use driver::{Driver, LeakReport};
 pub use error::{Never, SdkError, TransportError};
 pub use faults::{FaultFilter, FaultList, Faults, NewFaults};
 pub use handle::DeviceHandle;
+pub use hypervisor::{
+    FunctionState, Hypercall, Hypercalls, Hypervisor, MemoryRegion, Revocation, SavedSession, TenantLimits,
+    Vm, VmOptions, VmState,
+};
 pub use inspect::{
     AccessQuestion, CacheCounters, Counters, DeviceState, DomainState, DumpedIotlb, Inspect, IotlbEntry,
-    MappingState, Mappings, OwnerState, RingCounters, Topology, WalkStep,
+    LimitState, LimitsOfOwner, MappingState, Mappings, OwnerState, RingCounters, Topology, WalkStep,
 };
 pub use interrupts::{Interrupt, InterruptEvent, MsiVector};
 pub use iommu_proto::channel::{BadEndpoint, DEFAULT_ENDPOINT};
@@ -77,9 +84,10 @@ pub use iommu_proto::credentials::{CredentialError, Credentials, Refused, defaul
 pub use iommu_types::errors::InspectError;
 pub use iommu_types::{
     Access, AccessWidth, Blame, BouncePool, Capabilities, Deferral, DeviceAddress, Direction, DmaAttributes,
-    DmaLimits, DomainId, DomainOptions, Explanation, FaultRecord, Gpa, GpaRange, Iova, IovaAllocation,
-    IovaRange, MappingGranularity, MappingLife, Owner, Permissions, PersistentQuota, Protection, ReportClass,
-    RequestId, Rings, SanitizerReport, SeenAccess, SourceId, Violation, WalkCachePolicy, errors,
+    DmaLimits, DomainId, DomainOptions, Explanation, FaultRecord, FunctionKind, Gpa, GpaRange, Iova,
+    IovaAllocation, IovaRange, MappingGranularity, MappingLife, Owner, PciFunction, Permissions,
+    PersistentQuota, Protection, ReportClass, RequestId, Rings, SanitizerReport, SeenAccess, SourceId,
+    Violation, WalkCachePolicy, errors,
 };
 pub use mapping::{Coherent, DMA_MAPPING_ERROR, DmaMapping};
 pub use memory::Memory;

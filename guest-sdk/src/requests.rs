@@ -1,11 +1,19 @@
-//! Request IDs: monotonic, acknowledged in order, never further ahead than the server remembers.
+//! Request IDs: monotonic, acknowledged in order, never further ahead than the server remembers; and the calls that have one.
 
 use std::collections::BTreeSet;
+use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use iommu_proto::errors::WireError;
 use iommu_proto::model::RequestHeader;
 use iommu_types::RequestId;
 use tokio::sync::Notify;
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
+
+use crate::connection::Core;
+use crate::{SdkError, TransportError};
 
 /// The request IDs of one session identity.
 #[derive(Debug)]
@@ -26,7 +34,12 @@ struct State {
 
 impl Requests {
     pub(crate) fn new(window: u32) -> Arc<Self> {
-        let state = State { last: 0, acknowledged_through: 0, ended: BTreeSet::new() };
+        Self::after(0, window)
+    }
+
+    /// Those of an identity that has used all IDs up to `last` before, and asks for none of their answers again.
+    pub(crate) fn after(last: u64, window: u32) -> Arc<Self> {
+        let state = State { last, acknowledged_through: last, ended: BTreeSet::new() };
         Arc::new(Self { window: u64::from(window.max(1)), state: Mutex::new(state), ended: Notify::new() })
     }
 
@@ -43,6 +56,39 @@ impl Requests {
             }
             ended.await;
         }
+    }
+
+    /// A mutating call: one request ID for all of its attempts. The server may take `longer` than the deadline of a call, where it is asked
+    /// to wait for something.
+    pub(crate) async fn call<E, M, T, F, A>(
+        self: &Arc<Self>,
+        core: &Core,
+        longer: Duration,
+        message: impl Fn(RequestHeader) -> M,
+        method: F,
+    ) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: Fn(Channel, Request<M>) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let waited = core.deadline();
+        let request = tokio::time::timeout(waited, self.begin()).await.map_err(|_| {
+            let last = Some("the server's window is full of requests without an answer".to_owned());
+            TransportError::Deadline { waited, last }
+        })?;
+        let deadline = waited.saturating_add(longer);
+        core.call_within(deadline, |channel| {
+            let mut asked = Request::new(message(request.header()));
+            asked.set_timeout(deadline);
+            method(channel, asked)
+        })
+        .await
+    }
+
+    /// The last ID that was used.
+    pub(crate) fn last(&self) -> u64 {
+        self.lock().last
     }
 
     fn acknowledged_through(&self) -> u64 {

@@ -4,6 +4,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use iommu_proto::credentials::Credentials;
 use iommu_proto::pb;
 use iommu_proto::pb::open_request::Role as WireRole;
@@ -11,7 +12,10 @@ use iommu_types::errors::SessionError;
 use iommu_types::{Identity, Owner, Role};
 
 use crate::connection::{Core, serving};
-use crate::{Admin, BareClient, Driver, Faults, Inspect, Memory, Sanitizer, SdkError, TransportError};
+use crate::{
+    Admin, BareClient, Driver, Faults, Hypervisor, Inspect, Memory, Sanitizer, SavedSession, SdkError,
+    TransportError,
+};
 
 /// How long a call may take, retries included, unless said otherwise.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -68,7 +72,29 @@ impl Connection {
         owner: Owner,
     ) -> Result<Driver, SdkError<SessionError>> {
         let role = WireRole::Driver(pb::DriverRole { owner: Some(owner.into()) });
-        Ok(Driver::new(self.open(name, Role::Driver(owner), role).await?, owner))
+        Driver::begin(self.open(name, Role::Driver(owner), role).await?, owner).await
+    }
+
+    /// Opens a session that creates virtual machines and owns them. An earlier session of the same name is fenced, and its virtual machines
+    /// are destroyed; [`resume_hypervisor`](Self::resume_hypervisor) goes on with it instead.
+    pub async fn hypervisor(self, name: impl Into<String>) -> Result<Hypervisor, SdkError<SessionError>> {
+        let role = WireRole::Hypervisor(pb::HypervisorRole {});
+        Ok(Hypervisor::new(self.open(name, Role::Hypervisor, role).await?, 0))
+    }
+
+    /// Goes on with the session of another process of this hypervisor, which is fenced if it is still there. Ends with
+    /// [`TransportError::StateLost`] when the server's grace is over.
+    pub async fn resume_hypervisor(
+        self,
+        name: impl Into<String>,
+        saved: &SavedSession,
+    ) -> Result<Hypervisor, SdkError<SessionError>> {
+        let role = WireRole::Hypervisor(pb::HypervisorRole {});
+        let token = Bytes::copy_from_slice(&saved.resume_token);
+        let identity = Identity { name: name.into(), role: Role::Hypervisor };
+        let core =
+            Core::open(self.endpoint, &self.credentials, self.deadline, identity, role, token).await?;
+        Ok(Hypervisor::new(core, saved.last_request_id))
     }
 
     /// Opens a session that may look and not touch.
@@ -94,7 +120,7 @@ impl Connection {
         wire_role: WireRole,
     ) -> Result<Arc<Core>, SdkError<SessionError>> {
         let identity = Identity { name: name.into(), role };
-        Core::open(self.endpoint, &self.credentials, self.deadline, identity, wire_role).await
+        Core::open(self.endpoint, &self.credentials, self.deadline, identity, wire_role, Bytes::new()).await
     }
 }
 

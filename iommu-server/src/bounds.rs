@@ -101,6 +101,26 @@ pub const SANITIZER_REPORTS_PER_OWNER: usize = 1024;
 /// How often domains give back cached addresses that they did not need since: a burst that comes again within a second still finds
 /// them, and a domain's turn holds its lock for a millisecond at most.
 pub const TRIM_INTERVAL: Duration = Duration::from_secs(1);
+/// Requests of one owner's driver in a second: several times what one connection was measured to do.
+pub const REQUESTS_PER_SECOND_MAX: u64 = 200_000;
+/// DMA operations of one owner's devices in a second: several times what two cores were measured to do.
+pub const DMA_OPERATIONS_PER_SECOND_MAX: u64 = 50_000_000;
+/// Bytes of DMA of one owner's devices in a second: the same.
+pub const DMA_BYTES_PER_SECOND_MAX: u64 = 64 << 30;
+/// How much of a rate may come at once: a driver that was away for a moment is not held up, and a flood is noticed in no time.
+pub const RATE_BURST: Duration = Duration::from_millis(100);
+/// How long somebody waits who was refused because of a rate, at least and at most: a flood then costs some hundred refusals a second.
+pub const RATE_PENALTY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
+/// Calls of one owner's driver under way, streams included: its connections' worth of registers, maps and watchers.
+pub const CALLS_PER_OWNER_MAX: usize = 512;
+/// Subscriptions of one owner's driver.
+pub const WATCHERS_PER_OWNER_MAX: usize = 64;
+/// Connections of one identity: tools come and go, an agent and a driver need one.
+pub const CONNECTIONS_PER_IDENTITY_MAX: usize = 64;
+/// Functions of one owner. With `DMA_CREDITS` each it bounds the DMA that an owner has in flight.
+pub const FUNCTIONS_PER_OWNER_MAX: usize = 256;
+/// Bytes of memory that cost a driver as much as one request.
+pub const BYTES_PER_REQUEST: u64 = 64 << 10;
 /// Request IDs remembered per session identity.
 pub const REQUEST_WINDOW: usize = 1024;
 /// Bytes of answers remembered per session identity; the oldest go first.
@@ -115,6 +135,17 @@ const _: () = assert!(ITEMS_PER_MESSAGE_MAX * 512 < limits::MESSAGE_BYTES_MAX);
 const _: () = assert!(BULK_PIECE_BYTES < limits::BATCH_BYTES_MAX as usize);
 /// Table entries in one dump: more than a million mappings have.
 pub const DUMP_ENTRIES_MAX: usize = 4 << 20;
+
+// ---- hypervisors
+
+/// Names under which hypervisors are known at once.
+pub const HYPERVISORS_MAX: usize = 64;
+/// Virtual machines of one hypervisor.
+pub const VMS_PER_HYPERVISOR_MAX: usize = 256;
+/// Hypercalls of one virtual machine that wait for their answer: a ring's worth of requests, each a page at most.
+pub const HYPERCALLS_PER_VM_MAX: usize = 64;
+/// How long a guest waits for its hypervisor.
+pub const HYPERCALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 // ---- bare machines
 

@@ -94,6 +94,8 @@ pub struct Config {
     pub drivers: Vec<DriverSetting>,
     /// Who may create bare machines.
     pub bare: Names,
+    /// Who may create virtual machines.
+    pub hypervisors: Names,
     /// Who may look.
     pub observers: Names,
     /// Who may look and steer.
@@ -131,6 +133,7 @@ struct File {
     device: Option<Vec<FileDevice>>,
     driver: Option<Vec<FileDriver>>,
     bare: Option<Vec<String>>,
+    hypervisors: Option<Vec<String>>,
     observers: Option<Vec<String>>,
     operators: Option<Vec<String>>,
 }
@@ -265,6 +268,7 @@ impl Config {
             devices,
             drivers,
             bare: Names(file.bare.or(defaults.bare).unwrap_or_default()),
+            hypervisors: Names(file.hypervisors.or(defaults.hypervisors).unwrap_or_default()),
             observers: Names(file.observers.or(defaults.observers).unwrap_or_default()),
             operators: Names(file.operators.or(defaults.operators).unwrap_or_default()),
             grace: duration("--grace", &pick(args.grace, file.grace, defaults.grace))?,

@@ -14,7 +14,7 @@ use std::task::{Context, Poll, Waker};
 
 use iommu_pki::PeerCertificate;
 use iommu_types::Identity;
-use iommu_types::errors::IdentityRefused;
+use iommu_types::errors::{IdentityRefused, LimitReached};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -25,6 +25,7 @@ use tonic::transport::server::Connected;
 
 use crate::bounds;
 use crate::ending::{EndSignal, Ending};
+use crate::host::owners::OwnerState;
 use crate::session::driver::ClientSession;
 
 /// All connections: how many there are, and how many of them have no identity yet.
@@ -294,7 +295,7 @@ impl ConnectionHandle {
     /// A place among the subscriptions of this connection.
     pub fn watcher(&self) -> Option<WatcherPlace> {
         let before = self.shared.watchers.fetch_add(1, Ordering::Relaxed);
-        let place = WatcherPlace { connection: self.clone() };
+        let place = WatcherPlace { connection: self.clone(), owner: None };
         (before < bounds::WATCHERS_PER_CONNECTION_MAX).then_some(place)
     }
 }
@@ -303,11 +304,24 @@ impl ConnectionHandle {
 #[derive(Debug)]
 pub struct WatcherPlace {
     connection: ConnectionHandle,
+    owner: Option<Arc<OwnerState>>,
+}
+
+impl WatcherPlace {
+    /// Takes a place among the subscriptions of an owner too.
+    pub fn of_owner(mut self, owner: Arc<OwnerState>) -> Result<Self, LimitReached> {
+        owner.bounds.watchers.enter()?;
+        self.owner = Some(owner);
+        Ok(self)
+    }
 }
 
 impl Drop for WatcherPlace {
     fn drop(&mut self) {
         self.connection.shared.watchers.fetch_sub(1, Ordering::Relaxed);
+        if let Some(owner) = &self.owner {
+            owner.bounds.watchers.leave();
+        }
     }
 }
 

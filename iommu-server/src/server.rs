@@ -12,6 +12,7 @@ use iommu_proto::pb::bare_machine_service_server::BareMachineServiceServer;
 use iommu_proto::pb::device_service_server::DeviceServiceServer;
 use iommu_proto::pb::driver_service_server::DriverServiceServer;
 use iommu_proto::pb::fault_service_server::FaultServiceServer;
+use iommu_proto::pb::hypervisor_service_server::HypervisorServiceServer;
 use iommu_proto::pb::inspect_service_server::InspectServiceServer;
 use iommu_proto::pb::memory_service_server::MemoryServiceServer;
 use iommu_proto::pb::sanitizer_service_server::SanitizerServiceServer;
@@ -39,16 +40,18 @@ use crate::services::bare::BareMachines;
 use crate::services::device::DeviceSessions;
 use crate::services::driver::Drivers;
 use crate::services::fault::Faults;
+use crate::services::hypervisor::HypervisorCalls;
 use crate::services::inspect::Inspect;
 use crate::services::memory::Memory;
 use crate::services::sanitizer::Sanitizers;
 use crate::services::session::Sessions;
 
 /// The services of the schema.
-pub const SERVICES: [&str; 9] = [
+pub const SERVICES: [&str; 10] = [
     "iommu.v1.SessionService",
     "iommu.v1.DeviceService",
     "iommu.v1.DriverService",
+    "iommu.v1.HypervisorService",
     "iommu.v1.BareMachineService",
     "iommu.v1.MemoryService",
     "iommu.v1.FaultService",
@@ -127,6 +130,7 @@ fn routes(host: &Arc<Host>) -> Result<(Routes, HealthReporter), ServerError> {
         .add_service(sized!(SessionServiceServer::new(Sessions { host: shared() })))
         .add_service(sized!(DeviceServiceServer::new(DeviceSessions { host: shared() })))
         .add_service(sized!(DriverServiceServer::new(Drivers { host: shared() })))
+        .add_service(sized!(HypervisorServiceServer::new(HypervisorCalls { host: shared() })))
         .add_service(sized!(BareMachineServiceServer::new(BareMachines { host: shared() })))
         .add_service(sized!(MemoryServiceServer::new(Memory { host: shared() })))
         .add_service(sized!(FaultServiceServer::new(Faults { host: shared() })))

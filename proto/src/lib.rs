@@ -27,6 +27,7 @@ pub mod model {
     pub use crate::convert::driver::*;
     pub use crate::convert::explain::*;
     pub use crate::convert::fault::*;
+    pub use crate::convert::hypervisor::*;
     pub use crate::convert::inspect::*;
     pub use crate::convert::memory::*;
     pub use crate::convert::sanitizer::*;

@@ -23,6 +23,15 @@ pub const NAME_BYTES_MAX: usize = 64;
 /// Longest explanation that a device gives for a refused register access, in bytes.
 pub const MMIO_REFUSED_BYTES_MAX: usize = 256;
 
+/// Longest payload of a hypercall and of its answer, in bytes: a page, as what is larger goes through memory.
+pub const HYPERCALL_BYTES_MAX: usize = 4096;
+
+/// Longest explanation that a hypervisor gives for a refused hypercall, in bytes.
+pub const HYPERCALL_REFUSED_BYTES_MAX: usize = 256;
+
+/// Longest time that memory may be waited for before it is taken from a virtual machine, in milliseconds.
+pub const REVOCATION_WAIT_MS_MAX: u32 = 30_000;
+
 /// Bytes of a session's resume token: 128 bits cannot be guessed.
 pub const RESUME_TOKEN_BYTES: usize = 16;
 

@@ -92,6 +92,8 @@ samples! {
     IovaExhausted { size_bytes: 0x1234_5678_9abc };
     OutOfMemory { size_bytes: 0x1234_5678_9abc };
     StillMapped { gpa: Gpa::new(0x2000) };
+    MemoryLeaving { gpa: Gpa::new(0x2000) };
+    MemoryOverlaps { gpa: Gpa::new(0x2000) };
     NotAllocated { gpa: Gpa::new(0x2000) };
     DomainInUse { domain_id: DomainId::new(7), device: device() };
     LimitReached { limit: "some text".to_owned(), allowed: 0x1234_5678_9abc };

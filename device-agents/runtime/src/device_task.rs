@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use iommu_proto::model::{MmioAccess, MmioCompletion, MmioRequest};
+use iommu_types::Generation;
 use tokio::sync::mpsc;
 
 use crate::link::{MMIO_CREDITS, RESETS_MAX, Session};
@@ -14,7 +15,7 @@ const WORK_MAX: usize = (MMIO_CREDITS + RESETS_MAX) as usize;
 /// What the server asks of the model.
 pub(crate) enum Work {
     Mmio(MmioRequest),
-    Reset { tag: u64 },
+    Reset { tag: u64, assignment_generation: Generation },
 }
 
 /// The queue to the device task.
@@ -36,9 +37,9 @@ pub(crate) async fn run<M: DeviceModel>(
                 let outcome = access(&*model, &dma, &session, request.access).await.map_err(refused);
                 session.answer_mmio(MmioCompletion { tag: request.tag, outcome });
             }
-            Work::Reset { tag } => {
+            Work::Reset { tag, assignment_generation } => {
                 model.reset().await;
-                session.reset_done(tag);
+                session.reset_done(tag, assignment_generation);
             }
         }
     }

@@ -119,6 +119,8 @@ struct Traffic {
     next_tag: u64,
     /// Resets told by the server and not done yet; while there is one, DMA is refused.
     resets: u32,
+    /// The device's generation, under which DMA is sent: of Welcome, then of the last reset that was done.
+    assignment: Generation,
     /// Counts the resets told: what waited for credit since before the latest one fails with it.
     resets_told: u64,
     /// Gone once the session closed, which ends the stream upward.
@@ -142,6 +144,7 @@ impl Session {
     pub(crate) fn new(
         generation: Generation,
         limits: SessionLimits,
+        assignment: Generation,
         outbound: mpsc::Sender<pb::DeviceToServer>,
     ) -> Self {
         let overrun = CancellationToken::new();
@@ -150,6 +153,7 @@ impl Session {
             next_tag: 0,
             resets: 0,
             resets_told: 0,
+            assignment,
             outbound: Some(outbound),
             overrun: overrun.clone(),
         };
@@ -190,7 +194,7 @@ impl Session {
         }
         let first_tag = traffic.next_tag;
         traffic.next_tag = first_tag.wrapping_add(batch.len() as u64);
-        let (message, shape) = batch.into_message(first_tag);
+        let (message, shape) = batch.with_assignment_generation(traffic.assignment).into_message(first_tag);
         traffic.send(Up::Dma(message)).map_err(|_| DmaError::SessionLost)?;
         traffic.in_flight.push_back(InFlight { shape, waiter: Some(waiter) });
         credit.forget();
@@ -239,10 +243,11 @@ impl Session {
         Ok(())
     }
 
-    /// The model is as new: DMA may begin again.
-    pub(crate) fn reset_done(&self, tag: u64) {
+    /// The model is as new: DMA may begin again, under the generation that the reset was told with.
+    pub(crate) fn reset_done(&self, tag: u64, assignment: Generation) {
         let mut traffic = lock(&self.traffic);
         traffic.resets -= 1;
+        traffic.assignment = assignment;
         // A session that closed meanwhile awaits no answer.
         let _ = traffic.send(Up::ResetDone(pb::ResetDone { tag }));
     }
@@ -304,7 +309,7 @@ mod tests {
     fn session(dma_credits: u32) -> (Arc<Session>, mpsc::Receiver<pb::DeviceToServer>) {
         let limits = SessionLimits { dma_credits, batch_operations_max: 16, batch_bytes_max: 4096 };
         let (outbound, messages) = mpsc::channel(OUTBOUND_MAX);
-        (Arc::new(Session::new(Generation(1), limits, outbound)), messages)
+        (Arc::new(Session::new(Generation(1), limits, Generation(1), outbound)), messages)
     }
 
     fn read(iova: u64) -> Batch {
@@ -344,7 +349,7 @@ mod tests {
         });
         tokio::task::yield_now().await;
         session.reset_begun().expect("the first reset");
-        session.reset_done(0);
+        session.reset_done(0, Generation(2));
         session.completed(pb::DmaCompletions::default()).expect("the answer of the first batch");
         assert_eq!(waiting.await.expect("no panic"), Err(DmaError::Reset));
         assert!(matches!(before.await, Ok(Err(DmaError::Reset))));

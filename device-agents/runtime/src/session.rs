@@ -109,7 +109,8 @@ async fn shake_hands(peer: &Peer) -> Result<(Arc<Session>, Streaming<pb::ServerT
         Err(error) => return Err(EndReason::Protocol(error.to_string())),
     };
     let limits = limits_of(&welcome)?;
-    Ok((Arc::new(Session::new(welcome.generation, limits, outbound)), inbound))
+    let session = Session::new(welcome.generation, limits, welcome.assignment_generation, outbound);
+    Ok((Arc::new(session), inbound))
 }
 
 fn limits_of(welcome: &Welcome) -> Result<SessionLimits, EndReason> {
@@ -153,9 +154,9 @@ fn take(session: &Session, work: &mpsc::Sender<Work>, message: pb::ServerToDevic
     match ToDevice::try_from(message).map_err(|error| error.to_string())? {
         ToDevice::Dma(completions) => session.completed(completions),
         ToDevice::Mmio(request) => queue(Work::Mmio(request)),
-        ToDevice::Reset { tag } => {
+        ToDevice::Reset { tag, assignment_generation } => {
             session.reset_begun()?;
-            queue(Work::Reset { tag })
+            queue(Work::Reset { tag, assignment_generation })
         }
         ToDevice::Welcome(_) => Err("a second Welcome".into()),
     }

@@ -2,6 +2,9 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+mod hypervisor;
+mod inspect;
+
 use std::any::Any;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
@@ -10,10 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use guest_sdk::{Connection, Driver, Owner};
+use guest_sdk::{Connection, Driver, Hypervisor, Owner};
 use iommu_proto::errors::WireError;
 use iommu_proto::pb;
-use iommu_types::errors::SessionRequired;
+use iommu_types::errors::{MemoryError, SessionRequired};
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
@@ -61,6 +64,11 @@ pub(crate) struct State {
     pub(crate) report_tokens: Vec<String>,
     /// Every message that was asked with, for those who ask what was sent.
     sent: Vec<Box<dyn Any + Send>>,
+    /// The streams of ServeHypercalls, one after the other, and every answer that was given.
+    pub(crate) hypercalls: VecDeque<Vec<Result<pb::ServeHypercallsResponse, Status>>>,
+    pub(crate) hypercall_answers: Vec<pb::ServeHypercallsRequest>,
+    /// What the next writes of memory are refused with.
+    pub(crate) write_refusals: VecDeque<MemoryError>,
     /// Bytes of a memory.
     pub(crate) memory: Vec<u8>,
 }
@@ -75,6 +83,8 @@ impl Fake {
         let server = tonic::transport::Server::builder()
             .add_service(pb::session_service_server::SessionServiceServer::new(self.clone()))
             .add_service(pb::driver_service_server::DriverServiceServer::new(self.clone()))
+            .add_service(pb::hypervisor_service_server::HypervisorServiceServer::new(self.clone()))
+            .add_service(pb::inspect_service_server::InspectServiceServer::new(self.clone()))
             .add_service(pb::memory_service_server::MemoryServiceServer::new(self.clone()))
             .add_service(pb::fault_service_server::FaultServiceServer::new(self.clone()))
             .add_service(pb::sanitizer_service_server::SanitizerServiceServer::new(self.clone()));
@@ -86,6 +96,12 @@ impl Fake {
     pub(crate) async fn driver(&self) -> Driver {
         let connection = Connection::to(self.start().await).deadline(Duration::from_secs(5));
         connection.driver("net-driver", Owner::Driver(1)).await.expect("the fake opens sessions")
+    }
+
+    /// A hypervisor that has opened its session.
+    pub(crate) async fn hypervisor(&self) -> Hypervisor {
+        let connection = Connection::to(self.start().await).deadline(Duration::from_secs(5));
+        connection.hypervisor("hv0").await.expect("the fake opens sessions")
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -197,6 +213,7 @@ macro_rules! driver_service {
             })*
             $(async fn $plain(&self, request: Request<pb::$plain_request>) -> Result<Response<pb::$plain_response>, Status> {
                 self.enter(stringify!($plain), &request, None)?;
+                self.keep(request.get_ref());
                 self.scripted(stringify!($plain))
             })*
 
@@ -244,6 +261,8 @@ driver_service! {
     ;
     mmio_read: MmioReadRequest => MmioReadResponse;
     mmio_write: MmioWriteRequest => MmioWriteResponse;
+    list_memory: ListMemoryRequest => ListMemoryResponse;
+    hypercall: HypercallRequest => HypercallResponse;
 }
 
 impl Fake {
@@ -285,6 +304,9 @@ impl pb::memory_service_server::MemoryService for Fake {
         request: Request<pb::MemoryWriteRequest>,
     ) -> Result<Response<pb::MemoryWriteResponse>, Status> {
         self.enter("write", &request, None)?;
+        if let Some(refusal) = self.state().write_refusals.pop_front() {
+            return Err(refusal.into_status());
+        }
         let written_bytes = self.put(request.into_inner());
         Ok(Response::new(pb::MemoryWriteResponse { written_bytes }))
     }

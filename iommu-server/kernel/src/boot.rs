@@ -58,7 +58,7 @@ pub struct Kernel {
     memory: Arc<PhysicalMemory>,
     unit: Arc<Unit>,
     config: KernelConfig,
-    pub(crate) frames: FrameAllocator,
+    pub(crate) frames: Arc<FrameAllocator>,
     pub(crate) records: RecordPool,
     pub(crate) contexts: ContextTables,
     pub(crate) interrupts: InterruptEntries,
@@ -89,7 +89,7 @@ impl Kernel {
         let records = MappingRecords::new(Arc::clone(&memory), layout.records, layout.record_count);
         let extended_mode = config.unit.capabilities.extended_interrupt_mode;
         let kernel = Self {
-            frames: FrameAllocator::new(Arc::clone(&memory), array, layout.reserved),
+            frames: Arc::new(FrameAllocator::new(Arc::clone(&memory), array, layout.reserved)),
             records: RecordPool::new(records),
             contexts: ContextTables::new(layout.root_table),
             interrupts: InterruptEntries::new(layout.interrupt_table, extended_mode),
@@ -139,6 +139,16 @@ impl Kernel {
     pub fn free_records(&self) -> u64 {
         self.records.free_count()
     }
+    /// The account of an owner that is new, with limits of its own.
+    pub fn account_with(&self, owner: Owner, limits: OwnerLimits) -> Result<Arc<OwnerAccount>, LimitReached> {
+        let mut accounts = self.accounts();
+        let tag = FIRST_OWNER_TAG + accounts.len() as u32;
+        let account = Arc::new(OwnerAccount::new(owner, tag, limits));
+        accounts.insert(owner, Arc::clone(&account));
+        Ok(account)
+    }
+    /// Forgets an account.
+    pub fn forget_account(&self, _owner: Owner) {}
     /// The account of an owner: made at the first call, the same at every later one.
     pub fn account(&self, owner: Owner) -> Arc<OwnerAccount> {
         let mut accounts = self.accounts();

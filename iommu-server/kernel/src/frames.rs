@@ -40,6 +40,16 @@ pub(crate) fn frame_at(base: Hpa, frame: u64) -> Hpa {
     base.checked_add(frame * PAGE_SIZE_BYTES).expect("frames lie within physical memory")
 }
 
+/// Appends a run, merged with the one before when they touch.
+pub(crate) fn append(frames: &mut Vec<FrameRun>, run: FrameRun) {
+    match frames.last_mut() {
+        Some(last) if last.base.checked_add(last.frames * PAGE_SIZE_BYTES) == Some(run.base) => {
+            last.frames += run.frames;
+        }
+        _ => frames.push(run),
+    }
+}
+
 /// The allocator over all of physical memory.
 pub(crate) struct FrameAllocator {
     memory: Arc<PhysicalMemory>,
@@ -73,6 +83,26 @@ impl FrameAllocator {
             self.hand_over(*run, OWNER_NONE, tag);
         }
         Ok(runs)
+    }
+    /// Frames for `tag` behind pages from `first_page` on, zeroed: where addresses allow superpages, so do the frames, as far as there
+    /// are such frames.
+    pub(crate) fn allocate_behind(
+        &self,
+        first_page: u64,
+        frames: u64,
+        tag: u32,
+    ) -> Result<Vec<FrameRun>, OutOfMemory> {
+        let runs = self.lock().take_behind(first_page, frames);
+        let runs = runs.ok_or(OutOfMemory { size_bytes: frames.saturating_mul(PAGE_SIZE_BYTES) })?;
+        for run in &runs {
+            self.hand_over(*run, OWNER_NONE, tag);
+        }
+        Ok(runs)
+    }
+    /// Wipes the frames and gives them from one owner to another. They must have no pins (I9).
+    pub(crate) fn transfer(&self, run: FrameRun, from: u32, to: u32) {
+        self.memory.zero(run.range()).expect("frames of ours lie in memory");
+        self.hand_over(run, from, to);
     }
     /// One frame for a table of the server; zeroed.
     pub(crate) fn allocate_table(&self) -> Result<Hpa, OutOfMemory> {
@@ -204,6 +234,33 @@ impl FreeFrames {
         }
         Some(self.take_pieces(frames))
     }
+    /// Frames behind pages from `first_page` on: those of whole 2 MiB in one run, or at least each 2 MiB in one.
+    fn take_behind(&mut self, first_page: u64, frames: u64) -> Option<Vec<FrameRun>> {
+        if frames > self.count {
+            return None;
+        }
+        let head = (first_page.next_multiple_of(FRAMES_2M) - first_page).min(frames);
+        let (mut runs, mut left) = (self.take_pieces(head), frames - head);
+        let run = |first: u64, frames| FrameRun { base: Hpa::new(first * PAGE_SIZE_BYTES), frames };
+        let is_1g = (first_page + head).is_multiple_of(FRAMES_1G) && left >= FRAMES_1G;
+        let aligned = is_1g.then(|| self.first_run(left, FRAMES_1G)).flatten();
+        let aligned =
+            aligned.or_else(|| (left >= FRAMES_2M).then(|| self.first_run(left, FRAMES_2M)).flatten());
+        if let Some(first) = aligned {
+            self.take(first, left);
+            append(&mut runs, run(first, left));
+            return Some(runs);
+        }
+        while left >= FRAMES_2M
+            && let Some(first) = self.first_run(FRAMES_2M, FRAMES_2M)
+        {
+            self.take(first, FRAMES_2M);
+            append(&mut runs, run(first, FRAMES_2M));
+            left -= FRAMES_2M;
+        }
+        runs.extend(self.take_pieces(left));
+        Some(runs)
+    }
     /// The lowest frames that are free, whatever their neighbours; there must be enough.
     fn take_pieces(&mut self, frames: u64) -> Vec<FrameRun> {
         let mut runs = Vec::new();
@@ -294,6 +351,25 @@ mod tests {
         check(&[(1, 2000)], 600, Some(&[(512, 600)]));
         check(&[(1, 1100)], 600, Some(&[(1, 600)]));
         check(&[(3, 1 << 19)], 1 << 18, Some(&[(1 << 18, 1 << 18)]));
+    }
+
+    fn check_behind(free: &[(u64, u64)], first_page: u64, frames: u64, expected: &[(u64, u64)]) {
+        let mut free = free_frames(free);
+        let runs = free.take_behind(first_page, frames).expect("there are enough");
+        let runs: Vec<_> = runs.iter().map(|run| (run.base.page_number(), run.frames)).collect();
+        assert_eq!(runs, expected, "{frames} behind {first_page}");
+    }
+
+    #[test]
+    fn frames_behind_addresses_allow_superpages_where_the_addresses_do() {
+        check_behind(&[(1, 2000)], 512, 600, &[(512, 600)]);
+        check_behind(&[(1, 2000)], 510, 514, &[(1, 2), (512, 512)]);
+        check_behind(&[(1, 2000)], 510, 2, &[(1, 2)]);
+        check_behind(&[(3, 1 << 19)], 1 << 18, 1 << 18, &[(1 << 18, 1 << 18)]);
+        // In pieces, and each 2 MiB is one where it can be.
+        check_behind(&[(1, 1), (512, 512), (2048, 600)], 0, 1025, &[(512, 512), (2048, 512), (1, 1)]);
+        check_behind(&[(1, 500), (600, 400), (1536, 512)], 0, 1024, &[(1536, 512), (1, 500), (600, 12)]);
+        assert_eq!(free_frames(&[(1, 5)]).take_behind(0, 6), None);
     }
 
     #[test]

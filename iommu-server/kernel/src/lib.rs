@@ -27,7 +27,7 @@ mod records;
 mod sanitizer;
 mod topology;
 
-pub use account::{OwnerAccount, OwnerLimits};
+pub use account::{LimitUsage, OwnerAccount, OwnerLimits};
 pub use boot::{BootError, Kernel, KernelConfig};
 pub use domain::{
     DmaFunction, DmaMap, DmaSync, DmaUnmap, DmaUnmapSg, Domain, DomainCounters, Held, MapFixed, MappingState,
@@ -36,7 +36,7 @@ pub use domain::{
 pub use fault_logs::FaultLogs;
 pub use interrupts::MsiMessage;
 pub use iova::{IovaAllocator, IovaCounters, IovaReplay};
-pub use owner_memory::OwnerMemory;
+pub use owner_memory::{Arrived, Leaving, Left, NotLeft, OwnerMemory, Room};
 pub use sanitizer::{
     DriverCall, EventClock, GivenAddresses, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer,
     SanitizerBounds,

@@ -108,7 +108,13 @@ pub struct DeviceState {
     /// Serialises attach and detach of this device: they wait for drains in between, and nobody but who wants to move this very
     /// device waits for them.
     pub placement: tokio::sync::Mutex<()>,
+    /// Counts its changes of hand and its resets, from 1. A DMA that was queued under an earlier one is refused.
+    assignment: AtomicU64,
+    /// Held during a reset: the device is told its generations in their order.
+    resetting: tokio::sync::Mutex<()>,
     owner: RwLock<Option<Arc<OwnerState>>>,
+    /// Counts the changes of `owner`, so that a session need not ask for it at every batch.
+    owner_changes: AtomicU64,
     /// What its driver said that it can address.
     limits: Mutex<DmaLimits>,
     /// Whether `watched` is there; asked for every batch.
@@ -130,7 +136,10 @@ impl DeviceState {
             home,
             counters: CachePadded::default(),
             placement: tokio::sync::Mutex::default(),
+            assignment: AtomicU64::new(1),
+            resetting: tokio::sync::Mutex::default(),
             owner: RwLock::new(None),
+            owner_changes: AtomicU64::new(0),
             limits: Mutex::default(),
             is_watched: AtomicBool::new(false),
             watched: RwLock::new(None),
@@ -142,9 +151,19 @@ impl DeviceState {
     pub fn owner(&self) -> Option<Arc<OwnerState>> {
         self.owner.read().clone()
     }
+    /// Its generation: what was queued in it under an earlier one is not carried out.
+    pub fn assignment(&self) -> u64 {
+        self.assignment.load(Ordering::Acquire)
+    }
+    /// Counts the changes of its owner.
+    #[inline]
+    pub(crate) fn owner_changes(&self) -> u64 {
+        self.owner_changes.load(Ordering::Acquire)
+    }
     /// Changes to whom its interrupts go.
     pub fn set_owner(&self, owner: Option<Arc<OwnerState>>) {
         *self.owner.write() = owner;
+        self.owner_changes.fetch_add(1, Ordering::Release);
     }
     /// What it can address, as its driver said.
     pub fn limits(&self) -> DmaLimits {
@@ -192,12 +211,16 @@ impl DeviceState {
     pub fn unwatched(&self) {
         self.given.lock().lose();
     }
-    /// Resets the device. What it was given it has forgotten then; unless it does not say so, or is not there.
+    /// Resets the device and raises its generation: whatever was queued in it, or is on its way, is refused from now on, and nothing of it is
+    /// under way when this returns. What it was given it has forgotten then; unless it does not say so, or is not there.
     pub async fn reset(&self) {
+        let _in_turn = self.resetting.lock().await;
+        let assignment = self.assignment.fetch_add(1, Ordering::AcqRel) + 1;
         let is_reset = match self.session() {
-            Some(session) => session.reset().await,
+            Some(session) => session.reset(assignment).await,
             None => false,
         };
+        self.quiet().await;
         let watched = self.watched.read();
         let mut given = self.given.lock();
         let taken = watched
@@ -212,6 +235,17 @@ impl DeviceState {
         match &*watched {
             Some(domain) => domain.handle().with(|sanitizer| sanitizer.brings(self.address, left)),
             None => *given = left,
+        }
+    }
+    /// Resolves when the batches are over that are being carried out now, of sessions that were ended too.
+    async fn quiet(&self) {
+        let sessions: Vec<_> = {
+            let mut seat = self.seat.lock();
+            let live = seat.session.clone();
+            seat.fenced(None).into_iter().chain(live).collect()
+        };
+        for session in sessions {
+            session.quiet().await;
         }
     }
     /// The live session, if any.

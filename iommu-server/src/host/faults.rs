@@ -54,6 +54,10 @@ impl FaultHub {
             self.bell.send_modify(|count| *count += 1);
         }
     }
+    /// Forgets the log of an owner that is no more.
+    pub fn forget(&self, owner: Owner) {
+        self.logs.lock().forget(owner);
+    }
     /// Rings when something was filed.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.bell.subscribe()

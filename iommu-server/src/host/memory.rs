@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use iommu_kernel::Domain;
 use iommu_types::errors::{
-    AllocateError, CreateDomainError, FreeError, LimitReached, MapError, NotAllocated, StillMapped,
+    AllocateError, CreateDomainError, FreeError, LimitReached, MapError, NotAHostDriver, NotAllocated,
+    StillMapped,
 };
 use iommu_types::{DomainOptions, Gpa, GpaRange, Owner, RequestId};
 
@@ -18,7 +19,7 @@ use super::owners::OwnerState;
 use crate::telemetry;
 
 impl Host {
-    fn passthrough_domains(&self, owner: Owner) -> Vec<Arc<DomainSlot>> {
+    pub(super) fn passthrough_domains(&self, owner: Owner) -> Vec<Arc<DomainSlot>> {
         // Listed first: a domain's lock is not waited for inside of the registry.
         let mut found = self.domains.list(|slot| slot.owner == owner);
         found.retain(|slot| slot.with(|domain| domain.is_passthrough()).unwrap_or(false));
@@ -54,6 +55,9 @@ impl Host {
         owner: &OwnerState,
         size_bytes: u64,
     ) -> Result<GpaRange, AllocateError> {
+        if owner.is_vm() {
+            return Err(NotAHostDriver { owner: owner.owner }.into());
+        }
         let _steady = owner.direct_maps.lock().await;
         let (buffer, refused) = {
             let mut memory = owner.memory.write();
@@ -82,6 +86,10 @@ impl Host {
         gpa: Gpa,
         by: RequestId,
     ) -> Result<GpaRange, FreeError> {
+        if owner.is_vm() {
+            // What a virtual machine has is its hypervisor's to take back.
+            return Err(NotAllocated { gpa }.into());
+        }
         let _steady = owner.direct_maps.lock().await;
         let buffer = owner.memory.read().buffers().into_iter().find(|buffer| buffer.base() == gpa);
         let Some(buffer) = buffer else { return Err(NotAllocated { gpa }.into()) };
@@ -129,7 +137,7 @@ impl Host {
     }
 
     /// Closes a buffer in a domain that keeps something of it, and waits until it is quiet.
-    async fn let_go(&self, slot: &Arc<DomainSlot>, buffer: GpaRange) {
+    pub(super) async fn let_go(&self, slot: &Arc<DomainSlot>, buffer: GpaRange) {
         let let_go = |domain: &mut Domain| ((), Some(domain.let_go(&self.kernel, buffer)));
         if let Ok(((), Some(unsettled))) = slot.unmap_with(&self.kernel, let_go) {
             unsettled.settle().await;
@@ -156,7 +164,7 @@ impl Host {
 }
 
 /// A direct map is refused for want of something, or because an address does not fit the domain.
-fn limit_of(error: MapError) -> LimitReached {
+pub(super) fn limit_of(error: MapError) -> LimitReached {
     match error {
         MapError::LimitReached(limit) => limit,
         MapError::BeyondWidth(beyond) => {

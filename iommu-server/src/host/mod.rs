@@ -3,16 +3,22 @@
 //! **Lock order:** topology, owner memory, domain, the watched domain of a device, sanitizer, logs of faults and reports. No lock is held across an await; what has to be quiet is awaited
 //! in between. Registries hand out `Arc`s and keep their guards to themselves.
 
+pub mod assignment;
 pub mod devices;
 pub mod dma;
 pub mod domains;
 pub mod faults;
+pub mod hypercalls;
+pub mod hypervisors;
 pub mod memory;
 pub mod owners;
 pub mod placement;
+pub mod rates;
 pub mod reclaim;
 pub mod sanitizer;
 pub mod trim;
+pub mod vm_memory;
+pub mod vms;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,13 +28,15 @@ use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::UnitConfig;
 use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, Topology};
+use iommu_proto::model::TenantLimits;
 use iommu_types::errors::{DeclareError, LimitReached, UnknownOwner};
-use iommu_types::{Capabilities, Owner};
+use iommu_types::{Capabilities, Identity, Owner, Role};
 use parking_lot::RwLock;
 
 use self::devices::{DeviceState, Devices, Home};
 use self::domains::Domains;
 use self::faults::FaultHub;
+use self::hypervisors::Hypervisors;
 use self::owners::{OwnerState, Owners};
 use self::sanitizer::SanitizerHub;
 use crate::bounds;
@@ -52,10 +60,14 @@ pub struct Host {
     pub topology: RwLock<Topology>,
     /// Owners.
     pub owners: Owners,
+    /// Hypervisors.
+    pub hypervisors: Hypervisors,
     /// Devices.
     pub devices: Devices,
     /// Domains.
     pub domains: Domains,
+    /// Held while the functions of a group change hands.
+    pub assignments: tokio::sync::Mutex<()>,
     /// Bare machines and their clients.
     pub machines: Machines,
     /// Fault logs.
@@ -142,8 +154,10 @@ impl Host {
             kernel,
             topology: RwLock::new(Topology::new(bounds::DEVICES_MAX, bounds::OWNERS_MAX)),
             owners: Owners::default(),
+            hypervisors: Hypervisors::default(),
             devices: Devices::default(),
             domains: Domains::new(Arc::clone(&reports)),
+            assignments: tokio::sync::Mutex::default(),
             machines: Machines::default(),
             faults: FaultHub::default(),
             reports,
@@ -160,13 +174,7 @@ impl Host {
             host.declare_owner(driver.owner, driver.name)?;
         }
         for device in devices {
-            host.declare_device(DeviceEntry {
-                address: device.address,
-                name: device.name,
-                owner: device.owner,
-                domain_id: None,
-            })
-            .await?;
+            host.declare_device(DeviceEntry::new(device.address, device.name, device.owner)).await?;
         }
         Ok(host)
     }
@@ -177,7 +185,8 @@ impl Host {
             let mut topology = self.topology.write();
             topology.declare_owner(OwnerEntry { owner, name: name.clone() })?;
         }
-        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, owner, name)));
+        let account = self.kernel.account(owner);
+        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, account, name, TenantLimits::default())));
         Ok(())
     }
 
@@ -202,11 +211,30 @@ impl Host {
         Ok(())
     }
 
+    /// A peer was declared: it gets a certificate, where the server can issue one.
+    pub(crate) async fn peer_comes(&self, name: &str, role: Role) {
+        if let Some(tls) = &self.tls {
+            tls.comes(Identity { name: name.to_owned(), role }).await;
+        }
+    }
+
+    /// A peer is no more: its certificates are revoked, where the server can.
+    pub(crate) async fn peer_goes(&self, name: &str, role: Role) {
+        if let Some(tls) = &self.tls {
+            tls.goes(Identity { name: name.to_owned(), role }).await;
+        }
+    }
+
     /// Ends everything that has a stream: the server goes down.
     pub fn shut_down(&self) {
         self.shutdown.end(Ending::ShuttingDown);
         for owner in self.owners.list() {
             if let Some(session) = owner.seat.connected() {
+                session.end.end(Ending::ShuttingDown);
+            }
+        }
+        for hypervisor in self.hypervisors.list() {
+            if let Some(session) = hypervisor.seat.connected() {
                 session.end.end(Ending::ShuttingDown);
             }
         }

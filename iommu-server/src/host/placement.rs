@@ -12,6 +12,7 @@ use iommu_types::errors::{
 };
 use iommu_types::{
     DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId,
+    Role,
 };
 
 use super::Host;
@@ -39,7 +40,7 @@ impl Host {
 
     /// Whether the device is still the one at its address. It may have been removed, and another declared there, while a call waited for
     /// its placement.
-    fn still_declared(&self, device: &Arc<DeviceState>) -> Result<(), UnknownDevice> {
+    pub(super) fn still_declared(&self, device: &Arc<DeviceState>) -> Result<(), UnknownDevice> {
         let declared = self.devices.get(device.address)?;
         if Arc::ptr_eq(&declared, device) { Ok(()) } else { Err(UnknownDevice { device: device.address }) }
     }
@@ -137,8 +138,11 @@ impl Host {
         let limits = if former.is_some() { DmaLimits::NONE } else { device.limits() };
         self.fits(limits, target)?;
         self.detach_locked(device, by).await;
-        if let Some(former) = former {
-            self.leave_owner(device, former).await;
+        match former {
+            Some(former) => self.leave_owner(device, former).await,
+            // What it did while it was nobody's is not carried into somebody's domain.
+            None if before.owner.is_none() => device.reset().await,
+            None => {}
         }
         if target.watched.is_some() {
             // Before it is attached, so that everything that it does there is seen. A batch that began earlier is waited for.
@@ -175,7 +179,7 @@ impl Host {
 
     /// Detaches a device, invalidated and drained. Nothing to do when it is attached to nothing. What the last device of a domain leaves
     /// mapped there was leaked.
-    async fn detach_locked(&self, device: &DeviceState, by: RequestId) -> Option<DomainId> {
+    pub(super) async fn detach_locked(&self, device: &DeviceState, by: RequestId) -> Option<DomainId> {
         let (slot, drain) = {
             let mut topology = self.topology.write();
             let domain_id = topology.set_detached(device.address).ok()?;
@@ -285,7 +289,7 @@ impl Host {
     }
 
     /// What a former owner had for a device goes: what the device holds of it, interrupts, the default domain with its mappings.
-    async fn leave_owner(&self, device: &DeviceState, former: Owner) {
+    pub(super) async fn leave_owner(&self, device: &DeviceState, former: Owner) {
         device.set_owner(None);
         device.set_limits(DmaLimits::NONE);
         device.reset().await;
@@ -354,6 +358,7 @@ impl Host {
         if let Some(owner) = owner {
             self.leave_owner(&device, owner).await;
         }
+        self.peer_goes(&device.name, Role::Device(address)).await;
         self.devices.remove(address);
         self.topology.write().remove_device(address)?;
         Ok(())

@@ -23,7 +23,8 @@ pub struct Reclaimed {
 }
 
 impl Host {
-    /// Takes back everything that an owner holds but its devices, which go back to their default domains.
+    /// Takes back everything that an owner holds but its devices, which go back to their default domains, and the memory of a virtual
+    /// machine.
     pub async fn reclaim_owner(self: &Arc<Self>, owner: &Arc<OwnerState>, why: &str) {
         let mut reclaimed = Reclaimed { mappings: owner.account.mappings(), ..Reclaimed::default() };
         let devices = self.topology.read().devices_of(owner.owner);
@@ -50,17 +51,25 @@ impl Host {
                 }
             }
         }
-        // A domain that another call is dissolving, because its device was given away, is in no list any more and has frames until its drain.
-        while owner.account.mappings() > 0 {
-            tokio::time::sleep(bounds::RECLAIM_TICK).await;
+        self.wait_for_mappings(owner).await;
+        if !owner.is_vm() {
+            // The memory of a virtual machine is its hypervisor's to take back.
+            reclaimed.memory_bytes = owner.memory.write().free_all(&self.kernel);
         }
-        reclaimed.memory_bytes = owner.memory.write().free_all(&self.kernel);
         owner.unmapped_coherent.lock().clear();
         self.metrics.reclaimed(reclaimed);
         tracing::info!(
             owner = %owner.owner, reason = why, mappings = reclaimed.mappings, domains = reclaimed.domains,
             memory_bytes = reclaimed.memory_bytes, "owner reclaimed"
         );
+    }
+
+    /// Resolves when nothing of an owner is mapped. A domain that another call is dissolving, because its device was given away, is in no list any
+    /// more and has frames until its drain.
+    pub(super) async fn wait_for_mappings(&self, owner: &OwnerState) {
+        while owner.account.mappings() > 0 {
+            tokio::time::sleep(bounds::RECLAIM_TICK).await;
+        }
     }
 
     /// Resets devices, all at once. The next driver finds them as after a power cycle.

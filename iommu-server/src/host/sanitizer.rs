@@ -141,6 +141,10 @@ impl Default for SanitizerHub {
 }
 
 impl SanitizerHub {
+    /// Forgets the log of an owner that is no more.
+    pub fn forget(&self, owner: Owner) {
+        self.logs.lock().by_owner.remove(&owner);
+    }
     /// Files reports of one domain, before which `lost` others were overwritten.
     fn file(&self, reports: Vec<SanitizerReport>, lost: u64) {
         {

@@ -3,3 +3,4 @@
 pub mod gate;
 pub mod limits;
 pub mod observe;
+pub mod permissions;

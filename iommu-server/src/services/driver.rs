@@ -1,7 +1,6 @@
 //! `DriverService`: buffers, the DMA API, the domain API, interrupts, registers.
 //!
-//! A mutating call is carried out once per request ID, in a task of its own (a cancelled call must not lose the end of an unmap), and
-//! inside its tenancy, so that a reclaim waits for it.
+//! A mutating call is carried out [once](super::once).
 
 use std::sync::Arc;
 
@@ -11,21 +10,21 @@ use iommu_proto::model;
 use iommu_proto::pb::{self, driver_service_server::DriverService};
 use iommu_types::errors::{
     AttachError, DetachError, DeviceAbsent, DmaMapError, InterruptError, LimitReached, MmioError,
-    NotAllocated, NotYours,
+    NoHypervisor, NotAllocated, NotYours,
 };
 use iommu_types::{Direction, GpaRange, InvalidRange, IovaRange, Owner};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::dma_stream::DmaStream;
 use super::feed::{Feed, feed};
-use super::{Caller, parse, reclaimed};
+use super::once::once;
+use super::{Caller, parse};
 use crate::bounds;
 use crate::ending::Ending;
 use crate::host::Host;
 use crate::host::dma::{FreeCoherentError, MapAsk};
 use crate::host::owners::OwnerState;
 use crate::interrupts::Signal;
-use crate::session::replay::RequestName;
 use crate::session::watch::supply;
 
 /// The service.
@@ -39,33 +38,16 @@ fn status(error: impl WireError) -> Status {
     error.into_status()
 }
 
-/// Carries out a mutating call once: parses the message as `$model`, then runs `$body` with the host and the owner.
-macro_rules! once {
-    ($self:ident, $request:ident, $model:ty, |$host:ident, $owner:ident, $ask:ident| $body:expr) => {{
-        let caller = Caller::of(&$request)?;
-        let tenancy = Arc::clone(caller.tenancy()?);
-        let mut wire = $request.into_inner();
-        let header = wire.header.take();
-        let digest = tenancy.replay.digest(stringify!($model), &wire);
-        wire.header = header;
-        let $ask: $model = parse(wire)?;
-        let name = RequestName::new($ask.header, digest);
-        let inside = caller.session.enter().ok_or_else(|| reclaimed(&caller.session))?;
-        let ($host, $owner) = (Arc::clone(&$self.host), Arc::clone(caller.driver()?));
-        let operation = async move {
-            let _inside = inside;
-            $body
-        };
-        tenancy.replay.once(name, operation).await.map(Response::new)
-    }};
-}
-
 /// A place among the subscriptions of a connection.
 pub(super) fn watcher(caller: &Caller) -> Result<crate::connection::WatcherPlace, Status> {
-    caller.connection.watcher().ok_or_else(|| {
+    let place = caller.connection.watcher().ok_or_else(|| {
         let allowed = bounds::WATCHERS_PER_CONNECTION_MAX as u64;
         LimitReached { limit: "watchers_per_connection".to_owned(), allowed }.into_status()
-    })
+    })?;
+    match caller.session.owner() {
+        None => Ok(place),
+        Some(owner) => place.of_owner(Arc::clone(owner)).map_err(status),
+    }
 }
 
 async fn allocate_coherent(
@@ -150,7 +132,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::AllocateBufferRequest>,
     ) -> Result<Response<pb::AllocateBufferResponse>, Status> {
-        once!(self, request, model::AllocateBuffer, |host, owner, ask| {
+        once!(self, request, driver, model::AllocateBuffer, |host, owner, ask| {
             let range = host.allocate_buffer(&owner, ask.size_bytes).await.map_err(status)?;
             Ok(model::AllocatedBuffer { gpa: range.base(), size_bytes: range.size_bytes() }.into())
         })
@@ -160,7 +142,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::FreeBufferRequest>,
     ) -> Result<Response<pb::FreeBufferResponse>, Status> {
-        once!(self, request, model::FreeBuffer, |host, owner, ask| {
+        once!(self, request, driver, model::FreeBuffer, |host, owner, ask| {
             host.free_buffer(&owner, ask.gpa, ask.header.request_id).await.map_err(status)?;
             Ok(pb::FreeBufferResponse {})
         })
@@ -170,7 +152,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::DmaMapRequest>,
     ) -> Result<Response<pb::DmaMapResponse>, Status> {
-        once!(self, request, model::DmaMap, |host, owner, ask| {
+        once!(self, request, driver, model::DmaMap, |host, owner, ask| {
             let model::DmaMap { header, device, range, direction, attributes, ring } = ask;
             let single = kernel::DmaMap::single(range, direction, header.request_id);
             let map = kernel::DmaMap { attributes, ring, ..single };
@@ -183,7 +165,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::DmaUnmapRequest>,
     ) -> Result<Response<pb::DmaUnmapResponse>, Status> {
-        once!(self, request, model::DmaUnmap, |host, owner, ask| {
+        once!(self, request, driver, model::DmaUnmap, |host, owner, ask| {
             let model::DmaUnmap { header, device, range, direction, attributes, end_of_burst } = ask;
             let single = kernel::DmaUnmap::single(range, direction, header.request_id);
             let unmap = kernel::DmaUnmap { attributes, end_of_burst, ..single };
@@ -196,7 +178,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::DmaMapSgRequest>,
     ) -> Result<Response<pb::DmaMapSgResponse>, Status> {
-        once!(self, request, model::DmaMapSg, |host, owner, ask| {
+        once!(self, request, driver, model::DmaMapSg, |host, owner, ask| {
             let model::DmaMapSg { header, device, pieces, direction, attributes, ring } = ask;
             let ask = MapAsk { direction, request_id: header.request_id, attributes, ring, client: 0 };
             let mapped = host.dma_map_sg(&owner, device, &pieces, ask).await.map_err(status)?;
@@ -212,7 +194,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::DmaUnmapSgRequest>,
     ) -> Result<Response<pb::DmaUnmapSgResponse>, Status> {
-        once!(self, request, model::DmaUnmapSg, |host, owner, ask| {
+        once!(self, request, driver, model::DmaUnmapSg, |host, owner, ask| {
             let model::DmaUnmapSg { header, device, iova, elements, direction, attributes, end_of_burst } =
                 ask;
             let request_id = header.request_id;
@@ -234,7 +216,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::DmaSyncRequest>,
     ) -> Result<Response<pb::DmaSyncResponse>, Status> {
-        once!(self, request, model::DmaSync, |host, owner, ask| {
+        once!(self, request, driver, model::DmaSync, |host, owner, ask| {
             let model::DmaSync { header, device, range, direction, sync_for } = ask;
             let request_id = header.request_id;
             let sync = kernel::DmaSync { range, direction, target: sync_for, request_id };
@@ -247,10 +229,42 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::SetDmaLimitsRequest>,
     ) -> Result<Response<pb::SetDmaLimitsResponse>, Status> {
-        once!(self, request, model::SetDmaLimits, |host, owner, ask| {
+        once!(self, request, driver, model::SetDmaLimits, |host, owner, ask| {
             let limits = host.set_dma_limits(owner.owner, ask.device, |before| ask.applied_to(before));
             Ok(limits.map_err(status)?.into())
         })
+    }
+
+    async fn list_memory(
+        &self,
+        request: Request<pb::ListMemoryRequest>,
+    ) -> Result<Response<pb::ListMemoryResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let owner = caller.driver()?;
+        let regions = if owner.is_vm() { owner.memory.read().buffers() } else { Vec::new() };
+        Ok(Response::new(pb::ListMemoryResponse {
+            gpa: regions.iter().map(|region| region.base().get()).collect(),
+            size_bytes: regions.iter().map(|region| region.size_bytes()).collect(),
+        }))
+    }
+
+    async fn hypercall(
+        &self,
+        request: Request<pb::HypercallRequest>,
+    ) -> Result<Response<pb::HypercallResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let owner = Arc::clone(caller.driver()?);
+        let model::Hypercall { payload } = parse(request.into_inner())?;
+        let (Some(hypervisor), Owner::Vm(vm)) = (&owner.hypervisor, owner.owner) else {
+            return Err(status(NoHypervisor {}));
+        };
+        tokio::select! {
+            biased;
+            ending = caller.session.end.wait() => Err(ending.into_status()),
+            answer = hypervisor.hypercalls.call(vm, payload, bounds::HYPERCALL_TIMEOUT) => {
+                Ok(Response::new(pb::HypercallResponse { payload: answer.map_err(status)? }))
+            }
+        }
     }
 
     type DmaStreamStream = DmaStream;
@@ -268,7 +282,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::AllocateCoherentRequest>,
     ) -> Result<Response<pb::AllocateCoherentResponse>, Status> {
-        once!(self, request, model::AllocateCoherent, |host, owner, ask| {
+        once!(self, request, driver, model::AllocateCoherent, |host, owner, ask| {
             allocate_coherent(&host, &owner, &ask).await.map(Into::into)
         })
     }
@@ -277,7 +291,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::FreeCoherentRequest>,
     ) -> Result<Response<pb::FreeCoherentResponse>, Status> {
-        once!(self, request, model::FreeCoherent, |host, owner, ask| {
+        once!(self, request, driver, model::FreeCoherent, |host, owner, ask| {
             free_coherent(&host, &owner, &ask).await?;
             Ok(pb::FreeCoherentResponse {})
         })
@@ -287,7 +301,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::CreateDomainRequest>,
     ) -> Result<Response<pb::CreateDomainResponse>, Status> {
-        once!(self, request, model::CreateDomain, |host, owner, ask| {
+        once!(self, request, driver, model::CreateDomain, |host, owner, ask| {
             let slot = host.create_domain(&owner, ask.options).await.map_err(status)?;
             Ok(pb::CreateDomainResponse { domain_id: u32::from(slot.id.get()) })
         })
@@ -297,7 +311,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::DestroyDomainRequest>,
     ) -> Result<Response<pb::DestroyDomainResponse>, Status> {
-        once!(self, request, model::DestroyDomain, |host, owner, ask| {
+        once!(self, request, driver, model::DestroyDomain, |host, owner, ask| {
             host.destroy_domain(owner.owner, ask.domain_id, ask.header.request_id).await.map_err(status)?;
             Ok(pb::DestroyDomainResponse {})
         })
@@ -307,7 +321,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::AttachDeviceRequest>,
     ) -> Result<Response<pb::AttachDeviceResponse>, Status> {
-        once!(self, request, model::AttachDevice, |host, owner, ask| {
+        once!(self, request, driver, model::AttachDevice, |host, owner, ask| {
             host.device_of(owner.owner, ask.device).map_err(|e| status(AttachError::from(e)))?;
             let device = host.devices.get(ask.device).map_err(status)?;
             let domain_id =
@@ -320,7 +334,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::DetachDeviceRequest>,
     ) -> Result<Response<pb::DetachDeviceResponse>, Status> {
-        once!(self, request, model::DetachDevice, |host, owner, ask| {
+        once!(self, request, driver, model::DetachDevice, |host, owner, ask| {
             host.device_of(owner.owner, ask.device).map_err(|e| status(DetachError::from(e)))?;
             let device = host.devices.get(ask.device).map_err(status)?;
             host.detach_own(&device, owner.owner, ask.header.request_id).await.map_err(status)?;
@@ -329,7 +343,7 @@ impl DriverService for Drivers {
     }
 
     async fn map(&self, request: Request<pb::MapRequest>) -> Result<Response<pb::MapResponse>, Status> {
-        once!(self, request, model::MapFixed, |host, owner, ask| {
+        once!(self, request, driver, model::MapFixed, |host, owner, ask| {
             let map = kernel::MapFixed {
                 iova: ask.range,
                 gpa: ask.memory.base(),
@@ -342,7 +356,7 @@ impl DriverService for Drivers {
     }
 
     async fn unmap(&self, request: Request<pb::UnmapRequest>) -> Result<Response<pb::UnmapResponse>, Status> {
-        once!(self, request, model::UnmapFixed, |host, owner, ask| {
+        once!(self, request, driver, model::UnmapFixed, |host, owner, ask| {
             let unmapped = host.unmap_fixed(owner.owner, ask.domain_id, ask.range).await;
             Ok(pb::UnmapResponse { unmapped_bytes: unmapped.map_err(status)? })
         })
@@ -352,7 +366,7 @@ impl DriverService for Drivers {
         &self,
         request: Request<pb::AllocateInterruptRequest>,
     ) -> Result<Response<pb::AllocateInterruptResponse>, Status> {
-        once!(self, request, model::AllocateInterrupt, |host, owner, ask| {
+        once!(self, request, driver, model::AllocateInterrupt, |host, owner, ask| {
             let device = host.devices.get(ask.device).map_err(status)?;
             // The device must not change hands between the look at its owner and the entry.
             let _placement = device.placement.lock().await;

@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 use super::driver::watcher;
 use super::feed::{Feed, feed};
 use super::log_token::Positions;
+use super::scope::Scope;
 use super::{Caller, parse};
 use crate::bounds;
 use crate::host::Host;
@@ -28,39 +29,29 @@ pub struct Faults {
 #[derive(Clone, Debug)]
 struct View {
     host: Arc<Host>,
-    /// `None` for all logs there are, also those to come.
-    log: Option<Option<Owner>>,
+    scope: Scope,
     filter: FaultFilter,
 }
 
 impl View {
     fn new(host: &Arc<Host>, caller: &Caller, filter: Option<FaultFilter>) -> Result<Self, NotYours> {
         let filter = filter.unwrap_or_default();
-        let own = caller.session.owner().map(|owner| owner.owner);
-        let log = match (caller.sees_all(), filter.owner) {
-            (true, named) => named.map(Some),
-            (false, None) => Some(own),
-            (false, named) if named == own => Some(named),
-            (false, Some(named)) => return Err(NotYours { object: format!("the fault log of {named}") }),
-        };
+        let scope = Scope::of(caller, filter.owner, "the fault log of")?;
         if let (false, Some(device)) = (caller.sees_all(), filter.device) {
             let entry_owner = host.topology.read().device(device).ok().and_then(|entry| entry.owner);
             caller.must_see(entry_owner, device)?;
         }
-        Ok(Self { host: Arc::clone(host), log, filter })
+        Ok(Self { host: Arc::clone(host), scope, filter })
     }
     fn logs(&self) -> Vec<Option<Owner>> {
-        match self.log {
-            Some(log) => vec![log],
-            None => self.host.faults.owners(),
-        }
+        self.scope.among(self.host.faults.owners())
     }
     fn wants(&self, record: &FaultRecord) -> bool {
         self.filter.device.is_none_or(|device| device == record.device)
     }
     /// Where a log ends, if it is one of these.
     fn latest(&self, log: Option<Owner>) -> Option<u64> {
-        self.log.is_none_or(|only| only == log).then(|| self.host.faults.latest(log))
+        self.scope.has(log).then(|| self.host.faults.latest(log))
     }
     /// Where all logs end now.
     fn end(&self) -> Positions {
@@ -121,7 +112,12 @@ impl FaultService for Faults {
         let list = FaultList {
             records,
             overwritten_count,
-            unit_overflow_count: self.host.kernel.unit().counters().faults_overflowed,
+            // A figure of all tenants together (I7).
+            unit_overflow_count: if caller.sees_all() {
+                self.host.kernel.unit().counters().faults_overflowed
+            } else {
+                0
+            },
             resume_token: end.write(self.host.run_id),
         };
         Ok(Response::new(list.into()))

@@ -26,15 +26,19 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Whose memory is meant: a driver's is its own, everybody else says whose.
+    /// Whose memory is meant: a driver's is its own, everybody else says whose, a hypervisor one of its virtual machines.
     fn owner(&self, caller: &Caller, named: Option<Owner>) -> Result<Arc<OwnerState>, MemoryError> {
         match (caller.session.owner(), named) {
             (Some(own), None) => Ok(Arc::clone(own)),
             (Some(own), Some(named)) if own.owner == named => Ok(Arc::clone(own)),
             (Some(_), Some(named)) => Err(NotYours { object: format!("the memory of {named}") }.into()),
+            (None, Some(named)) if caller.session.hypervisor().is_some() => {
+                caller.must_see(Some(named), format!("the memory of {named}"))?;
+                Ok(self.host.owners.get(named)?)
+            }
             (None, Some(named)) => Ok(self.host.owners.get(named)?),
             (None, None) => {
-                let why = "is absent; an operator says whose memory is meant".to_owned();
+                let why = "is absent; operators and hypervisors say whose memory is meant".to_owned();
                 Err(InvalidField { field: "owner".to_owned(), why }.into())
             }
         }
@@ -48,6 +52,16 @@ pub(super) fn within_batch(size_bytes: u64) -> Result<(), LimitReached> {
         return Ok(());
     }
     Err(LimitReached { limit: "batch_bytes_max".to_owned(), allowed })
+}
+
+/// What moves many bytes costs a driver as much as several requests (I7). Operators and hypervisors act for the owner and are not counted.
+fn charge(caller: &Caller, size_bytes: u64) -> Result<(), LimitReached> {
+    match caller.session.owner() {
+        Some(owner) => {
+            owner.bounds.requests.take(size_bytes / bounds::BYTES_PER_REQUEST).map_err(|over| over.limit)
+        }
+        None => Ok(()),
+    }
 }
 
 fn read(host: &Host, owner: &OwnerState, gpa: Gpa, size_bytes: usize) -> Result<Bytes, MemoryError> {
@@ -72,6 +86,7 @@ impl MemoryService for Memory {
         let MemoryRead { owner, range } = parse(request.into_inner())?;
         let owner = self.owner(&caller, owner).map_err(WireError::into_status)?;
         within_batch(range.size_bytes()).map_err(WireError::into_status)?;
+        charge(&caller, range.size_bytes()).map_err(WireError::into_status)?;
         let data = read(&self.host, &owner, range.base(), range.size_bytes() as usize);
         Ok(Response::new(pb::MemoryReadResponse { data: data.map_err(WireError::into_status)? }))
     }
@@ -83,6 +98,7 @@ impl MemoryService for Memory {
         let caller = Caller::of(&request)?;
         let ask: MemoryWrite = parse(request.into_inner())?;
         let owner = self.owner(&caller, ask.owner).map_err(WireError::into_status)?;
+        charge(&caller, ask.range().size_bytes()).map_err(WireError::into_status)?;
         let written_bytes = write(&self.host, &owner, &ask).map_err(WireError::into_status)?;
         Ok(Response::new(pb::MemoryWriteResponse { written_bytes }))
     }

@@ -8,11 +8,14 @@ mod dma_stream;
 pub mod driver;
 pub mod fault;
 pub mod feed;
+pub mod hypervisor;
 pub mod inspect;
 pub mod log_token;
 pub mod memory;
+mod once;
 mod ring_tables;
 pub mod sanitizer;
+mod scope;
 pub mod session;
 mod tables;
 
@@ -20,12 +23,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use iommu_proto::errors::WireError;
-use iommu_proto::model::{InvalidBatch, InvalidRequest};
+use iommu_proto::model::{InvalidBatch, InvalidPages, InvalidRequest};
 use iommu_types::errors::{Internal, InvalidField, NotYours, SessionFenced, SessionRequired};
 use iommu_types::{Owner, Role};
 use tonic::{Request, Status};
 
 use crate::connection::ConnectionHandle;
+use crate::host::hypervisors::HypervisorState;
 use crate::host::owners::OwnerState;
 use crate::machine::BareClient;
 use crate::session::driver::{ClientSession, Tenancy};
@@ -54,6 +58,16 @@ impl Invalid for InvalidRequest {
         match self {
             Self::InvalidField(error) => error.into_status(),
             Self::InvalidRange(error) => error.into_status(),
+        }
+    }
+}
+
+impl Invalid for InvalidPages {
+    fn status(self) -> Status {
+        match self {
+            Self::InvalidField(error) => error.into_status(),
+            Self::InvalidRange(error) => error.into_status(),
+            Self::Unaligned(error) => error.into_status(),
         }
     }
 }
@@ -104,6 +118,12 @@ impl Caller {
     pub fn bare(&self) -> Result<&Arc<BareClient>, Status> {
         self.session.bare().ok_or_else(|| internal("the gate let a caller without machines pass"))
     }
+    /// The hypervisor that it is.
+    pub fn hypervisor(&self) -> Result<&Arc<HypervisorState>, Status> {
+        self.session
+            .hypervisor()
+            .ok_or_else(|| internal("the gate let a caller without virtual machines pass"))
+    }
     /// What it holds.
     pub fn tenancy(&self) -> Result<&Arc<Tenancy>, Status> {
         self.session.tenancy().ok_or_else(|| internal("the gate let a caller without a tenancy pass"))
@@ -112,9 +132,13 @@ impl Caller {
     pub fn sees_all(&self) -> bool {
         matches!(self.session.identity.role, Role::Observer | Role::Operator)
     }
-    /// Whether it sees what belongs to `owner`.
+    /// Whether it sees what belongs to `owner`: a driver its own, a hypervisor what its virtual machines have.
     pub fn sees(&self, owner: Option<Owner>) -> bool {
-        self.sees_all() || self.session.owner().is_some_and(|own| Some(own.owner) == owner)
+        let is_own = |owner| {
+            let driver = self.session.owner().is_some_and(|own| own.owner == owner);
+            driver || self.session.hypervisor().is_some_and(|hypervisor| hypervisor.owns(owner))
+        };
+        self.sees_all() || owner.is_some_and(is_own)
     }
     /// Refuses what it does not see.
     pub fn must_see(&self, owner: Option<Owner>, object: impl std::fmt::Display) -> Result<(), NotYours> {

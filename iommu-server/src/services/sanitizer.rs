@@ -6,13 +6,13 @@ use iommu_proto::errors::WireError;
 use iommu_proto::model::{ListReports, NewReports, ReportList, SanitizerFilter, WatchReports};
 use iommu_proto::pb;
 use iommu_proto::pb::sanitizer_service_server::SanitizerService;
-use iommu_types::errors::NotYours;
 use iommu_types::{DomainId, Owner, SanitizerReport};
 use tonic::{Request, Response, Status};
 
 use super::driver::watcher;
 use super::feed::{Feed, feed};
 use super::log_token::Positions;
+use super::scope::Scope;
 use super::{Caller, parse};
 use crate::bounds;
 use crate::host::Host;
@@ -28,25 +28,15 @@ pub struct Sanitizers {
 #[derive(Clone, Debug)]
 struct View {
     host: Arc<Host>,
-    /// `None` for all logs there are, also those to come.
-    log: Option<Owner>,
+    scope: Scope,
     filter: SanitizerFilter,
 }
 
 impl View {
     fn new(host: &Arc<Host>, caller: &Caller, filter: Option<SanitizerFilter>) -> Result<Self, Status> {
         let filter = filter.unwrap_or_default();
-        let log = match (caller.sees_all(), filter.owner) {
-            (true, named) => named,
-            (false, named) => {
-                let own = caller.driver()?.owner;
-                if let Some(named) = named.filter(|named| *named != own) {
-                    return Err(NotYours { object: format!("the reports on {named}") }.into_status());
-                }
-                Some(own)
-            }
-        };
-        let view = Self { host: Arc::clone(host), log, filter };
+        let scope = Scope::of(caller, filter.owner, "the reports on").map_err(WireError::into_status)?;
+        let view = Self { host: Arc::clone(host), scope, filter };
         if let Some(domain_id) = filter.domain_id {
             view.must_know(caller, domain_id)?;
         }
@@ -65,10 +55,8 @@ impl View {
         caller.must_see(Some(slot.owner), format!("domain {domain_id}")).map_err(WireError::into_status)
     }
     fn logs(&self) -> Vec<Owner> {
-        match self.log {
-            Some(log) => vec![log],
-            None => self.host.reports.owners(),
-        }
+        let all = self.host.reports.owners().into_iter().map(Some);
+        self.scope.among(all).into_iter().flatten().collect()
     }
     fn wants(&self, report: &SanitizerReport) -> bool {
         self.filter.domain_id.is_none_or(|id| id == report.domain_id)
@@ -76,7 +64,7 @@ impl View {
     }
     /// Where a log ends, if it is one of these.
     fn latest(&self, log: Option<Owner>) -> Option<u64> {
-        let log = log.filter(|log| self.log.is_none_or(|only| only == *log))?;
+        let log = log.filter(|log| self.scope.has(Some(*log)))?;
         Some(self.host.reports.latest(log))
     }
     /// Where all logs end now.

@@ -64,7 +64,11 @@ pub struct DeviceSession {
     pub(crate) progress: CachePadded<Progress>,
     pub(crate) mailbox: Mailbox,
     pub(crate) mmio: MmioPort,
+    /// Tag of the latest reset, which is the generation that it told.
     resets_asked: AtomicU64,
+    /// The device's generation as far as the device knows: of Welcome, then of the latest reset that it answered. DMA that comes before is of the
+    /// one before, as the stream keeps its order.
+    acknowledged: AtomicU64,
     /// The latest that was answered; all of them once the session is over.
     resets_done: watch::Sender<u64>,
     ending: OnceLock<Ending>,
@@ -78,6 +82,7 @@ impl DeviceSession {
     pub(crate) fn new(
         address: DeviceAddress,
         generation: u64,
+        assignment: u64,
         mmio_credits: u32,
         connection: ConnectionHandle,
     ) -> Arc<Self> {
@@ -87,7 +92,8 @@ impl DeviceSession {
             progress: CachePadded::default(),
             mailbox: Mailbox::default(),
             mmio: MmioPort::new(address, mmio_credits),
-            resets_asked: AtomicU64::new(0),
+            resets_asked: AtomicU64::new(assignment),
+            acknowledged: AtomicU64::new(assignment),
             resets_done: watch::Sender::new(0),
             ending: OnceLock::new(),
             executing: Arc::default(),
@@ -104,15 +110,21 @@ impl DeviceSession {
         let executing = Arc::clone(&self.executing);
         async move { drop(executing.lock().await) }
     }
-    /// Asks the device to forget everything, and waits until it says that it did, at most [`bounds::RESET_TIMEOUT`]. A device that
-    /// does not say so is not trusted to have done it; what it still sends meets empty tables. Register accesses that wait for a credit are
+    /// The generation of the device that it knows of.
+    pub(crate) fn acknowledged(&self) -> u64 {
+        self.acknowledged.load(Ordering::Acquire)
+    }
+    /// Asks the device to forget everything, tells it its next generation, and waits until it says that it did, at most [`bounds::RESET_TIMEOUT`]. A device that
+    /// does not say so is not trusted to have done it; until it does, all its DMA is refused as stale. Register accesses that wait for a credit are
     /// refused: they are meant for the device as it was. Returns whether it said so.
-    pub async fn reset(&self) -> bool {
-        let tag = self.resets_asked.fetch_add(1, Ordering::Relaxed) + 1;
+    pub async fn reset(&self, assignment: u64) -> bool {
+        let tag = assignment;
+        self.resets_asked.fetch_max(tag, Ordering::Relaxed);
         let mut done = self.resets_done.subscribe();
         self.mmio.expel();
         self.mailbox.withdraw_resets();
-        self.mailbox.push(pb::server_to_device::Message::Reset(pb::Reset { tag }));
+        self.mailbox
+            .push(pb::server_to_device::Message::Reset(pb::Reset { tag, assignment_generation: assignment }));
         let answered = done.wait_for(|done| *done >= tag);
         match tokio::time::timeout(bounds::RESET_TIMEOUT, answered).await {
             // At the end of a session nobody waits any more, and nothing was said.
@@ -126,9 +138,10 @@ impl DeviceSession {
     /// The device says that it was reset; `false` when nobody asked.
     pub(crate) fn reset_done(&self, tag: u64) -> bool {
         let asked = self.resets_asked.load(Ordering::Relaxed);
-        if tag == 0 || tag > asked {
+        if tag <= self.acknowledged() || tag > asked {
             return false;
         }
+        self.acknowledged.store(tag, Ordering::Release);
         self.resets_done.send_modify(|done| *done = tag.max(*done));
         true
     }

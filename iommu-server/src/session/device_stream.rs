@@ -26,6 +26,7 @@ use tonic::{Status, Streaming};
 
 use super::device::DeviceSession;
 use super::execute::{Executed, execute_for, refuse};
+use super::payer::Payer;
 use crate::bounds;
 use crate::connection::ConnectionHandle;
 use crate::ending::Ending;
@@ -44,6 +45,10 @@ struct Live {
     device: Arc<DeviceState>,
     /// Until it is sent; `None` afterwards.
     welcome: Option<Welcoming>,
+    /// Whose rates its DMA counts for.
+    payer: Payer,
+    /// While it is over a rate of its owner, nothing is read.
+    penalty: Option<Pin<Box<tokio::time::Sleep>>>,
     /// How the stream ended; as long as it did not, the only way out is a lost connection (closed, broken, or silent for too long).
     left: Option<String>,
 }
@@ -161,7 +166,9 @@ impl DeviceStream {
             LimitReached { limit, allowed: u64::from(bounds::DEVICE_PORTS_MAX) }.into_status()
         })?;
         let connection = self.connection.clone();
-        let make = |generation| DeviceSession::new(device.address, generation, mmio_credits, connection);
+        let make = |generation| {
+            DeviceSession::new(device.address, generation, device.assignment(), mmio_credits, connection)
+        };
         let (session, fenced) = device.seat(make).map_err(WireError::into_status)?;
         self.host.watchdog.watch(&session);
         // Whoever ends the connection meanwhile finds the session there, or is found here.
@@ -178,6 +185,7 @@ impl DeviceStream {
             dma_credits: bounds::DMA_CREDITS,
             batch_operations_max: bounds::BATCH.operations_max,
             batch_bytes_max: bounds::BATCH.bytes_max,
+            assignment_generation: session.acknowledged(),
         };
         let quiet = async move {
             for before in fenced {
@@ -185,7 +193,15 @@ impl DeviceStream {
             }
         };
         let welcome = Some(Welcoming { before_are_quiet: Box::pin(quiet), welcome });
-        self.stage = Stage::Live(Box::new(Live { port, session, device, welcome, left: None }));
+        self.stage = Stage::Live(Box::new(Live {
+            port,
+            session,
+            device,
+            welcome,
+            payer: Payer::default(),
+            penalty: None,
+            left: None,
+        }));
         if self.host.shutdown.ended().is_some() {
             // The drain may have looked before this session was there to be seen.
             self.host.end_device_sessions();
@@ -209,6 +225,10 @@ impl DeviceStream {
             }
             if let Poll::Ready(message) = queued {
                 return Poll::Ready(Some(Ok(message)));
+            }
+            if let Some(penalty) = &mut live.penalty {
+                ready!(penalty.as_mut().poll(context));
+                live.penalty = None;
             }
             let budget = ready!(coop::poll_proceed(context));
             let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
@@ -267,8 +287,14 @@ impl Live {
         // Fenced between the check at the top of the loop and here: refused, not carried out (I6: answered and counted). Whoever ended the
         // session may wait for `executing`, so it is asked with that lock held.
         let executing = self.session.executing.try_lock();
-        let executed = if executing.is_err() || self.session.ended().is_some() {
+        let executed = if self.is_stale(batch) {
+            // Whoever moves the device raised its generation first and then waits for `executing`.
+            refuse(batch, Refusal::StaleGeneration)
+        } else if executing.is_err() || self.session.ended().is_some() {
             refuse(batch, Refusal::Fenced)
+        } else if let Err(over) = self.payer.pay(&self.device, batch) {
+            self.penalty = Some(Box::pin(tokio::time::sleep(over.penalty)));
+            refuse(batch, over.refusal)
         } else {
             let device = &self.device;
             let deliver = |interrupt: DeliveredInterrupt| {
@@ -293,6 +319,12 @@ impl Live {
             host.faults.collect(host);
         }
         Ok(executed)
+    }
+
+    /// Whether a batch was queued before the device changed hands or was reset, or comes before the device knows of it.
+    fn is_stale(&self, batch: &pb::DmaBatch) -> bool {
+        let (current, acknowledged) = (self.device.assignment(), self.session.acknowledged());
+        acknowledged != current || batch.assignment_generation.is_some_and(|claimed| claimed != current)
     }
 
     fn mmio(&self, completion: pb::MmioCompletion) -> Result<(), String> {

@@ -1,4 +1,4 @@
-//! Sessions of clients (drivers, bare machine clients, observers, operators), and what outlives a lost connection.
+//! Sessions of clients (drivers, hypervisors, bare machine clients, observers, operators), and what outlives a lost connection.
 //!
 //! Three things are kept apart: a *session* is a connection with an identity; a *tenancy* is what an identity holds, and outlives its
 //! session for the grace period; a *seat* is the place of an identity, which at most one session takes.
@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 
 use super::replay::Replay;
 use crate::ending::{EndSignal, Ending};
+use crate::host::hypervisors::HypervisorState;
 use crate::host::owners::OwnerState;
 use crate::machine::BareClient;
 
@@ -22,6 +23,8 @@ pub enum Tenant {
     Driver(Arc<OwnerState>),
     /// A client of bare machines.
     Bare(Arc<BareClient>),
+    /// A hypervisor.
+    Hypervisor(Arc<HypervisorState>),
 }
 
 impl Tenant {
@@ -30,6 +33,7 @@ impl Tenant {
         match self {
             Self::Driver(owner) => &owner.seat,
             Self::Bare(client) => &client.seat,
+            Self::Hypervisor(hypervisor) => &hypervisor.seat,
         }
     }
 }
@@ -39,6 +43,7 @@ impl std::fmt::Display for Tenant {
         match self {
             Self::Driver(owner) => owner.owner.fmt(f),
             Self::Bare(client) => write!(f, "bare-machine client {}", client.name),
+            Self::Hypervisor(hypervisor) => write!(f, "hypervisor {}", hypervisor.name),
         }
     }
 }
@@ -147,6 +152,13 @@ impl ClientSession {
             _ => None,
         }
     }
+    /// The hypervisor that it is.
+    pub fn hypervisor(&self) -> Option<&Arc<HypervisorState>> {
+        match &self.tenant {
+            Some((Tenant::Hypervisor(hypervisor), _)) => Some(hypervisor),
+            _ => None,
+        }
+    }
     /// What it holds.
     pub fn tenancy(&self) -> Option<&Arc<Tenancy>> {
         self.tenant.as_ref().map(|(_, tenancy)| tenancy)
@@ -166,6 +178,8 @@ pub struct Seated {
     pub session: Option<Arc<ClientSession>>,
     /// What is held.
     pub tenancy: Option<Arc<Tenancy>>,
+    /// Whether the identity is no more: nobody takes the seat again.
+    pub is_gone: bool,
 }
 
 /// The place of an identity.

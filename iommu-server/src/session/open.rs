@@ -15,6 +15,7 @@ use super::driver::{ClientSession, Seated, Tenancy, Tenant};
 use crate::connection::ConnectionHandle;
 use crate::ending::{EndSignal, Ending};
 use crate::host::Host;
+use crate::host::owners::OwnerState;
 use crate::machine::BareClient;
 
 /// A session that stands.
@@ -72,6 +73,10 @@ fn tenant(host: &Arc<Host>, open: &Open) -> Result<Option<Tenant>, SessionError>
         }
         SessionRole::Bare if !host.config.bare.admit(&open.name) => Err(not_listed("bare-machine client")),
         SessionRole::Bare => Ok(Some(Tenant::Bare(bare_client(host, &open.name)?))),
+        SessionRole::Hypervisor if !host.config.hypervisors.admit(&open.name) => {
+            Err(not_listed("hypervisor"))
+        }
+        SessionRole::Hypervisor => Ok(Some(Tenant::Hypervisor(host.hypervisors.get_or_make(&open.name)?))),
         SessionRole::Observer if !host.config.observers.admit(&open.name) => Err(not_listed("observer")),
         SessionRole::Operator if !host.config.operators.admit(&open.name) => Err(not_listed("operator")),
         SessionRole::Observer | SessionRole::Operator => Ok(None),
@@ -110,6 +115,10 @@ async fn open_tenancy(
 ) -> Result<Opened, Status> {
     let seat = tenant.seat();
     let mut seated = seat.seated.lock().await;
+    if seated.is_gone {
+        let why = format!("{tenant} is no more");
+        return Err(IdentityRefused { name: open.name, why }.into_status());
+    }
     if let Some(token) = open.resume_token
         && !seated.tenancy.as_ref().is_some_and(|tenancy| tenancy.token_is(token))
     {
@@ -183,6 +192,22 @@ pub async fn quarantine(host: Arc<Host>, tenant: Tenant) -> bool {
     ended
 }
 
+/// Ends an owner's session and reclaims what it holds, and lets nobody take its seat again. `false` when another call did so before.
+pub async fn end_for_good(host: &Arc<Host>, owner: &Arc<OwnerState>, why: &str) -> bool {
+    let mut seated = owner.seat.seated.lock().await;
+    if std::mem::replace(&mut seated.is_gone, true) {
+        return false;
+    }
+    seated.generation += 1;
+    owner.seat.fence(seated.generation);
+    seated.session = None;
+    if let Some(tenancy) = seated.tenancy.take() {
+        tenancy.close().await;
+    }
+    host.reclaim_owner(owner, why).await;
+    true
+}
+
 async fn reclaim(host: &Arc<Host>, tenant: &Tenant, seated: &mut Seated, why: &str) {
     seated.session = None;
     let Some(tenancy) = seated.tenancy.take() else { return };
@@ -190,6 +215,7 @@ async fn reclaim(host: &Arc<Host>, tenant: &Tenant, seated: &mut Seated, why: &s
     match tenant {
         Tenant::Driver(owner) => host.reclaim_owner(owner, why).await,
         Tenant::Bare(client) => host.machines.reclaim_client(host, client, why).await,
+        Tenant::Hypervisor(hypervisor) => host.reclaim_hypervisor(hypervisor, why).await,
     }
 }
 

@@ -16,6 +16,9 @@ pub const OBSERVER: &str = "observer";
 /// The bare-machine client for whom a certificate is made where the configuration admits any.
 pub const BARE: &str = "bare";
 
+/// The hypervisor for whom a certificate is made where the configuration admits any: the name that `iommuctl` takes.
+pub const HYPERVISOR: &str = "hv0";
+
 fn named(names: &Names, any: &str, role: Role) -> Vec<Identity> {
     let names = names.0.iter().map(|name| if name == "*" { any } else { name });
     names.map(|name| Identity { name: name.to_owned(), role }).collect()
@@ -35,6 +38,7 @@ fn peers(config: &Config) -> Vec<Identity> {
     peers.extend(named(&config.operators, OPERATOR, Role::Operator));
     peers.extend(named(&config.observers, OBSERVER, Role::Observer));
     peers.extend(named(&config.bare, BARE, Role::Bare));
+    peers.extend(named(&config.hypervisors, HYPERVISOR, Role::Hypervisor));
     peers
 }
 
@@ -60,7 +64,7 @@ fn is_label(name: &str) -> bool {
 }
 
 /// What is there already stays, also when another server on this directory was quicker.
-fn unless_there<T>(issued: Result<T, PkiError>) -> Result<usize, PkiError> {
+pub(super) fn unless_there<T>(issued: Result<T, PkiError>) -> Result<usize, PkiError> {
     match issued {
         Ok(_) => Ok(1),
         Err(PkiError::Exists { .. }) => Ok(0),
@@ -69,7 +73,7 @@ fn unless_there<T>(issued: Result<T, PkiError>) -> Result<usize, PkiError> {
 }
 
 /// A file that is for somebody else stays; who finds it there must hear why it is refused.
-fn tell_of_another(directory: &Directory, peer: &Identity) {
+pub(super) fn tell_of_another(directory: &Directory, peer: &Identity) {
     let Ok(path) = peer.credential_file().map(|name| directory.file(&name)) else { return };
     match Directory::show(&path).map(|shown| shown.usage) {
         Ok(Usage::Peer(other)) if other == *peer => {}

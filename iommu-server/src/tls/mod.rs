@@ -9,6 +9,7 @@ pub mod bootstrap;
 pub(crate) mod handshake;
 mod material;
 pub mod metrics;
+mod peers;
 pub mod reload;
 mod verifier;
 

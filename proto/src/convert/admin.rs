@@ -1,7 +1,7 @@
 //! `admin.proto`: steering the host.
 
 use iommu_types::errors::InvalidField;
-use iommu_types::{DeviceAddress, DomainId, Owner};
+use iommu_types::{DeviceAddress, DomainId, Owner, PciFunction};
 
 use super::session::check_name;
 use super::{Field, absent, messages, parse, wrong_at};
@@ -26,6 +26,8 @@ messages! {
         name: String,
         /// Owner to give it to.
         owner: Option<Owner>,
+        /// What it is; `None` for an ordinary function with ACS.
+        function: Option<PciFunction>,
     } check check_device;
     /// A device to forget.
     RemoveDevice as RemoveDeviceRequest {

@@ -41,6 +41,8 @@ messages! {
         batch_operations_max: u32,
         /// Most bytes of one batch.
         batch_bytes_max: u32,
+        /// The device's generation: raised with every change of hand and every reset.
+        assignment_generation: Generation,
     };
 }
 
@@ -211,6 +213,8 @@ pub enum ToDevice {
     Reset {
         /// To be echoed.
         tag: u64,
+        /// The device's generation from then on.
+        assignment_generation: Generation,
     },
 }
 
@@ -222,7 +226,10 @@ impl TryFrom<pb::ServerToDevice> for ToDevice {
             Message::Dma(completions) => Ok(Self::Dma(completions)),
             Message::Welcome(welcome) => parse("welcome", welcome).map(Self::Welcome),
             Message::Mmio(request) => parse("mmio", request).map(Self::Mmio),
-            Message::Reset(reset) => Ok(Self::Reset { tag: reset.tag }),
+            Message::Reset(reset) => Ok(Self::Reset {
+                tag: reset.tag,
+                assignment_generation: Generation(reset.assignment_generation),
+            }),
         }
     }
 }
@@ -233,7 +240,9 @@ impl From<ToDevice> for pb::ServerToDevice {
             ToDevice::Welcome(welcome) => Message::Welcome(welcome.into()),
             ToDevice::Dma(completions) => Message::Dma(completions),
             ToDevice::Mmio(request) => Message::Mmio(request.into()),
-            ToDevice::Reset { tag } => Message::Reset(pb::Reset { tag }),
+            ToDevice::Reset { tag, assignment_generation } => {
+                Message::Reset(pb::Reset { tag, assignment_generation: assignment_generation.0 })
+            }
         };
         Self { message: Some(message) }
     }

@@ -84,6 +84,34 @@ messages! {
         /// DMA operations refused outside translation.
         refusals: u64,
     };
+    /// Whose limits.
+    ListLimits as ListLimitsRequest {
+        /// Of this owner; `None` for all that the caller may see.
+        owner: Option<Owner>,
+    };
+    /// Limits of owners.
+    LimitsList as ListLimitsResponse {
+        /// By owner.
+        owners: Vec<LimitsOfOwner>,
+    };
+    /// Limits of an owner.
+    LimitsOfOwner as OwnerLimits {
+        /// Whose.
+        owner: Owner,
+        /// Each.
+        limits: Vec<LimitState>,
+    };
+    /// A limit.
+    LimitState as LimitState {
+        /// Its name, as in `LimitReached`.
+        limit: String,
+        /// How much is used now; for a rate, how much was done ahead of it.
+        used: u64,
+        /// How much is allowed.
+        allowed: u64,
+        /// How often it refused something.
+        refused_count: u64,
+    };
     /// Which domains.
     ListDomains as ListDomainsRequest {
         /// Of this owner; `None` for all that the caller may see.

@@ -10,6 +10,8 @@ pub(crate) mod dma_api;
 pub(crate) mod driver;
 pub(crate) mod explain;
 pub(crate) mod fault;
+pub(crate) mod function;
+pub(crate) mod hypervisor;
 pub(crate) mod inspect;
 pub(crate) mod memory;
 pub(crate) mod options;

@@ -19,6 +19,8 @@ pub enum SessionRole {
     Observer,
     /// May look, declare and attach devices, read and write memory.
     Operator,
+    /// Creates virtual machines and owns them.
+    Hypervisor,
 }
 
 impl From<SessionRole> for Role {
@@ -28,6 +30,7 @@ impl From<SessionRole> for Role {
             SessionRole::Bare => Self::Bare,
             SessionRole::Observer => Self::Observer,
             SessionRole::Operator => Self::Operator,
+            SessionRole::Hypervisor => Self::Hypervisor,
         }
     }
 }
@@ -41,6 +44,7 @@ impl Field<Option<pb::open_request::Role>> for SessionRole {
             pb::open_request::Role::Bare(_) => Self::Bare,
             pb::open_request::Role::Observer(_) => Self::Observer,
             pb::open_request::Role::Operator(_) => Self::Operator,
+            pb::open_request::Role::Hypervisor(_) => Self::Hypervisor,
         })
     }
     fn write(self) -> Option<pb::open_request::Role> {
@@ -51,6 +55,7 @@ impl Field<Option<pb::open_request::Role>> for SessionRole {
             Self::Bare => pb::open_request::Role::Bare(pb::BareRole {}),
             Self::Observer => pb::open_request::Role::Observer(pb::ObserverRole {}),
             Self::Operator => pb::open_request::Role::Operator(pb::OperatorRole {}),
+            Self::Hypervisor => pb::open_request::Role::Hypervisor(pb::HypervisorRole {}),
         })
     }
 }

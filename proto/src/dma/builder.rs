@@ -4,7 +4,7 @@
 //! for its addresses and for nothing else.
 
 use bytes::{BufMut, Bytes, BytesMut};
-use iommu_types::{Iova, Pasid};
+use iommu_types::{Generation, Iova, Pasid};
 
 use super::batch::{payload_bytes, result_bytes};
 use super::completed::BatchShape;
@@ -98,6 +98,7 @@ pub struct Batch {
     /// Bytes read, written and of operands, as the limit counts them.
     bytes: u64,
     pasid: Option<Pasid>,
+    assignment_generation: Option<Generation>,
 }
 
 /// Data of the writes: the only write is sent as it was given, several are joined.
@@ -161,12 +162,18 @@ impl Batch {
             returned_bytes: 0,
             bytes: 0,
             pasid: None,
+            assignment_generation: None,
         }
     }
 
     /// Sends every operation of the batch with this PASID.
     pub fn with_pasid(mut self, pasid: Pasid) -> Self {
         self.pasid = Some(pasid);
+        self
+    }
+    /// Says under which generation of the device the operations were queued.
+    pub fn with_assignment_generation(mut self, generation: Generation) -> Self {
+        self.assignment_generation = Some(generation);
         self
     }
 
@@ -285,6 +292,7 @@ impl Batch {
             payload: self.payload.into_bytes(),
             pasid: self.pasid.map(Pasid::get),
             address_type: 0,
+            assignment_generation: self.assignment_generation.map(|generation| generation.0),
         };
         (message, shape)
     }

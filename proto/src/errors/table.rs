@@ -124,6 +124,14 @@ table! {
     IovaExhausted { size_bytes } ResourceExhausted "IOVA_EXHAUSTED" => quota("iova");
     OutOfMemory { size_bytes } ResourceExhausted "OUT_OF_MEMORY" => quota("memory");
     StillMapped { gpa } FailedPrecondition "STILL_MAPPED" => precondition("STILL_MAPPED", gpa);
+    MemoryLeaving { gpa } FailedPrecondition "MEMORY_LEAVING" => precondition("MEMORY_LEAVING", gpa);
+    MemoryOverlaps { gpa } AlreadyExists "MEMORY_OVERLAPS" => none();
+    NotAHostDriver { owner } FailedPrecondition "NOT_A_HOST_DRIVER" => precondition("NOT_A_HOST_DRIVER", owner);
+    GroupInUse { device, owner } FailedPrecondition "GROUP_IN_USE" => precondition("GROUP_IN_USE", device);
+    NotAssignable { device, why } FailedPrecondition "NOT_ASSIGNABLE" => precondition("NOT_ASSIGNABLE", device);
+    NoHypervisor {} FailedPrecondition "NO_HYPERVISOR" => none();
+    HypercallRefused { why } FailedPrecondition "HYPERCALL_REFUSED" => none();
+    HypercallTimeout { waited_ms } DeadlineExceeded "HYPERCALL_TIMEOUT" => none();
     NotAllocated { gpa } NotFound "NOT_ALLOCATED" => resource("buffer", gpa);
     DomainInUse { domain_id, device } FailedPrecondition "DOMAIN_IN_USE" => precondition("DOMAIN_IN_USE", device);
     LimitReached { limit, allowed } ResourceExhausted "LIMIT_REACHED" => quota(limit);

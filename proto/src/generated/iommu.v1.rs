@@ -27,6 +27,50 @@ pub mod owner {
         Vm(u32),
     }
 }
+/// What a PCI function is, and what it can be kept from by the fabric.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PciFunction {
+    /// Whether it has Access Control Services on: source validation, and peer-to-peer requests redirected upstream to the IOMMU.
+    #[prost(bool, tag = "4")]
+    pub acs: bool,
+    #[prost(oneof = "pci_function::Kind", tags = "1, 2, 3")]
+    pub kind: ::core::option::Option<pci_function::Kind>,
+}
+/// Nested message and enum types in `PciFunction`.
+pub mod pci_function {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        /// An ordinary function.
+        #[prost(message, tag = "1")]
+        Endpoint(super::Endpoint),
+        /// A bridge or switch port. It is never assigned, and puts what lies below it into one group unless it has ACS.
+        #[prost(message, tag = "2")]
+        Bridge(super::Bridge),
+        /// An SR-IOV virtual function.
+        #[prost(message, tag = "3")]
+        VirtualFunction(super::VirtualFunction),
+    }
+}
+/// An ordinary PCI function.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Endpoint {}
+/// A PCI bridge.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Bridge {
+    /// The bus below it.
+    #[prost(uint32, tag = "1")]
+    pub secondary_bus: u32,
+    /// The highest bus below it.
+    #[prost(uint32, tag = "2")]
+    pub subordinate_bus: u32,
+}
+/// An SR-IOV virtual function.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct VirtualFunction {
+    /// Its physical function, which is declared.
+    #[prost(message, optional, tag = "1")]
+    pub physical: ::core::option::Option<DeviceAddress>,
+}
 /// What a mapping allows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Permissions {
@@ -436,6 +480,33 @@ impl WalkCachePolicy {
             _ => None,
         }
     }
+}
+/// Nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListMemoryRequest {}
+/// All of it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListMemoryResponse {
+    /// First byte of each piece, ascending.
+    #[prost(fixed64, repeated, tag = "1")]
+    pub gpa: ::prost::alloc::vec::Vec<u64>,
+    /// How long each is; as many as addresses.
+    #[prost(uint64, repeated, tag = "2")]
+    pub size_bytes: ::prost::alloc::vec::Vec<u64>,
+}
+/// Something to ask the hypervisor.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HypercallRequest {
+    /// What guest and hypervisor have agreed on, 4096 bytes at most.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub payload: ::prost::bytes::Bytes,
+}
+/// The answer of the hypervisor.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HypercallResponse {
+    /// 4096 bytes at most.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub payload: ::prost::bytes::Bytes,
 }
 /// Names a mutating request, so that a retry is safe.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1125,8 +1196,8 @@ pub mod driver_service_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Allocates a buffer of whole pages, zeroed, at a guest-physical address of the owner's own memory map.
-        /// Errors: INVALID_FIELD, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// Allocates a buffer of whole pages, zeroed, at a guest-physical address of the owner's own memory map. Not for virtual machines, which have the memory that
+        /// their hypervisor gives them. Errors: NOT_A_HOST_DRIVER, INVALID_FIELD, OUT_OF_MEMORY, LIMIT_REACHED.
         pub async fn allocate_buffer(
             &mut self,
             request: impl tonic::IntoRequest<super::AllocateBufferRequest>,
@@ -1653,6 +1724,57 @@ pub mod driver_service_client {
                 .insert(GrpcMethod::new("iommu.v1.DriverService", "MmioWrite"));
             self.inner.unary(req, path, codec).await
         }
+        /// For the driver of a virtual machine: the memory that its hypervisor gave it. Empty for drivers of the host. Errors: none.
+        pub async fn list_memory(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListMemoryResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.DriverService/ListMemory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.DriverService", "ListMemory"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// For the driver of a virtual machine: asks its hypervisor something, and gives its answer back. Not repeated by itself after a lost connection.
+        /// Errors: INVALID_FIELD, NO_HYPERVISOR, HYPERCALL_REFUSED, HYPERCALL_TIMEOUT, LIMIT_REACHED.
+        pub async fn hypercall(
+            &mut self,
+            request: impl tonic::IntoRequest<super::HypercallRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::HypercallResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.DriverService/Hypercall",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.DriverService", "Hypercall"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1668,8 +1790,8 @@ pub mod driver_service_server {
     /// Generated trait containing gRPC methods that should be implemented for use with DriverServiceServer.
     #[async_trait]
     pub trait DriverService: std::marker::Send + std::marker::Sync + 'static {
-        /// Allocates a buffer of whole pages, zeroed, at a guest-physical address of the owner's own memory map.
-        /// Errors: INVALID_FIELD, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// Allocates a buffer of whole pages, zeroed, at a guest-physical address of the owner's own memory map. Not for virtual machines, which have the memory that
+        /// their hypervisor gives them. Errors: NOT_A_HOST_DRIVER, INVALID_FIELD, OUT_OF_MEMORY, LIMIT_REACHED.
         async fn allocate_buffer(
             &self,
             request: tonic::Request<super::AllocateBufferRequest>,
@@ -1843,6 +1965,23 @@ pub mod driver_service_server {
             request: tonic::Request<super::MmioWriteRequest>,
         ) -> std::result::Result<
             tonic::Response<super::MmioWriteResponse>,
+            tonic::Status,
+        >;
+        /// For the driver of a virtual machine: the memory that its hypervisor gave it. Empty for drivers of the host. Errors: none.
+        async fn list_memory(
+            &self,
+            request: tonic::Request<super::ListMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListMemoryResponse>,
+            tonic::Status,
+        >;
+        /// For the driver of a virtual machine: asks its hypervisor something, and gives its answer back. Not repeated by itself after a lost connection.
+        /// Errors: INVALID_FIELD, NO_HYPERVISOR, HYPERCALL_REFUSED, HYPERCALL_TIMEOUT, LIMIT_REACHED.
+        async fn hypercall(
+            &self,
+            request: tonic::Request<super::HypercallRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::HypercallResponse>,
             tonic::Status,
         >;
     }
@@ -2873,6 +3012,96 @@ pub mod driver_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/iommu.v1.DriverService/ListMemory" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListMemorySvc<T: DriverService>(pub Arc<T>);
+                    impl<
+                        T: DriverService,
+                    > tonic::server::UnaryService<super::ListMemoryRequest>
+                    for ListMemorySvc<T> {
+                        type Response = super::ListMemoryResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListMemoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DriverService>::list_memory(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListMemorySvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.DriverService/Hypercall" => {
+                    #[allow(non_camel_case_types)]
+                    struct HypercallSvc<T: DriverService>(pub Arc<T>);
+                    impl<
+                        T: DriverService,
+                    > tonic::server::UnaryService<super::HypercallRequest>
+                    for HypercallSvc<T> {
+                        type Response = super::HypercallResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::HypercallRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as DriverService>::hypercall(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = HypercallSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -2925,6 +3154,9 @@ pub struct DeclareDeviceRequest {
     /// Owner to give it to; absent for nobody. It is attached to that owner's default domain.
     #[prost(message, optional, tag = "3")]
     pub owner: ::core::option::Option<Owner>,
+    /// What it is; absent for an ordinary function with ACS.
+    #[prost(message, optional, tag = "4")]
+    pub function: ::core::option::Option<PciFunction>,
 }
 /// Declared.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -5207,6 +5439,9 @@ pub struct Welcome {
     /// Most bytes of one batch: data written, operands, and bytes to be read, together.
     #[prost(uint32, tag = "5")]
     pub batch_bytes_max: u32,
+    /// The device's generation: raised with every change of hand and every reset. See DmaBatch.assignment_generation.
+    #[prost(uint64, tag = "6")]
+    pub assignment_generation: u64,
 }
 /// A batch of DMA, in columns. Operation i has the tag `first_tag` + i. Operations are carried out in order; each runs page by page
 /// and stops at its first fault, the ones after it still run. A 4-byte write to FEEx_xxxx is an interrupt (MSI).
@@ -5237,6 +5472,10 @@ pub struct DmaBatch {
     /// translated the addresses itself (ATS). This version has no device that may; such requests are refused (fault reason 0xd).
     #[prost(uint32, tag = "7")]
     pub address_type: u32,
+    /// Generation of the device under which the operations were queued, from Welcome or from the last Reset that was answered; absent for the
+    /// latter. Operations of an earlier one were queued for somebody else and are refused (0x1001), and so is whatever comes between a Reset and its ResetDone.
+    #[prost(uint64, optional, tag = "8")]
+    pub assignment_generation: ::core::option::Option<u64>,
 }
 /// The answer to a batch. What is not in the fault columns succeeded.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -5251,7 +5490,8 @@ pub struct DmaCompletions {
     #[prost(uint32, repeated, tag = "3")]
     pub fault_index: ::prost::alloc::vec::Vec<u32>,
     /// Why: 0 to 255 is a VT-d fault reason; from 0x1000 on a refusal outside translation: 0x1000 fenced, 0x1001 stale generation, 0x1002
-    /// over a limit, 0x1003 malformed, 0x1004 no memory there. Later versions add refusals: a device takes a code that it does not know
+    /// over a limit, 0x1003 malformed, 0x1004 no memory there, 0x1005 over dma_operations_per_second of the owner, 0x1006 over its
+    /// dma_bytes_per_second. Later versions add refusals: a device takes a code that it does not know
     /// as a refusal.
     #[prost(uint32, repeated, tag = "4")]
     pub fault_reason: ::prost::alloc::vec::Vec<u32>,
@@ -5308,6 +5548,9 @@ pub struct Reset {
     /// Chosen by the server, echoed in the answer.
     #[prost(uint64, tag = "1")]
     pub tag: u64,
+    /// The device's generation from ResetDone on.
+    #[prost(uint64, tag = "2")]
+    pub assignment_generation: u64,
 }
 /// The reset is done.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -5656,7 +5899,7 @@ pub struct ListFaultsResponse {
     /// Records that the logs of these owners have lost to overflow since the server started.
     #[prost(uint64, tag = "2")]
     pub overwritten_count: u64,
-    /// Faults dropped by the unit itself because its recording registers were full (PFO).
+    /// Faults dropped by the unit itself because its recording registers were full (PFO). Only for observers and operators, as it counts for all owners together; 0 for others.
     #[prost(uint64, tag = "3")]
     pub unit_overflow_count: u64,
     /// Give this to Watch to go on after these records.
@@ -6073,6 +6316,1557 @@ pub mod fault_service_server {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
+/// What a virtual machine may hold and do. Absent fields are the server's defaults, which are also the most that may be given.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TenantLimits {
+    /// Domains at once.
+    #[prost(uint32, optional, tag = "1")]
+    pub domains: ::core::option::Option<u32>,
+    /// Mappings at once.
+    #[prost(uint64, optional, tag = "2")]
+    pub mappings: ::core::option::Option<u64>,
+    /// Bytes mapped at once; a byte mapped twice counts twice.
+    #[prost(uint64, optional, tag = "3")]
+    pub mapped_bytes: ::core::option::Option<u64>,
+    /// Bytes of memory.
+    #[prost(uint64, optional, tag = "4")]
+    pub memory_bytes: ::core::option::Option<u64>,
+    /// Interrupts.
+    #[prost(uint32, optional, tag = "5")]
+    pub interrupts: ::core::option::Option<u32>,
+    /// Requests of its driver in a second.
+    #[prost(uint32, optional, tag = "6")]
+    pub requests_per_second: ::core::option::Option<u32>,
+    /// DMA operations of all its devices in a second.
+    #[prost(uint32, optional, tag = "7")]
+    pub dma_operations_per_second: ::core::option::Option<u32>,
+    /// Bytes of DMA of all its devices in a second.
+    #[prost(uint64, optional, tag = "8")]
+    pub dma_bytes_per_second: ::core::option::Option<u64>,
+}
+/// A virtual machine to create.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateVmRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// Name under which its driver opens its session: 1 to 64 letters, digits, dots, dashes or underscores.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Its number, at least 1; absent for the next free one.
+    #[prost(uint32, optional, tag = "3")]
+    pub number: ::core::option::Option<u32>,
+    /// What it may hold and do; absent for the defaults.
+    #[prost(message, optional, tag = "4")]
+    pub limits: ::core::option::Option<TenantLimits>,
+}
+/// Created.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateVmResponse {
+    /// Its number: it is the owner vm:NUMBER.
+    #[prost(uint32, tag = "1")]
+    pub number: u32,
+}
+/// A virtual machine to destroy.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DestroyVmRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// Its number.
+    #[prost(uint32, tag = "2")]
+    pub vm: u32,
+}
+/// Destroyed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DestroyVmResponse {}
+/// Nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListVmsRequest {}
+/// All of them.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListVmsResponse {
+    /// By number.
+    #[prost(message, repeated, tag = "1")]
+    pub vms: ::prost::alloc::vec::Vec<VmState>,
+}
+/// A virtual machine.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct VmState {
+    /// Its number.
+    #[prost(uint32, tag = "1")]
+    pub number: u32,
+    /// Name of its driver.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// Whether its driver has a session.
+    #[prost(bool, tag = "3")]
+    pub connected: bool,
+    /// Its memory, by address.
+    #[prost(message, repeated, tag = "4")]
+    pub memory: ::prost::alloc::vec::Vec<MemoryRegion>,
+    /// The functions that are assigned to it.
+    #[prost(message, repeated, tag = "5")]
+    pub functions: ::prost::alloc::vec::Vec<DeviceAddress>,
+}
+/// A piece of guest-physical memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemoryRegion {
+    /// First byte.
+    #[prost(fixed64, tag = "1")]
+    pub gpa: u64,
+    /// How long.
+    #[prost(uint64, tag = "2")]
+    pub size_bytes: u64,
+}
+/// Memory to give.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AddMemoryRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// To whom.
+    #[prost(uint32, tag = "2")]
+    pub vm: u32,
+    /// Where; a multiple of 4096.
+    #[prost(fixed64, tag = "3")]
+    pub gpa: u64,
+    /// How much; a multiple of 4096.
+    #[prost(uint64, tag = "4")]
+    pub size_bytes: u64,
+}
+/// Given.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AddMemoryResponse {}
+/// Memory to take back.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveMemoryRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// From whom.
+    #[prost(uint32, tag = "2")]
+    pub vm: u32,
+    /// Where; a multiple of 4096.
+    #[prost(fixed64, tag = "3")]
+    pub gpa: u64,
+    /// How much; a multiple of 4096.
+    #[prost(uint64, tag = "4")]
+    pub size_bytes: u64,
+    /// What is done about translations to it.
+    #[prost(enumeration = "Revocation", tag = "5")]
+    pub how: i32,
+    /// For REVOCATION_WAIT: how long, 1 to 30000.
+    #[prost(uint32, tag = "6")]
+    pub wait_ms: u32,
+}
+/// Taken back.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveMemoryResponse {
+    /// Mappings that were revoked.
+    #[prost(uint64, tag = "1")]
+    pub revoked_mappings: u64,
+}
+/// Memory to move.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MoveMemoryRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// From whom.
+    #[prost(uint32, tag = "2")]
+    pub from_vm: u32,
+    /// Where it is there; a multiple of 4096.
+    #[prost(fixed64, tag = "3")]
+    pub from_gpa: u64,
+    /// How much; a multiple of 4096.
+    #[prost(uint64, tag = "4")]
+    pub size_bytes: u64,
+    /// To whom.
+    #[prost(uint32, tag = "5")]
+    pub to_vm: u32,
+    /// Where it will be there; a multiple of 4096.
+    #[prost(fixed64, tag = "6")]
+    pub to_gpa: u64,
+    /// What is done about translations to it.
+    #[prost(enumeration = "Revocation", tag = "7")]
+    pub how: i32,
+    /// For REVOCATION_WAIT: how long, 1 to 30000.
+    #[prost(uint32, tag = "8")]
+    pub wait_ms: u32,
+}
+/// Moved.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MoveMemoryResponse {
+    /// Mappings that were revoked.
+    #[prost(uint64, tag = "1")]
+    pub revoked_mappings: u64,
+}
+/// A PCI function to describe.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeclareFunctionRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// Where; segment 0.
+    #[prost(message, optional, tag = "2")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// Name with which its agent says Hello: as for virtual machines.
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+    /// What it is.
+    #[prost(message, optional, tag = "4")]
+    pub function: ::core::option::Option<PciFunction>,
+}
+/// Described.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeclareFunctionResponse {}
+/// A function to forget.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveFunctionRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// Which.
+    #[prost(message, optional, tag = "2")]
+    pub device: ::core::option::Option<DeviceAddress>,
+}
+/// Forgotten.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RemoveFunctionResponse {}
+/// Nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListFunctionsRequest {}
+/// All of them.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListFunctionsResponse {
+    /// By address.
+    #[prost(message, repeated, tag = "1")]
+    pub functions: ::prost::alloc::vec::Vec<FunctionState>,
+}
+/// A function.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FunctionState {
+    /// Where.
+    #[prost(message, optional, tag = "1")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// Name of its agent.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    /// What it is.
+    #[prost(message, optional, tag = "3")]
+    pub function: ::core::option::Option<PciFunction>,
+    /// Its isolation group is named after the lowest address in it.
+    #[prost(message, optional, tag = "4")]
+    pub group: ::core::option::Option<DeviceAddress>,
+    /// To whom it is assigned; absent for nobody.
+    #[prost(message, optional, tag = "5")]
+    pub owner: ::core::option::Option<Owner>,
+    /// Whether its agent is connected.
+    #[prost(bool, tag = "6")]
+    pub connected: bool,
+    /// Counts its changes of hand and its resets; a DMA of an earlier one is refused (0x1001).
+    #[prost(uint64, tag = "7")]
+    pub assignment_generation: u64,
+}
+/// A function whose isolation group is to be assigned.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AssignGroupRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// A function of the group.
+    #[prost(message, optional, tag = "2")]
+    pub device: ::core::option::Option<DeviceAddress>,
+    /// To whom.
+    #[prost(uint32, tag = "3")]
+    pub vm: u32,
+}
+/// Assigned.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct AssignGroupResponse {
+    /// All functions of the group.
+    #[prost(message, repeated, tag = "1")]
+    pub functions: ::prost::alloc::vec::Vec<DeviceAddress>,
+}
+/// A function whose isolation group is to be released.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReleaseGroupRequest {
+    /// Names the request.
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<RequestHeader>,
+    /// A function of the group.
+    #[prost(message, optional, tag = "2")]
+    pub device: ::core::option::Option<DeviceAddress>,
+}
+/// Released.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReleaseGroupResponse {
+    /// All functions of the group.
+    #[prost(message, repeated, tag = "1")]
+    pub functions: ::prost::alloc::vec::Vec<DeviceAddress>,
+}
+/// The answer to a hypercall.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServeHypercallsRequest {
+    /// Of the hypercall.
+    #[prost(uint64, tag = "1")]
+    pub tag: u64,
+    /// For the guest, 4096 bytes at most. Absent when the hypervisor refuses the call.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub payload: ::core::option::Option<::prost::bytes::Bytes>,
+    /// Why it refuses, in words; 256 bytes at most.
+    #[prost(string, tag = "3")]
+    pub refused: ::prost::alloc::string::String,
+}
+/// A hypercall.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServeHypercallsResponse {
+    /// Chosen by the server, echoed in the answer. 0 in the first message, which says that the stream stands.
+    #[prost(uint64, tag = "1")]
+    pub tag: u64,
+    /// Who calls.
+    #[prost(uint32, tag = "2")]
+    pub vm: u32,
+    /// What it says, 4096 bytes at most.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub payload: ::prost::bytes::Bytes,
+}
+/// What is done about translations that lead to memory which is to leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Revocation {
+    /// Not given.
+    Unspecified = 0,
+    /// Refused at once when there are any.
+    Refuse = 1,
+    /// Waits until the driver has unmapped, `wait_ms` at most. No new mapping of the memory is made meanwhile.
+    Wait = 2,
+    /// Unmapped by force, invalidated and drained.
+    Revoke = 3,
+}
+impl Revocation {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "REVOCATION_UNSPECIFIED",
+            Self::Refuse => "REVOCATION_REFUSE",
+            Self::Wait => "REVOCATION_WAIT",
+            Self::Revoke => "REVOCATION_REVOKE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "REVOCATION_UNSPECIFIED" => Some(Self::Unspecified),
+            "REVOCATION_REFUSE" => Some(Self::Refuse),
+            "REVOCATION_WAIT" => Some(Self::Wait),
+            "REVOCATION_REVOKE" => Some(Self::Revoke),
+            _ => None,
+        }
+    }
+}
+/// Generated client implementations.
+pub mod hypervisor_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// For hypervisors. Every method needs a session with the hypervisor role. A hypervisor sees and moves only its own virtual machines.
+    #[derive(Debug, Clone)]
+    pub struct HypervisorServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl HypervisorServiceClient<tonic::transport::Channel> {
+        /// Attempt to create a new client by connecting to a given endpoint.
+        pub async fn connect<D>(dst: D) -> Result<Self, tonic::transport::Error>
+        where
+            D: TryInto<tonic::transport::Endpoint>,
+            D::Error: Into<StdError>,
+        {
+            let conn = tonic::transport::Endpoint::new(dst)?.connect().await?;
+            Ok(Self::new(conn))
+        }
+    }
+    impl<T> HypervisorServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> HypervisorServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            HypervisorServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Creates a virtual machine without memory and without devices. Errors: INVALID_FIELD (number or name is taken, or a limit is beyond what may
+        /// be given), LIMIT_REACHED.
+        pub async fn create_vm(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CreateVmRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CreateVmResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/CreateVm",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "CreateVm"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Ends the sessions of its driver, releases its devices, removes its mappings, and takes back and wipes its memory. Errors: UNKNOWN_OWNER, NOT_YOURS.
+        pub async fn destroy_vm(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DestroyVmRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DestroyVmResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/DestroyVm",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "DestroyVm"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The hypervisor's virtual machines, with their memory and devices.
+        pub async fn list_vms(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListVmsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListVmsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/ListVms",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "ListVms"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Gives a virtual machine zeroed memory at a guest-physical address; the frames behind it may lie anywhere. Errors: UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE,
+        /// MEMORY_OVERLAPS, RESERVED_RANGE, OUT_OF_MEMORY, LIMIT_REACHED.
+        pub async fn add_memory(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AddMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AddMemoryResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/AddMemory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "AddMemory"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes memory back, whole pages of what was given, and wipes it. Answered when no translation to it exists, cached or waiting for a flush, and no DMA
+        /// through one is in flight (I9). Errors: UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE, NOT_OWNED, STILL_MAPPED (it is in use, and `how` does not
+        /// revoke), MEMORY_LEAVING (another call is taking some of it).
+        pub async fn remove_memory(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RemoveMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveMemoryResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/RemoveMemory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "RemoveMemory"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Moves the very frames from one virtual machine to another, wiped on the way. When it is refused nothing has changed. Errors: those of RemoveMemory and
+        /// AddMemory.
+        pub async fn move_memory(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MoveMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MoveMemoryResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/MoveMemory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "MoveMemory"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Describes a PCI function of the host, so that it can be assigned and its agent may connect. Errors: DEVICE_EXISTS, INVALID_FIELD, LIMIT_REACHED.
+        pub async fn declare_function(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DeclareFunctionRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeclareFunctionResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/DeclareFunction",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("iommu.v1.HypervisorService", "DeclareFunction"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
+        /// Forgets a function that this hypervisor declared and that is assigned to nobody. Errors: UNKNOWN_DEVICE, NOT_YOURS, GROUP_IN_USE.
+        pub async fn remove_function(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RemoveFunctionRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveFunctionResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/RemoveFunction",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "RemoveFunction"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Functions that this hypervisor may assign or has assigned, with their isolation groups.
+        pub async fn list_functions(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListFunctionsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListFunctionsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/ListFunctions",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "ListFunctions"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Assigns the isolation group of a function to a virtual machine: all functions of the group, since they can reach each other around the IOMMU. Each is attached to
+        /// a default (strict) domain of the virtual machine. A group that another virtual machine of this hypervisor has moves: it is released first.
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, NOT_YOURS, NOT_ASSIGNABLE, GROUP_IN_USE, OUT_OF_MEMORY, LIMIT_REACHED.
+        pub async fn assign_group(
+            &mut self,
+            request: impl tonic::IntoRequest<super::AssignGroupRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AssignGroupResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/AssignGroup",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "AssignGroup"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Releases the isolation group of a function: detached, drained, reset, and its generation raised, so that nothing that the virtual machine had queued in it is
+        /// carried out later. Errors: UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED (it is assigned to nobody).
+        pub async fn release_group(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReleaseGroupRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReleaseGroupResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/ReleaseGroup",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.HypervisorService", "ReleaseGroup"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Serves the hypercalls of the virtual machines of this hypervisor: each message down is a hypercall, each message up the answer to one. One stream at a time; a
+        /// later one ends the earlier (SESSION_FENCED). Begins with an empty message down once it stands. Errors: PROTOCOL_VIOLATION.
+        pub async fn serve_hypercalls(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<
+                Message = super::ServeHypercallsRequest,
+            >,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ServeHypercallsResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.HypervisorService/ServeHypercalls",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("iommu.v1.HypervisorService", "ServeHypercalls"),
+                );
+            self.inner.streaming(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod hypervisor_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with HypervisorServiceServer.
+    #[async_trait]
+    pub trait HypervisorService: std::marker::Send + std::marker::Sync + 'static {
+        /// Creates a virtual machine without memory and without devices. Errors: INVALID_FIELD (number or name is taken, or a limit is beyond what may
+        /// be given), LIMIT_REACHED.
+        async fn create_vm(
+            &self,
+            request: tonic::Request<super::CreateVmRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CreateVmResponse>,
+            tonic::Status,
+        >;
+        /// Ends the sessions of its driver, releases its devices, removes its mappings, and takes back and wipes its memory. Errors: UNKNOWN_OWNER, NOT_YOURS.
+        async fn destroy_vm(
+            &self,
+            request: tonic::Request<super::DestroyVmRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DestroyVmResponse>,
+            tonic::Status,
+        >;
+        /// The hypervisor's virtual machines, with their memory and devices.
+        async fn list_vms(
+            &self,
+            request: tonic::Request<super::ListVmsRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListVmsResponse>, tonic::Status>;
+        /// Gives a virtual machine zeroed memory at a guest-physical address; the frames behind it may lie anywhere. Errors: UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE,
+        /// MEMORY_OVERLAPS, RESERVED_RANGE, OUT_OF_MEMORY, LIMIT_REACHED.
+        async fn add_memory(
+            &self,
+            request: tonic::Request<super::AddMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AddMemoryResponse>,
+            tonic::Status,
+        >;
+        /// Takes memory back, whole pages of what was given, and wipes it. Answered when no translation to it exists, cached or waiting for a flush, and no DMA
+        /// through one is in flight (I9). Errors: UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE, NOT_OWNED, STILL_MAPPED (it is in use, and `how` does not
+        /// revoke), MEMORY_LEAVING (another call is taking some of it).
+        async fn remove_memory(
+            &self,
+            request: tonic::Request<super::RemoveMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveMemoryResponse>,
+            tonic::Status,
+        >;
+        /// Moves the very frames from one virtual machine to another, wiped on the way. When it is refused nothing has changed. Errors: those of RemoveMemory and
+        /// AddMemory.
+        async fn move_memory(
+            &self,
+            request: tonic::Request<super::MoveMemoryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MoveMemoryResponse>,
+            tonic::Status,
+        >;
+        /// Describes a PCI function of the host, so that it can be assigned and its agent may connect. Errors: DEVICE_EXISTS, INVALID_FIELD, LIMIT_REACHED.
+        async fn declare_function(
+            &self,
+            request: tonic::Request<super::DeclareFunctionRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::DeclareFunctionResponse>,
+            tonic::Status,
+        >;
+        /// Forgets a function that this hypervisor declared and that is assigned to nobody. Errors: UNKNOWN_DEVICE, NOT_YOURS, GROUP_IN_USE.
+        async fn remove_function(
+            &self,
+            request: tonic::Request<super::RemoveFunctionRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RemoveFunctionResponse>,
+            tonic::Status,
+        >;
+        /// Functions that this hypervisor may assign or has assigned, with their isolation groups.
+        async fn list_functions(
+            &self,
+            request: tonic::Request<super::ListFunctionsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListFunctionsResponse>,
+            tonic::Status,
+        >;
+        /// Assigns the isolation group of a function to a virtual machine: all functions of the group, since they can reach each other around the IOMMU. Each is attached to
+        /// a default (strict) domain of the virtual machine. A group that another virtual machine of this hypervisor has moves: it is released first.
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, NOT_YOURS, NOT_ASSIGNABLE, GROUP_IN_USE, OUT_OF_MEMORY, LIMIT_REACHED.
+        async fn assign_group(
+            &self,
+            request: tonic::Request<super::AssignGroupRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::AssignGroupResponse>,
+            tonic::Status,
+        >;
+        /// Releases the isolation group of a function: detached, drained, reset, and its generation raised, so that nothing that the virtual machine had queued in it is
+        /// carried out later. Errors: UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED (it is assigned to nobody).
+        async fn release_group(
+            &self,
+            request: tonic::Request<super::ReleaseGroupRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReleaseGroupResponse>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the ServeHypercalls method.
+        type ServeHypercallsStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ServeHypercallsResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Serves the hypercalls of the virtual machines of this hypervisor: each message down is a hypercall, each message up the answer to one. One stream at a time; a
+        /// later one ends the earlier (SESSION_FENCED). Begins with an empty message down once it stands. Errors: PROTOCOL_VIOLATION.
+        async fn serve_hypercalls(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::ServeHypercallsRequest>>,
+        ) -> std::result::Result<
+            tonic::Response<Self::ServeHypercallsStream>,
+            tonic::Status,
+        >;
+    }
+    /// For hypervisors. Every method needs a session with the hypervisor role. A hypervisor sees and moves only its own virtual machines.
+    #[derive(Debug)]
+    pub struct HypervisorServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> HypervisorServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for HypervisorServiceServer<T>
+    where
+        T: HypervisorService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/iommu.v1.HypervisorService/CreateVm" => {
+                    #[allow(non_camel_case_types)]
+                    struct CreateVmSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::CreateVmRequest>
+                    for CreateVmSvc<T> {
+                        type Response = super::CreateVmResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CreateVmRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::create_vm(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CreateVmSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/DestroyVm" => {
+                    #[allow(non_camel_case_types)]
+                    struct DestroyVmSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::DestroyVmRequest>
+                    for DestroyVmSvc<T> {
+                        type Response = super::DestroyVmResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DestroyVmRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::destroy_vm(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DestroyVmSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/ListVms" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListVmsSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::ListVmsRequest>
+                    for ListVmsSvc<T> {
+                        type Response = super::ListVmsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListVmsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::list_vms(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListVmsSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/AddMemory" => {
+                    #[allow(non_camel_case_types)]
+                    struct AddMemorySvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::AddMemoryRequest>
+                    for AddMemorySvc<T> {
+                        type Response = super::AddMemoryResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AddMemoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::add_memory(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AddMemorySvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/RemoveMemory" => {
+                    #[allow(non_camel_case_types)]
+                    struct RemoveMemorySvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::RemoveMemoryRequest>
+                    for RemoveMemorySvc<T> {
+                        type Response = super::RemoveMemoryResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RemoveMemoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::remove_memory(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RemoveMemorySvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/MoveMemory" => {
+                    #[allow(non_camel_case_types)]
+                    struct MoveMemorySvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::MoveMemoryRequest>
+                    for MoveMemorySvc<T> {
+                        type Response = super::MoveMemoryResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MoveMemoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::move_memory(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = MoveMemorySvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/DeclareFunction" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeclareFunctionSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::DeclareFunctionRequest>
+                    for DeclareFunctionSvc<T> {
+                        type Response = super::DeclareFunctionResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DeclareFunctionRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::declare_function(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeclareFunctionSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/RemoveFunction" => {
+                    #[allow(non_camel_case_types)]
+                    struct RemoveFunctionSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::RemoveFunctionRequest>
+                    for RemoveFunctionSvc<T> {
+                        type Response = super::RemoveFunctionResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RemoveFunctionRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::remove_function(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RemoveFunctionSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/ListFunctions" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListFunctionsSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::ListFunctionsRequest>
+                    for ListFunctionsSvc<T> {
+                        type Response = super::ListFunctionsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListFunctionsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::list_functions(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListFunctionsSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/AssignGroup" => {
+                    #[allow(non_camel_case_types)]
+                    struct AssignGroupSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::AssignGroupRequest>
+                    for AssignGroupSvc<T> {
+                        type Response = super::AssignGroupResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::AssignGroupRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::assign_group(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = AssignGroupSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/ReleaseGroup" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReleaseGroupSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::UnaryService<super::ReleaseGroupRequest>
+                    for ReleaseGroupSvc<T> {
+                        type Response = super::ReleaseGroupResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReleaseGroupRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::release_group(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReleaseGroupSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/iommu.v1.HypervisorService/ServeHypercalls" => {
+                    #[allow(non_camel_case_types)]
+                    struct ServeHypercallsSvc<T: HypervisorService>(pub Arc<T>);
+                    impl<
+                        T: HypervisorService,
+                    > tonic::server::StreamingService<super::ServeHypercallsRequest>
+                    for ServeHypercallsSvc<T> {
+                        type Response = super::ServeHypercallsResponse;
+                        type ResponseStream = T::ServeHypercallsStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::ServeHypercallsRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as HypervisorService>::serve_hypercalls(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ServeHypercallsSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for HypervisorServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "iommu.v1.HypervisorService";
+    impl<T> tonic::server::NamedService for HypervisorServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
 /// Nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetTopologyRequest {}
@@ -6088,7 +7882,7 @@ pub struct GetTopologyResponse {
     /// Physical memory.
     #[prost(uint64, tag = "3")]
     pub memory_bytes: u64,
-    /// Of it free.
+    /// Of it free. Only for observers and operators; 0 for others.
     #[prost(uint64, tag = "4")]
     pub memory_free_bytes: u64,
     /// Everybody known.
@@ -6097,6 +7891,46 @@ pub struct GetTopologyResponse {
     /// Every declared device.
     #[prost(message, repeated, tag = "6")]
     pub devices: ::prost::alloc::vec::Vec<DeviceState>,
+}
+/// Limits to list.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListLimitsRequest {
+    /// Of this owner; absent for all that the caller may see.
+    #[prost(message, optional, tag = "1")]
+    pub owner: ::core::option::Option<Owner>,
+}
+/// Limits.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListLimitsResponse {
+    /// By owner.
+    #[prost(message, repeated, tag = "1")]
+    pub owners: ::prost::alloc::vec::Vec<OwnerLimits>,
+}
+/// The limits of an owner.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct OwnerLimits {
+    /// Whose.
+    #[prost(message, optional, tag = "1")]
+    pub owner: ::core::option::Option<Owner>,
+    /// Each of them.
+    #[prost(message, repeated, tag = "2")]
+    pub limits: ::prost::alloc::vec::Vec<LimitState>,
+}
+/// A limit.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LimitState {
+    /// Its name, as in LIMIT_REACHED.
+    #[prost(string, tag = "1")]
+    pub limit: ::prost::alloc::string::String,
+    /// How much is used now; for a rate, how much was done ahead of it.
+    #[prost(uint64, tag = "2")]
+    pub used: u64,
+    /// How much is allowed.
+    #[prost(uint64, tag = "3")]
+    pub allowed: u64,
+    /// How often it refused something since the owner came.
+    #[prost(uint64, tag = "4")]
+    pub refused_count: u64,
 }
 /// An owner.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -6884,6 +8718,31 @@ pub mod inspect_service_client {
                 .insert(GrpcMethod::new("iommu.v1.InspectService", "GetCounters"));
             self.inner.unary(req, path, codec).await
         }
+        /// What each owner uses of its limits, and how often each limit refused it. Errors: NOT_YOURS.
+        pub async fn list_limits(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListLimitsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListLimitsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = crate::codec::WireCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/iommu.v1.InspectService/ListLimits",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("iommu.v1.InspectService", "ListLimits"));
+            self.inner.unary(req, path, codec).await
+        }
         /// What would happen to one access, and why, step by step. Changes nothing, records no fault. Errors: UNKNOWN_DEVICE, NOT_YOURS.
         pub async fn explain(
             &mut self,
@@ -6973,6 +8832,14 @@ pub mod inspect_service_server {
             request: tonic::Request<super::GetCountersRequest>,
         ) -> std::result::Result<
             tonic::Response<super::GetCountersResponse>,
+            tonic::Status,
+        >;
+        /// What each owner uses of its limits, and how often each limit refused it. Errors: NOT_YOURS.
+        async fn list_limits(
+            &self,
+            request: tonic::Request<super::ListLimitsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListLimitsResponse>,
             tonic::Status,
         >;
         /// What would happen to one access, and why, step by step. Changes nothing, records no fault. Errors: UNKNOWN_DEVICE, NOT_YOURS.
@@ -7329,6 +9196,51 @@ pub mod inspect_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/iommu.v1.InspectService/ListLimits" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListLimitsSvc<T: InspectService>(pub Arc<T>);
+                    impl<
+                        T: InspectService,
+                    > tonic::server::UnaryService<super::ListLimitsRequest>
+                    for ListLimitsSvc<T> {
+                        type Response = super::ListLimitsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListLimitsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as InspectService>::list_limits(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListLimitsSvc(inner);
+                        let codec = crate::codec::WireCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 "/iommu.v1.InspectService/Explain" => {
                     #[allow(non_camel_case_types)]
                     struct ExplainSvc<T: InspectService>(pub Arc<T>);
@@ -7417,7 +9329,7 @@ pub mod inspect_service_server {
 /// Memory to read.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MemoryReadRequest {
-    /// Whose memory. Drivers leave it out or name themselves; operators must give it.
+    /// Whose memory. Drivers leave it out or name themselves; operators must give it, and hypervisors, for a virtual machine of theirs.
     #[prost(message, optional, tag = "1")]
     pub owner: ::core::option::Option<Owner>,
     /// First byte.
@@ -7437,7 +9349,7 @@ pub struct MemoryReadResponse {
 /// Memory to write.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MemoryWriteRequest {
-    /// Whose memory. Drivers leave it out or name themselves; operators must give it.
+    /// Whose memory. Drivers leave it out or name themselves; operators must give it, and hypervisors, for a virtual machine of theirs.
     #[prost(message, optional, tag = "1")]
     pub owner: ::core::option::Option<Owner>,
     /// First byte.
@@ -8736,10 +10648,10 @@ pub struct OpenRequest {
     /// Name under which the configuration knows the peer, such as net0.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
-    /// From the OpenResponse of an earlier session of the same identity; empty to start afresh. Drivers and bare machine clients.
+    /// From the OpenResponse of an earlier session of the same identity; empty to start afresh. Drivers, hypervisors and bare machine clients.
     #[prost(bytes = "bytes", tag = "7")]
     pub resume_token: ::prost::bytes::Bytes,
-    #[prost(oneof = "open_request::Role", tags = "3, 4, 5, 6")]
+    #[prost(oneof = "open_request::Role", tags = "3, 4, 5, 6, 8")]
     pub role: ::core::option::Option<open_request::Role>,
 }
 /// Nested message and enum types in `OpenRequest`.
@@ -8758,6 +10670,9 @@ pub mod open_request {
         /// May look, declare and attach devices, read and write memory.
         #[prost(message, tag = "6")]
         Operator(super::OperatorRole),
+        /// Creates virtual machines and owns them.
+        #[prost(message, tag = "8")]
+        Hypervisor(super::HypervisorRole),
     }
 }
 /// The driver software of an owner.
@@ -8776,6 +10691,9 @@ pub struct ObserverRole {}
 /// An operator.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OperatorRole {}
+/// A hypervisor.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HypervisorRole {}
 /// What the session is.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenResponse {

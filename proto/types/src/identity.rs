@@ -61,6 +61,8 @@ pub enum Role {
     Observer,
     /// May look, declare devices and attach them, and read and write memory.
     Operator,
+    /// Creates virtual machines and owns them.
+    Hypervisor,
 }
 
 impl fmt::Display for Role {
@@ -71,6 +73,7 @@ impl fmt::Display for Role {
             Self::Bare => f.write_str("bare-machine client"),
             Self::Observer => f.write_str("observer"),
             Self::Operator => f.write_str("operator"),
+            Self::Hypervisor => f.write_str("hypervisor"),
         }
     }
 }

@@ -66,6 +66,7 @@ impl Role {
             Self::Bare => "bare",
             Self::Observer => "observer",
             Self::Operator => "operator",
+            Self::Hypervisor => "hypervisor",
         }
     }
     /// What the role is about, where names alone do not tell peers apart.
@@ -73,7 +74,7 @@ impl Role {
         match self {
             Self::Device(address) => Some(dashed(address)),
             Self::Driver(owner) => Some(dashed(owner)),
-            Self::Bare | Self::Observer | Self::Operator => None,
+            Self::Bare | Self::Observer | Self::Operator | Self::Hypervisor => None,
         }
     }
 }
@@ -125,7 +126,8 @@ impl Identity {
             ("bare", None) => Role::Bare,
             ("observer", None) => Role::Observer,
             ("operator", None) => Role::Operator,
-            ("bare" | "observer" | "operator", Some(_)) => return Err(bad("its path is too long")),
+            ("hypervisor", None) => Role::Hypervisor,
+            ("bare" | "observer" | "operator" | "hypervisor", Some(_)) => return Err(bad("its path is too long")),
             _ => return Err(bad("it names no role")),
         };
         Ok(Self { name: name.to_owned(), role })

@@ -12,6 +12,7 @@ mod dma;
 pub mod errors;
 mod explain;
 mod fault;
+mod function;
 mod identity;
 mod identity_uri;
 mod invalidation;
@@ -29,6 +30,7 @@ pub use dma::{
 };
 pub use explain::{CacheState, Explanation, Outcome, Step, Structure, Translation};
 pub use fault::{DmaFault, Fault, FaultReason, FaultRecord, InterruptFault, Refusal, TranslationFault};
+pub use function::{FunctionKind, PciFunction};
 pub use identity::{Generation, Identity, Owner, ParseOwnerError, RequestId, Role};
 pub use identity_uri::{NAME_BYTES_MAX, ParseIdentityError, TRUST_DOMAIN, UnfitName, is_name};
 pub use invalidation::{FunctionMask, Granularity, Invalidation};

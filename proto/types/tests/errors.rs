@@ -76,6 +76,8 @@ fn every_fact_shows_itself_with_its_facts() {
         (shown(IovaExhausted { size_bytes: 7654 }), &["7654|0x1de6"]),
         (shown(OutOfMemory { size_bytes: 7654 }), &["7654|0x1de6"]),
         (shown(StillMapped { gpa: Gpa::new(0x2000) }), &["gpa:0x2000"]),
+        (shown(MemoryLeaving { gpa: Gpa::new(0x2000) }), &["gpa:0x2000"]),
+        (shown(MemoryOverlaps { gpa: Gpa::new(0x2000) }), &["gpa:0x2000"]),
         (shown(NotAllocated { gpa: Gpa::new(0x2000) }), &["gpa:0x2000"]),
         (shown(DomainInUse { domain_id: DomainId::new(54), device: device() }), &["54", "0000:00:1f.2"]),
         (shown(LimitReached { limit: text(), allowed: 7654 }), &["the given text", "7654|0x1de6"]),

@@ -51,6 +51,7 @@ fn answer(message: pb::DeviceToServer) -> Result<pb::ServerToDevice, Status> {
             dma_credits: bounds::DMA_CREDITS,
             batch_operations_max: bounds::BATCH.operations_max,
             batch_bytes_max: bounds::BATCH.bytes_max,
+            assignment_generation: 1,
         }),
         Some(Up::Dma(batch)) => Down::Dma(completions(&batch)),
         _ => return Err(Status::unimplemented("the echo answers Hello and DMA")),

@@ -85,7 +85,7 @@ impl Domain {
     pub(super) fn resolve(&mut self, memory: &OwnerMemory, range: GpaRange) -> Result<(), DmaMapError> {
         let extents = &mut self.extents;
         extents.clear();
-        memory.resolve(range, |run| {
+        memory.resolve_to_map(range, |run| {
             let (iova, size) = (Iova::new(0), PageSize::Size4K);
             extents.push(Extent { iova, hpa: run.base, size, pages: run.frames });
         })?;

@@ -153,7 +153,7 @@ impl Domain {
         let capabilities = *kernel.unit().capabilities();
         let (tables, extents) = (&self.tables, &mut self.extents);
         let mut at = iova.get();
-        memory.resolve(gpa, |run| {
+        memory.resolve_to_map(gpa, |run| {
             let mut done = 0;
             while done < run.frames {
                 let rest = FrameRun { base: frame_at(run.base, done), frames: run.frames - done };

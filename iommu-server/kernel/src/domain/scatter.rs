@@ -132,7 +132,7 @@ impl Domain {
             return Err(SegmentOverLimit { size_bytes: range.size_bytes(), allowed_bytes }.into());
         }
         // Before anything is laid out, so that what is added up is bounded by the owner's memory.
-        ranges.iter().try_for_each(|range| memory.resolve(*range, |_| {}))?;
+        ranges.iter().try_for_each(|range| memory.resolve_to_map(*range, |_| {}))?;
         let mut group = if matches!(self.mode, Mode::Strict | Mode::Deferred(_)) {
             self.map_block(kernel, memory, ranges, &request)?
         } else {

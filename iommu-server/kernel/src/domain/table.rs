@@ -23,6 +23,7 @@ use iommu_types::{Hpa, Iova, IovaRange, PAGE_SIZE_BYTES, PageSize, Permissions};
 use super::Shortage;
 use crate::account::OwnerAccount;
 use crate::boot::Kernel;
+pub(super) use crate::frames::append;
 use crate::frames::{FrameRun, frame_at};
 
 /// Empty tables that stay in place.
@@ -417,16 +418,6 @@ fn write_extent(
 fn store_extent(memory: &PhysicalMemory, leaf_table: Hpa, iova: Iova, word: u64) {
     let at = extent::extent_address(leaf_table, iova).expect("tables of ours lie in memory");
     memory.store_u64(at, word).expect("tables of ours lie in memory");
-}
-
-/// Appends a run, merged with the one before when they touch.
-pub(super) fn append(frames: &mut Vec<FrameRun>, run: FrameRun) {
-    match frames.last_mut() {
-        Some(last) if last.base.checked_add(last.frames * PAGE_SIZE_BYTES) == Some(run.base) => {
-            last.frames += run.frames;
-        }
-        _ => frames.push(run),
-    }
 }
 
 fn entry_at(table: Hpa, iova: Iova, level: u8) -> Hpa {

@@ -207,6 +207,47 @@ facts! {
         /// First address of the page that is.
         gpa: Gpa,
     } = "{gpa} is still mapped for a device; unmap it first";
+    /// Memory is about to leave its owner, so nothing new is done with it.
+    MemoryLeaving {
+        /// First address that is.
+        gpa: Gpa,
+    } = "{gpa} is being taken back from its owner; use other memory";
+    /// The owner has memory at the address already, or is about to get it.
+    MemoryOverlaps {
+        /// First address that is taken.
+        gpa: Gpa,
+    } = "the owner has memory at {gpa} already; choose another address";
+    /// The call is for drivers of the host.
+    NotAHostDriver {
+        /// Who called.
+        owner: Owner,
+    } = "{owner} has the memory that its hypervisor gives it: use that, and map it by its guest-physical address";
+    /// A function of the isolation group belongs to somebody else.
+    GroupInUse {
+        /// The function.
+        device: DeviceAddress,
+        /// Its owner.
+        owner: Owner,
+    } = "{device} of the same isolation group belongs to {owner}; release it first";
+    /// The function cannot be assigned.
+    NotAssignable {
+        /// The function.
+        device: DeviceAddress,
+        /// Why.
+        why: String,
+    } = "{device} cannot be assigned: {why}";
+    /// No hypervisor serves the hypercalls of the virtual machine.
+    NoHypervisor {} = "no hypervisor serves hypercalls of this owner";
+    /// The hypervisor refused the hypercall.
+    HypercallRefused {
+        /// Why.
+        why: String,
+    } = "the hypervisor refused the call: {why}";
+    /// The hypervisor did not answer in time.
+    HypercallTimeout {
+        /// How long was waited, in milliseconds.
+        waited_ms: u64,
+    } = "the hypervisor did not answer within {waited_ms} ms";
     /// No buffer was allocated at the address with that size.
     NotAllocated {
         /// The address.

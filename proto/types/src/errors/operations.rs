@@ -11,12 +11,19 @@ macro_rules! for_each_operation {
         $callback! {
             $($more)*
             /// Why a buffer was not allocated.
-            AllocateError { InvalidField, OutOfMemory, LimitReached }
+            AllocateError { NotAHostDriver, InvalidField, OutOfMemory, LimitReached }
             /// Why a buffer was not freed.
-            FreeError { InvalidRange, NotAllocated, StillMapped }
+            FreeError { InvalidRange, NotAllocated, StillMapped, MemoryLeaving }
+            /// Why an owner was not given memory at an address.
+            AddMemoryError { InvalidRange, InvalidField, Unaligned, UnknownOwner, NotYours, MemoryOverlaps, OutOfMemory, LimitReached }
+            /// Why memory was not taken back from an owner, nor given to another.
+            TakeMemoryError {
+                InvalidRange, InvalidField, Unaligned, UnknownOwner, NotYours, NotOwned, MemoryLeaving, StillMapped, MemoryOverlaps,
+                OutOfMemory, LimitReached,
+            }
             /// Why the DMA API did not map.
             DmaMapError {
-                InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotOwned, IovaExhausted, OutOfMemory, LimitReached,
+                InvalidRange, InvalidField, UnknownDevice, NotYours, NotAttached, NotAHostDriver, NotOwned, MemoryLeaving, IovaExhausted, OutOfMemory, LimitReached,
                 RingOverflow, NotContiguous, SegmentOverLimit, BeyondMask, BeyondWidth, ModeRefuses,
             }
             /// Why the DMA API did not unmap.
@@ -26,7 +33,10 @@ macro_rules! for_each_operation {
             /// Why a device's DMA limits were not set.
             DmaLimitsError { InvalidField, UnknownDevice, NotYours, NotAttached, ModeRefuses }
             /// Why the domain API did not map.
-            MapError { InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, RangeOverlaps, BeyondWidth, ReservedRange, OutOfMemory, LimitReached }
+            MapError {
+                InvalidRange, InvalidField, ModeRefuses, Unaligned, UnknownDomain, NotYours, NotOwned, MemoryLeaving, RangeOverlaps, BeyondWidth,
+                ReservedRange, OutOfMemory, LimitReached,
+            }
             /// Why the domain API did not unmap.
             UnmapError { InvalidRange, InvalidField, Unaligned, UnknownDomain, NotYours, SplitsMapping }
             /// Why a domain was not created.
@@ -39,6 +49,18 @@ macro_rules! for_each_operation {
             DetachError { UnknownDevice, NotAttached, NotYours }
             /// Why a device was not declared.
             DeclareError { InvalidField, DeviceExists, UnknownOwner, LimitReached }
+            /// Why no virtual machine was created.
+            CreateVmError { InvalidField, LimitReached }
+            /// Why a virtual machine was not destroyed.
+            DestroyVmError { UnknownOwner, NotYours }
+            /// Why a function was not forgotten.
+            RemoveFunctionError { UnknownDevice, NotYours, GroupInUse, InvalidField }
+            /// Why a function was not assigned.
+            AssignError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, NotAssignable, GroupInUse, OutOfMemory, LimitReached }
+            /// Why a function was not released.
+            ReleaseError { UnknownDevice, NotYours, NotAttached }
+            /// Why a hypercall has no answer.
+            HypercallError { InvalidField, NoHypervisor, HypercallRefused, HypercallTimeout, LimitReached }
             /// Why memory was not read or written.
             MemoryError { InvalidRange, InvalidField, UnknownOwner, UnknownMachine, NotYours, NotOwned, NoMemory, LimitReached }
             /// Why no interrupt was allocated.

@@ -1,0 +1,247 @@
+//! Hypercalls: a guest asks its hypervisor something, through the server, which says who asks.
+//!
+//! Each call has a tag and a place among the calls of its virtual machine; what is waiting is bounded per virtual machine (I7), so that one
+//! guest cannot keep another's calls out. The hypervisor serves them over one stream; a later stream takes over, and calls that the
+//! earlier had taken and not answered are refused, as nobody knows whether they were carried out.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use iommu_types::errors::{HypercallError, HypercallRefused, HypercallTimeout, LimitReached, NoHypervisor};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot};
+
+use crate::bounds;
+use crate::ending::{EndSignal, Ending};
+
+/// A hypercall on its way to the hypervisor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Calling {
+    /// Names it.
+    pub tag: u64,
+    /// Who calls.
+    pub vm: u32,
+    /// What it says.
+    pub payload: Bytes,
+}
+
+type Answer = Result<Bytes, HypercallError>;
+
+#[derive(Debug)]
+struct Waiting {
+    vm: u32,
+    /// Whether the stream has taken it.
+    taken: bool,
+    answer: oneshot::Sender<Answer>,
+}
+
+#[derive(Debug, Default)]
+struct Exchange {
+    last_tag: u64,
+    queue: VecDeque<Calling>,
+    waiting: BTreeMap<u64, Waiting>,
+    serving: Option<EndSignal>,
+    streams: u64,
+}
+
+/// The hypercalls of one hypervisor's virtual machines.
+#[derive(Debug, Default)]
+pub struct Hypercalls {
+    exchange: Mutex<Exchange>,
+    bell: Notify,
+}
+
+/// The one that serves; whoever drops it serves no more.
+#[derive(Debug)]
+pub struct Serving {
+    /// Ends when another takes over.
+    pub end: EndSignal,
+    hypercalls: Arc<super::hypervisors::HypervisorState>,
+    stream: u64,
+}
+
+impl Hypercalls {
+    /// Asks, and waits for the answer, at most as long as `patience`.
+    pub async fn call(&self, vm: u32, payload: Bytes, patience: Duration) -> Answer {
+        let (tag, answer) = {
+            let mut exchange = self.exchange.lock();
+            if exchange.serving.is_none() {
+                return Err(NoHypervisor {}.into());
+            }
+            let of_vm = exchange.waiting.values().filter(|waiting| waiting.vm == vm).count();
+            if of_vm >= bounds::HYPERCALLS_PER_VM_MAX {
+                let allowed = bounds::HYPERCALLS_PER_VM_MAX as u64;
+                return Err(LimitReached { limit: "hypercalls_per_vm".to_owned(), allowed }.into());
+            }
+            exchange.last_tag += 1;
+            let tag = exchange.last_tag;
+            let (sender, answer) = oneshot::channel();
+            exchange.waiting.insert(tag, Waiting { vm, taken: false, answer: sender });
+            exchange.queue.push_back(Calling { tag, vm, payload });
+            (tag, answer)
+        };
+        self.bell.notify_one();
+        // A caller that goes away leaves no place taken.
+        let _place = Place { hypercalls: self, tag };
+        match tokio::time::timeout(patience, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(NoHypervisor {}.into()),
+            Err(_) => {
+                let waited_ms = patience.as_millis() as u64;
+                Err(HypercallTimeout { waited_ms }.into())
+            }
+        }
+    }
+    /// The next call; waits for one.
+    pub async fn next(&self) -> Calling {
+        loop {
+            let rung = self.bell.notified();
+            {
+                let mut exchange = self.exchange.lock();
+                while let Some(calling) = exchange.queue.pop_front() {
+                    // One whose caller is gone is asked by nobody any more.
+                    if let Some(waiting) = exchange.waiting.get_mut(&calling.tag) {
+                        waiting.taken = true;
+                        return calling;
+                    }
+                }
+            }
+            rung.await;
+        }
+    }
+    /// The hypervisor answers; `false` when nobody waits: the caller may have gone, or the tag is wrong.
+    pub fn answer(&self, tag: u64, answer: Result<Bytes, String>) -> bool {
+        let waiting = {
+            let mut exchange = self.exchange.lock();
+            match exchange.waiting.get(&tag) {
+                Some(waiting) if waiting.taken => exchange.waiting.remove(&tag),
+                _ => None,
+            }
+        };
+        let Some(waiting) = waiting else { return false };
+        let answer = answer.map_err(|why| HypercallRefused { why }.into());
+        waiting.answer.send(answer).is_ok()
+    }
+    /// Whether a tag was ever given.
+    pub fn knows(&self, tag: u64) -> bool {
+        tag != 0 && tag <= self.exchange.lock().last_tag
+    }
+}
+
+struct Place<'a> {
+    hypercalls: &'a Hypercalls,
+    tag: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.hypercalls.exchange.lock().waiting.remove(&self.tag);
+    }
+}
+
+impl Serving {
+    /// Takes over the calls of a hypervisor's virtual machines.
+    pub fn begin(hypervisor: &Arc<super::hypervisors::HypervisorState>) -> Self {
+        let end = EndSignal::new();
+        let mut exchange = hypervisor.hypercalls.exchange.lock();
+        exchange.streams += 1;
+        let stream = exchange.streams;
+        let before = exchange.serving.replace(end.clone());
+        exchange.waiting.retain(|_, waiting| !waiting.taken);
+        drop(exchange);
+        if let Some(before) = before {
+            before.end(Ending::Fenced { by_generation: stream });
+        }
+        Self { end, hypercalls: Arc::clone(hypervisor), stream }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let mut exchange = self.hypercalls.hypercalls.exchange.lock();
+        if exchange.streams == self.stream {
+            exchange.serving = None;
+            exchange.queue.clear();
+            exchange.waiting.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::hypervisors::Hypervisors;
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
+    async fn a_call_is_answered_refused_or_given_up_and_leaves_no_place_taken() {
+        let hypervisor = Hypervisors::default().get_or_make("hv0").expect("room");
+        let calls = &hypervisor.hypercalls;
+        assert_eq!(calls.call(1, Bytes::new(), LONG).await, Err(NoHypervisor {}.into()), "nobody serves");
+        let serving = Serving::begin(&hypervisor);
+        let ask = |vm, text: &'static str| {
+            let hypervisor = Arc::clone(&hypervisor);
+            tokio::spawn(async move {
+                hypervisor.hypercalls.call(vm, Bytes::from_static(text.as_bytes()), LONG).await
+            })
+        };
+        let asked = ask(1, "ping");
+        let calling = calls.next().await;
+        assert_eq!((calling.vm, &*calling.payload), (1, &b"ping"[..]));
+        assert!(!calls.answer(calling.tag + 1, Ok(Bytes::new())), "a tag that nobody has");
+        assert!(calls.answer(calling.tag, Ok(Bytes::from_static(b"pong"))));
+        assert!(!calls.answer(calling.tag, Ok(Bytes::new())), "a second answer");
+        assert_eq!(asked.await.expect("no panic"), Ok(Bytes::from_static(b"pong")));
+
+        let asked = ask(1, "no");
+        let calling = calls.next().await;
+        assert!(calls.answer(calling.tag, Err("not now".to_owned())));
+        assert_eq!(
+            asked.await.expect("no panic"),
+            Err(HypercallRefused { why: "not now".to_owned() }.into())
+        );
+
+        let given_up = calls.call(1, Bytes::new(), Duration::from_millis(1)).await;
+        assert_eq!(given_up, Err(HypercallTimeout { waited_ms: 1 }.into()));
+
+        let asked = ask(2, "unanswered");
+        let _taken = calls.next().await;
+        let later = Serving::begin(&hypervisor);
+        assert!(serving.end.ended().is_some(), "a later stream ends the earlier");
+        assert_eq!(asked.await.expect("no panic"), Err(NoHypervisor {}.into()));
+        drop(later);
+        assert!(calls.exchange.lock().waiting.is_empty());
+    }
+
+    #[tokio::test]
+    async fn i7_one_guest_that_calls_without_end_keeps_no_other_out() {
+        let hypervisor = Hypervisors::default().get_or_make("hv0").expect("room");
+        let _serving = Serving::begin(&hypervisor);
+        let mut asked = tokio::task::JoinSet::new();
+        for _ in 0..bounds::HYPERCALLS_PER_VM_MAX {
+            let hypervisor = Arc::clone(&hypervisor);
+            asked.spawn(async move { hypervisor.hypercalls.call(1, Bytes::new(), LONG).await });
+        }
+        while hypervisor.hypercalls.exchange.lock().waiting.len() < bounds::HYPERCALLS_PER_VM_MAX {
+            tokio::task::yield_now().await;
+        }
+        let over = hypervisor.hypercalls.call(1, Bytes::new(), LONG).await;
+        let allowed = bounds::HYPERCALLS_PER_VM_MAX as u64;
+        assert_eq!(over, Err(LimitReached { limit: "hypercalls_per_vm".to_owned(), allowed }.into()));
+        let other = {
+            let hypervisor = Arc::clone(&hypervisor);
+            tokio::spawn(async move { hypervisor.hypercalls.call(2, Bytes::new(), LONG).await })
+        };
+        loop {
+            let calling = hypervisor.hypercalls.next().await;
+            assert!(hypervisor.hypercalls.answer(calling.tag, Ok(Bytes::new())));
+            if calling.vm == 2 {
+                break;
+            }
+        }
+        assert_eq!(other.await.expect("no panic"), Ok(Bytes::new()));
+    }
+}

@@ -1,0 +1,190 @@
+//! Virtual machines: owners that a hypervisor makes and unmakes.
+//!
+//! A virtual machine is an owner like a driver of the host, with limits of its own. Its end is in an order that leaves nothing behind: its driver's session
+//! is fenced and its requests are awaited, its devices are released (which drains and resets them), its mappings go, and only then its memory,
+//! wiped (I9).
+
+use std::sync::Arc;
+
+use iommu_kernel::{OwnerEntry, OwnerLimits};
+use iommu_proto::model::TenantLimits;
+use iommu_types::{Owner, Role};
+use iommu_types::errors::{
+    CreateVmError, DeclareError, DestroyVmError, InvalidField, NotYours, UnknownOwner,
+};
+
+use super::Host;
+use super::hypervisors::HypervisorState;
+use super::owners::OwnerState;
+use super::placement::OPERATOR;
+use crate::bounds;
+use crate::session::open::end_for_good;
+
+fn invalid(field: &str, why: String) -> CreateVmError {
+    InvalidField { field: field.to_owned(), why }.into()
+}
+
+fn declare_error(error: DeclareError) -> CreateVmError {
+    match error {
+        DeclareError::InvalidField(error) => error.into(),
+        DeclareError::LimitReached(error) => error.into(),
+        DeclareError::DeviceExists(error) => invalid("name", error.to_string()),
+        DeclareError::UnknownOwner(error) => invalid("number", error.to_string()),
+    }
+}
+
+/// What is asked for, or what every owner may have; more cannot be given.
+fn within<T: Copy + PartialOrd + std::fmt::Display>(
+    field: &str,
+    asked: Option<T>,
+    most: T,
+) -> Result<T, CreateVmError> {
+    match asked {
+        Some(asked) if asked > most => Err(invalid(
+            &format!("limits.{field}"),
+            format!("{asked} is more than {most}, which is the most"),
+        )),
+        asked => Ok(asked.unwrap_or(most)),
+    }
+}
+
+/// A rate that is given is at least 1.
+fn rate(field: &str, asked: Option<u64>, most: u64) -> Result<(), CreateVmError> {
+    if within(field, asked, most)? == 0 {
+        return Err(invalid(&format!("limits.{field}"), "is 0; give at least 1".to_owned()));
+    }
+    Ok(())
+}
+
+fn limits(most: &OwnerLimits, asked: TenantLimits) -> Result<OwnerLimits, CreateVmError> {
+    let (requests, operations) = (bounds::REQUESTS_PER_SECOND_MAX, bounds::DMA_OPERATIONS_PER_SECOND_MAX);
+    rate("requests_per_second", asked.requests_per_second.map(u64::from), requests)?;
+    rate("dma_operations_per_second", asked.dma_operations_per_second.map(u64::from), operations)?;
+    rate("dma_bytes_per_second", asked.dma_bytes_per_second, bounds::DMA_BYTES_PER_SECOND_MAX)?;
+    Ok(OwnerLimits {
+        domains: within("domains", asked.domains, most.domains)?,
+        mappings: within("mappings", asked.mappings, most.mappings)?,
+        mapped_bytes: within("mapped_bytes", asked.mapped_bytes, most.mapped_bytes)?,
+        memory_bytes: within("memory_bytes", asked.memory_bytes, most.memory_bytes)?,
+        interrupts: within("interrupts", asked.interrupts, most.interrupts)?,
+    })
+}
+
+impl Host {
+    /// Creates a virtual machine of a hypervisor.
+    pub async fn create_vm(
+        &self,
+        hypervisor: &Arc<HypervisorState>,
+        name: String,
+        number: Option<u32>,
+        asked: TenantLimits,
+    ) -> Result<u32, CreateVmError> {
+        let limits = limits(&self.kernel.config().owner, asked)?;
+        let number = {
+            let mut topology = self.topology.write();
+            let free = |number: &u32| topology.owner(Owner::Vm(*number)).is_err();
+            let number = match number {
+                Some(number) => number,
+                None => (1..=u32::MAX).find(free).expect("owners are fewer than numbers"),
+            };
+            let entry = OwnerEntry { owner: Owner::Vm(number), name: name.clone() };
+            topology.declare_owner(entry).map_err(declare_error)?;
+            number
+        };
+        let owner = Owner::Vm(number);
+        let made = hypervisor.add_vm(number).and_then(|()| self.kernel.account_with(owner, limits));
+        let account = made.inspect_err(|_| {
+            hypervisor.remove_vm(number);
+            self.topology.write().remove_owner(owner);
+        })?;
+        let state = OwnerState::new(&self.kernel, account, name, asked).of_hypervisor(hypervisor);
+        let name = state.name.clone();
+        self.owners.insert(Arc::new(state));
+        self.peer_comes(&name, Role::Driver(owner)).await;
+        tracing::info!(%owner, hypervisor = %hypervisor.name, "virtual machine created");
+        Ok(number)
+    }
+
+    /// A virtual machine of a hypervisor.
+    pub(super) fn vm_of(
+        &self,
+        hypervisor: &HypervisorState,
+        number: u32,
+    ) -> Result<Arc<OwnerState>, VmOfError> {
+        let state = self.owners.get(Owner::Vm(number))?;
+        if !hypervisor.owns(state.owner) {
+            return Err(NotYours { object: state.owner.to_string() }.into());
+        }
+        Ok(state)
+    }
+
+    /// Destroys a virtual machine of a hypervisor.
+    pub async fn destroy_vm(
+        self: &Arc<Self>,
+        hypervisor: &Arc<HypervisorState>,
+        number: u32,
+        why: &str,
+    ) -> Result<(), DestroyVmError> {
+        let owner = self.vm_of(hypervisor, number)?;
+        if !end_for_good(self, &owner, why).await {
+            // Another call destroys it, or did.
+            return Err(UnknownOwner { owner: owner.owner }.into());
+        }
+        let devices = self.topology.read().devices_of(owner.owner);
+        for device in devices {
+            if let Err(reason) = self.release(device, owner.owner, OPERATOR).await {
+                tracing::error!(owner = %owner.owner, %device, %reason, "device not released");
+            }
+        }
+        for slot in self.domains.list(|slot| slot.owner == owner.owner) {
+            self.dissolve(&slot).await;
+        }
+        self.wait_for_mappings(&owner).await;
+        owner.memory.write().free_all(&self.kernel);
+        self.faults.collect(self);
+        self.faults.forget(owner.owner);
+        self.reports.forget(owner.owner);
+        self.peer_goes(&owner.name, Role::Driver(owner.owner)).await;
+        self.owners.remove(owner.owner);
+        self.topology.write().remove_owner(owner.owner);
+        self.kernel.forget_account(owner.owner);
+        hypervisor.remove_vm(number);
+        tracing::info!(owner = %owner.owner, hypervisor = %hypervisor.name, reason = why, "virtual machine destroyed");
+        Ok(())
+    }
+
+    /// Takes back everything that a hypervisor holds: its virtual machines, and the functions that it declared.
+    pub async fn reclaim_hypervisor(self: &Arc<Self>, hypervisor: &Arc<HypervisorState>, why: &str) {
+        for number in hypervisor.vms() {
+            if let Err(reason) = self.destroy_vm(hypervisor, number, why).await {
+                tracing::error!(vm = number, hypervisor = %hypervisor.name, %reason, "virtual machine not destroyed");
+            }
+        }
+        self.forget_functions_of(hypervisor).await;
+    }
+}
+
+/// Why a virtual machine is not a hypervisor's to use.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VmOfError {
+    /// There is none of the number.
+    #[error(transparent)]
+    UnknownOwner(#[from] UnknownOwner),
+    /// Another's.
+    #[error(transparent)]
+    NotYours(#[from] NotYours),
+}
+
+macro_rules! into_operations {
+    ($($operation:ident),*) => { $(
+        impl From<VmOfError> for iommu_types::errors::$operation {
+            fn from(error: VmOfError) -> Self {
+                match error {
+                    VmOfError::UnknownOwner(error) => error.into(),
+                    VmOfError::NotYours(error) => error.into(),
+                }
+            }
+        }
+    )* };
+}
+into_operations!(DestroyVmError, AddMemoryError, TakeMemoryError, AssignError);
