@@ -92,8 +92,7 @@ impl Connection {
         let role = WireRole::Hypervisor(pb::HypervisorRole {});
         let token = Bytes::copy_from_slice(&saved.resume_token);
         let identity = Identity { name: name.into(), role: Role::Hypervisor };
-        let core =
-            Core::open(self.endpoint, &self.credentials, self.deadline, identity, role, token).await?;
+        let core = Core::open(self.endpoint, &self.credentials, self.deadline, identity, role, token).await?;
         Ok(Hypervisor::new(core, saved.last_request_id))
     }
 

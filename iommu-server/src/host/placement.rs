@@ -11,8 +11,7 @@ use iommu_types::errors::{
     LimitReached, NotAttached, NotYours, UnknownDevice,
 };
 use iommu_types::{
-    DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId,
-    Role,
+    DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId, Role,
 };
 
 use super::Host;

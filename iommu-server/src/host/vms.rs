@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use iommu_kernel::{OwnerEntry, OwnerLimits};
 use iommu_proto::model::TenantLimits;
-use iommu_types::{Owner, Role};
 use iommu_types::errors::{
     CreateVmError, DeclareError, DestroyVmError, InvalidField, NotYours, UnknownOwner,
 };
+use iommu_types::{Owner, Role};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
