@@ -15,8 +15,7 @@ pub const OPERATOR: &str = "iommuctl";
 pub const OBSERVER: &str = "observer";
 /// The bare-machine client for whom a certificate is made where the configuration admits any.
 pub const BARE: &str = "bare";
-
-/// The hypervisor for whom a certificate is made where the configuration admits any: the name that `iommuctl` takes.
+/// The hypervisor for whom a certificate is made where the configuration admits any.
 pub const HYPERVISOR: &str = "hv0";
 
 fn named(names: &Names, any: &str, role: Role) -> Vec<Identity> {

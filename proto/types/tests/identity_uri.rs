@@ -28,6 +28,7 @@ fn uris_and_files_are_those_that_people_write() {
         (identity("iommuctl", Role::Operator), "operator/iommuctl", "operator-iommuctl.pem"),
         (identity("a.b_C-1", Role::Observer), "observer/a.b_C-1", "observer-a.b_C-1.pem"),
         (identity("bare", Role::Bare), "bare/bare", "bare-bare.pem"),
+        (identity("hv0", Role::Hypervisor), "hypervisor/hv0", "hypervisor-hv0.pem"),
     ];
     for (identity, path, file) in rows {
         let uri = format!("spiffe://iommu/{path}");
@@ -99,6 +100,7 @@ fn roles() -> impl Strategy<Value = Role> {
         Just(Role::Bare),
         Just(Role::Observer),
         Just(Role::Operator),
+        Just(Role::Hypervisor),
     ]
 }
 
