@@ -132,7 +132,12 @@ async fn next<F: Feed>(
                     | TransportError::Unreachable { .. }
                     | TransportError::Status { .. },
                 )
-                | SdkError::Call(CallError::ShuttingDown(_) | CallError::SessionRequired(_)),
+                | SdkError::Call(
+                    CallError::ShuttingDown(_)
+                    | CallError::SessionRequired(_)
+                    | CallError::CertificateExpired(_)
+                    | CallError::CertificateRevoked(_),
+                ),
             ) => {}
             Err(error) => return Err(error),
         }

@@ -42,6 +42,22 @@ pub const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// Connections accepted and not yet taken up by the transport.
 pub const ACCEPTED_QUEUE_MAX: usize = 16;
+/// Connections at once of one certified identity; the oldest makes room. Agents and drivers need one, tools a few.
+pub const CONNECTIONS_PER_PEER_MAX: usize = 64;
+const _: () = assert!(CONNECTIONS_PER_PEER_MAX + ANONYMOUS_CONNECTIONS_MAX < CONNECTIONS_MAX);
+/// How long a TLS handshake may take: two round trips and a signature, on a bad network. Handshakes under way are anonymous connections, so
+/// there are at most [`ANONYMOUS_CONNECTIONS_MAX`], and the oldest makes room.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection whose handshake was refused is read on, so that its peer reads the alert before it is reset.
+pub const ALERT_LINGER: Duration = Duration::from_secs(1);
+/// Bytes that are read meanwhile: what a client sends before it reads, such as its HTTP/2 settings.
+pub const ALERT_LINGER_BYTES: u64 = 64 << 10;
+/// How often certificates are looked at: whether their files have changed, and whether one that is in use has expired or was revoked.
+pub const CERTIFICATES_TICK: Duration = Duration::from_secs(1);
+/// Bytes of a certificate, key or list that is read: a list with a hundred thousand entries has a few megabytes.
+pub const CERTIFICATE_FILE_BYTES_MAX: u64 = 16 << 20;
+/// The server warns once a day when its own certificate has less than this left.
+pub const OWN_CERTIFICATE_WARNING: Duration = Duration::from_secs(30 * 86_400);
 
 // ---- device sessions
 

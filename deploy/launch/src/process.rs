@@ -23,29 +23,43 @@ pub struct Process {
 impl Process {
     /// Starts `program`. Standard error goes to the file `log`; standard output can be taken by the caller.
     pub fn start(name: &str, program: &Path, arguments: &[String], log: PathBuf) -> anyhow::Result<Self> {
-        Self::spawn(name, program, arguments, log, Stdio::null())
+        Self::start_with(name, program, arguments, &[], log)
     }
 
-    /// The same, with a standard input that can be taken by the caller.
-    pub fn start_with_input(
+    /// The same with these variables in its environment.
+    pub fn start_with(
         name: &str,
         program: &Path,
         arguments: &[String],
+        environment: &[(&str, &Path)],
         log: PathBuf,
     ) -> anyhow::Result<Self> {
-        Self::spawn(name, program, arguments, log, Stdio::piped())
+        Self::spawn(name, program, arguments, environment, log, Stdio::null())
+    }
+
+    /// The same with a standard input that can be taken by the caller.
+    pub fn start_steered(
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        environment: &[(&str, &Path)],
+        log: PathBuf,
+    ) -> anyhow::Result<Self> {
+        Self::spawn(name, program, arguments, environment, log, Stdio::piped())
     }
 
     fn spawn(
         name: &str,
         program: &Path,
         arguments: &[String],
+        environment: &[(&str, &Path)],
         log: PathBuf,
         input: Stdio,
     ) -> anyhow::Result<Self> {
         let file = std::fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let child = Command::new(program)
             .args(arguments)
+            .envs(environment.iter().copied())
             .stdin(input)
             .stdout(Stdio::piped())
             .stderr(file)

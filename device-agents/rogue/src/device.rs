@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use iommu_proto::credentials::Credentials;
 use iommu_proto::pb;
 use iommu_proto::pb::device_to_server::Message as Up;
 
@@ -36,6 +37,7 @@ pub(crate) fn wrong<T>(why: impl Into<String>) -> Result<T, Stopped> {
 #[derive(Debug)]
 pub struct Device {
     server: String,
+    credentials: Credentials,
     stream: Option<Stream>,
     peer: Peer,
     queued: VecDeque<pb::DmaBatch>,
@@ -45,9 +47,10 @@ pub struct Device {
 
 impl Device {
     /// A device that is not connected.
-    pub fn new(server: &str) -> Self {
+    pub fn new(server: &str, credentials: Credentials) -> Self {
         Self {
             server: server.to_owned(),
+            credentials,
             stream: None,
             peer: Peer::default(),
             queued: VecDeque::new(),
@@ -131,7 +134,7 @@ impl Device {
         self.drop_stream().await;
         let server = connect.server.clone().unwrap_or_else(|| self.server.clone());
         let peer = Peer::behaving(self.peer.behave.clone());
-        let stream = Stream::open(&server, &connect, peer).await?;
+        let stream = Stream::open(&server, &self.credentials, &connect, peer).await?;
         let welcome = &stream.welcome;
         let answer = Answer::Connected {
             generation: welcome.generation,

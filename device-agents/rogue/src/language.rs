@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use iommu_types::DeviceAddress;
+use iommu_types::{DeviceAddress, Identity, Role};
 use serde::{Deserialize, Serialize};
 
 use crate::text::{Address, Hex};
@@ -67,6 +67,12 @@ pub struct Connect {
     /// The address that it claims.
     #[serde(with = "printed")]
     pub address: DeviceAddress,
+    /// Whose certificate it shows; absent for the name that it claims. Of no account where there is no TLS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shown_name: Option<String>,
+    /// Of the device at which address; absent for the one that it claims.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "printed_option")]
+    pub shown_address: Option<DeviceAddress>,
     /// The schema that it claims to speak.
     #[serde(default = "one")]
     pub schema_version: u32,
@@ -85,7 +91,29 @@ fn sixteen() -> u32 {
 impl Connect {
     /// As the device of this name and address.
     pub fn new(name: &str, address: DeviceAddress) -> Self {
-        Self { server: None, name: name.to_owned(), address, schema_version: 1, mmio_credits: 16 }
+        Self {
+            server: None,
+            name: name.to_owned(),
+            address,
+            shown_name: None,
+            shown_address: None,
+            schema_version: 1,
+            mmio_credits: 16,
+        }
+    }
+
+    /// The same with the certificate of another device.
+    pub fn shown_as(&self, other: &Self) -> Self {
+        let (shown_name, shown_address) = (Some(other.name.clone()), Some(other.address));
+        Self { shown_name, shown_address, ..self.clone() }
+    }
+
+    /// Whose certificate is shown.
+    pub fn shown(&self) -> Identity {
+        Identity {
+            name: self.shown_name.clone().unwrap_or_else(|| self.name.clone()),
+            role: Role::Device(self.shown_address.unwrap_or(self.address)),
+        }
     }
 }
 
@@ -102,6 +130,28 @@ mod printed {
         D: Deserializer<'de>,
     {
         String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+mod printed_option {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<T: ToString, S: Serializer>(
+        value: &Option<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(value) => serializer.serialize_some(&value.to_string()),
+            None => serializer.serialize_none(),
+        }
+    }
+    pub(super) fn deserialize<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+    where
+        T: std::str::FromStr<Err: std::fmt::Display>,
+        D: Deserializer<'de>,
+    {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| text.parse().map_err(serde::de::Error::custom)).transpose()
     }
 }
 

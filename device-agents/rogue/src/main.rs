@@ -1,9 +1,12 @@
 //! The binary: lines in, lines out.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use iommu_proto::channel::{DEFAULT_ENDPOINT, Dial};
+use iommu_proto::credentials::Credentials;
 use iommu_types::DeviceAddress;
 use rogue::device::Device;
 use rogue::language::{Answer, Command, Connect};
@@ -56,9 +59,12 @@ EXIT CODES
 #[derive(Parser)]
 #[command(name = "rogue", version, about = ABOUT, after_long_help = TEACH, after_help = "`rogue --help` teaches the language.")]
 struct Cli {
-    /// Where the server listens: http://ADDRESS:PORT or unix:///PATH
-    #[arg(long, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7450", global = true)]
+    /// Where the server listens: https://HOST:PORT, http://HOST:PORT (plaintext) or unix:///PATH
+    #[arg(long, env = "IOMMU_SERVER", default_value = DEFAULT_ENDPOINT, global = true)]
     server: String,
+    /// Directory with ca.crt and the certificates of peers [default: $XDG_STATE_HOME/iommu/pki or ~/.local/state/iommu/pki]
+    #[arg(long, env = "IOMMU_PKI", value_name = "DIR", global = true)]
+    pki: Option<PathBuf>,
     #[command(subcommand)]
     command: Option<Once>,
 }
@@ -98,11 +104,14 @@ async fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    if let Err(bad) = iommu_proto::channel::endpoint(&cli.server) {
+    let credentials = Credentials::from_flags(cli.pki, None, None);
+    // Who connects is told later; whether the endpoint can be connected to does not depend on it.
+    let somebody = Connect::new("rogue", DeviceAddress::default());
+    if let Err(bad) = Dial::to(&cli.server, &credentials, &somebody.shown()) {
         say_wrong(&bad.to_string());
         return ExitCode::from(USAGE);
     }
-    let device = Device::new(&cli.server);
+    let device = Device::new(&cli.server, credentials);
     let ended = match cli.command {
         None => obey(device).await,
         Some(Once::Attack { attack, name, address, iova, canary }) => {

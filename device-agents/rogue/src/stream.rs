@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use iommu_proto::channel::{self, causes};
+use iommu_proto::channel::{Dial, DialError, Dialled};
+use iommu_proto::credentials::{CredentialError, Credentials};
 use iommu_proto::errors::reason_of;
 use iommu_proto::pb;
 use iommu_proto::pb::device_service_client::DeviceServiceClient;
@@ -85,8 +86,13 @@ pub(crate) fn hello(connect: &Connect) -> pb::Hello {
 
 impl Stream {
     /// Says Hello and waits for Welcome.
-    pub async fn open(server: &str, connect: &Connect, peer: Peer) -> Result<Self, End> {
-        let opening = Self::shake_hands(server, connect, peer);
+    pub async fn open(
+        server: &str,
+        credentials: &Credentials,
+        connect: &Connect,
+        peer: Peer,
+    ) -> Result<Self, End> {
+        let opening = Self::shake_hands(server, credentials, connect, peer);
         tokio::time::timeout(ANSWER_DEADLINE, opening).await.unwrap_or_else(|_| {
             Err(End {
                 reason: "CONNECTION".into(),
@@ -95,10 +101,21 @@ impl Stream {
         })
     }
 
-    async fn shake_hands(server: &str, connect: &Connect, mut peer: Peer) -> Result<Self, End> {
+    async fn shake_hands(
+        server: &str,
+        credentials: &Credentials,
+        connect: &Connect,
+        mut peer: Peer,
+    ) -> Result<Self, End> {
         let broken = |message: String| End { reason: "CONNECTION".into(), message };
-        let endpoint = channel::endpoint(server).map_err(|bad| broken(bad.to_string()))?;
-        let channel = endpoint.connect().await.map_err(|error| broken(causes(&error)))?;
+        let untrusted = |error: CredentialError| End { reason: "CREDENTIAL".into(), message: error.to_string() };
+        let dial = Dial::to(server, credentials, &connect.shown()).map_err(|bad| broken(bad.to_string()))?;
+        let Dialled { channel, trouble } = dial.connect().await.map_err(|error| match error {
+            DialError::Credential(error) => untrusted(error),
+            DialError::Unreachable(why) => broken(why),
+        })?;
+        // In TLS 1.3 a refusal of the certificate comes with the first answer.
+        let refused = |status: Status| trouble.take().map_or_else(|| end_of(&status), untrusted);
         let mut client = DeviceServiceClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -106,12 +123,9 @@ impl Stream {
         let first = pb::DeviceToServer { message: Some(Up::Hello(hello(connect))) };
         up.try_send(first).map_err(|_| broken("a new channel is full".into()))?;
         let attached =
-            client.attach(ReceiverStream::new(messages)).await.map_err(|status| end_of(&status))?;
+            client.attach(ReceiverStream::new(messages)).await.map_err(refused)?;
         let mut inbound = attached.into_inner();
-        let welcome = match inbound
-            .message()
-            .await
-            .map_err(|status| end_of(&status))?
+        let welcome = match inbound.message().await.map_err(refused)?
             .and_then(|first| first.message)
         {
             Some(Down::Welcome(welcome)) => welcome,

@@ -8,6 +8,8 @@ mod ask;
 mod domains;
 mod json;
 mod memory;
+mod pki;
+mod pki_args;
 mod print;
 mod reports;
 mod sanitizer;
@@ -17,7 +19,7 @@ mod words;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use guest_sdk::{Connection, Operator, SdkError, TransportError};
+use guest_sdk::{Connection, Credentials, Operator, SdkError, TransportError};
 
 use args::{Cli, Command};
 
@@ -46,13 +48,25 @@ async fn main() -> ExitCode {
         print::write(&script);
         return ExitCode::SUCCESS;
     }
-    let operator = match Connection::to(&cli.server).operator(&cli.name).await {
+    if let Command::Pki(command) = &cli.command {
+        return match pki::run(print::Output { json: cli.json }, cli.pki.clone(), command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                print::error(&format_args!("{error:#}"));
+                ExitCode::from(FAILED)
+            }
+        };
+    }
+    let credentials = Credentials::from_flags(cli.pki.clone(), cli.credential.clone(), cli.ca.clone());
+    let connection = Connection::to(&cli.server).credentials(credentials);
+    let operator = match connection.operator(&cli.name).await {
         Ok(operator) => operator,
         Err(error) => {
             print::error(&error);
             return ExitCode::from(match error {
                 SdkError::Refused(_) | SdkError::Call(_) => FAILED,
                 SdkError::Transport(TransportError::BadEndpoint(_)) => WRONG_USAGE,
+                SdkError::Transport(TransportError::Credential(_)) => FAILED,
                 SdkError::Transport(_) => UNREACHABLE,
             });
         }
@@ -88,7 +102,7 @@ async fn run(operator: &Operator, cli: &Cli) -> anyhow::Result<Ended> {
         Command::Owner(command) => steer::owner(operator, out, command).await?,
         Command::Mmio(command) => steer::mmio(operator, out, command).await?,
         Command::Memory(command) => memory::run(operator, out, command).await?,
-        Command::Completion { .. } => {}
+        Command::Completion { .. } | Command::Pki(_) => {}
     }
     Ok(Ended::Done)
 }

@@ -105,6 +105,12 @@ impl pb::inspect_service_server::InspectService for Fake {
     ) -> Result<Response<pb::ListMappingsResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
     }
+    async fn list_limits(
+        &self,
+        _: Request<pb::ListLimitsRequest>,
+    ) -> Result<Response<pb::ListLimitsResponse>, Status> {
+        Err(Status::unimplemented("not asked here"))
+    }
     type DumpTablesStream = Replies<pb::DumpTablesResponse>;
     async fn dump_tables(
         &self,

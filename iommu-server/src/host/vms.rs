@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use iommu_kernel::{OwnerEntry, OwnerLimits};
 use iommu_proto::model::TenantLimits;
-use iommu_types::Owner;
 use iommu_types::errors::{
     CreateVmError, DeclareError, DestroyVmError, InvalidField, NotYours, UnknownOwner,
 };
+use iommu_types::{Owner, Role};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
@@ -72,7 +72,7 @@ fn limits(most: &OwnerLimits, asked: TenantLimits) -> Result<OwnerLimits, Create
 
 impl Host {
     /// Creates a virtual machine of a hypervisor.
-    pub fn create_vm(
+    pub async fn create_vm(
         &self,
         hypervisor: &Arc<HypervisorState>,
         name: String,
@@ -95,10 +95,13 @@ impl Host {
         let made = hypervisor.add_vm(number).and_then(|()| self.kernel.account_with(owner, limits));
         let account = made.inspect_err(|_| {
             hypervisor.remove_vm(number);
-            self.topology.write().remove_owner(owner);
+            let removed = self.topology.write().remove_owner(owner);
+            removed.expect("it was just declared, and nobody has heard of it");
         })?;
         let state = OwnerState::new(&self.kernel, account, name, asked).of_hypervisor(hypervisor);
+        let name = state.name.clone();
         self.owners.insert(Arc::new(state));
+        self.peer_comes(&name, Role::Driver(owner)).await;
         tracing::info!(%owner, hypervisor = %hypervisor.name, "virtual machine created");
         Ok(number)
     }
@@ -142,8 +145,12 @@ impl Host {
         self.faults.collect(self);
         self.faults.forget(owner.owner);
         self.reports.forget(owner.owner);
+        self.peer_goes(&owner.name, Role::Driver(owner.owner)).await;
         self.owners.remove(owner.owner);
-        self.topology.write().remove_owner(owner.owner);
+        let removed = self.topology.write().remove_owner(owner.owner);
+        if let Err(reason) = removed {
+            tracing::error!(owner = %owner.owner, %reason, "owner not forgotten");
+        }
         self.kernel.forget_account(owner.owner);
         hypervisor.remove_vm(number);
         tracing::info!(owner = %owner.owner, hypervisor = %hypervisor.name, reason = why, "virtual machine destroyed");

@@ -64,6 +64,9 @@ fn judge(host: &Host, path: &str, connection: Option<&ConnectionHandle>) -> Resu
     if host.shutdown.ended().is_some() {
         return Err(ShuttingDown {}.into_status().into());
     }
+    if let Some(ending) = connection.and_then(ConnectionHandle::ended) {
+        return Err(ending.clone().into_status().into());
+    }
     let connection = connection.ok_or_else(|| internal("a request came over no connection"))?;
     let Needs::Session(roles) = needs else { return Ok(Admitted::default()) };
     let caller = caller(connection, roles)?;

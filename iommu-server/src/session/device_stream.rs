@@ -136,8 +136,9 @@ impl DeviceStream {
         }
         let hello = model::Hello::try_from(hello).map_err(WireError::into_status)?;
         let address = hello.address;
-        let device = self.known(&hello.name, address).map_err(WireError::into_status)?;
         let identity = Identity { name: hello.name.clone(), role: Role::Device(address) };
+        self.connection.must_be_certified(&identity).map_err(WireError::into_status)?;
+        let device = self.known(&hello.name, address).map_err(WireError::into_status)?;
         // The agent of the same device may come back on the connection that it has; anybody else may not (I8).
         if !self.connection.identify(&identity) && self.connection.identity() != Some(&identity) {
             return Err(SessionExists {}.into_status());
@@ -170,6 +171,10 @@ impl DeviceStream {
         };
         let (session, fenced) = device.seat(make).map_err(WireError::into_status)?;
         self.host.watchdog.watch(&session);
+        // Whoever ends the connection meanwhile finds the session there, or is found here.
+        if let Some(why) = self.connection.ended() {
+            session.end(why.clone());
+        }
         tracing::info!(
             device = %device.address, name = %device.name, generation = session.generation, peer = %self.connection.peer(),
             "device session begins"

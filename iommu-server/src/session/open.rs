@@ -48,6 +48,7 @@ pub async fn open(host: &Arc<Host>, connection: &ConnectionHandle, open: Open) -
     if connection.identity().is_some() {
         return refuse(SessionExists {}.into());
     }
+    connection.must_be_certified(&identity(&open)).map_err(WireError::into_status)?;
     let Some(tenant) = tenant(host, &open).map_err(WireError::into_status)? else {
         return open_without_tenancy(host, connection, open).map_err(WireError::into_status);
     };

@@ -134,6 +134,7 @@ table! {
     HypercallTimeout { waited_ms } DeadlineExceeded "HYPERCALL_TIMEOUT" => none();
     NotAllocated { gpa } NotFound "NOT_ALLOCATED" => resource("buffer", gpa);
     DomainInUse { domain_id, device } FailedPrecondition "DOMAIN_IN_USE" => precondition("DOMAIN_IN_USE", device);
+    OwnerInUse { owner, device } FailedPrecondition "OWNER_IN_USE" => precondition("OWNER_IN_USE", device);
     LimitReached { limit, allowed } ResourceExhausted "LIMIT_REACHED" => quota(limit);
     NoMemory { address } OutOfRange "NO_MEMORY" => bad_request("address");
     BadRegisterAccess { offset, width_bytes } InvalidArgument "BAD_REGISTER_ACCESS" => bad_request("offset");
@@ -142,6 +143,8 @@ table! {
     SessionExists {} AlreadyExists "SESSION_EXISTS" => none();
     SessionFenced { by_generation } Aborted "SESSION_FENCED" => none();
     IdentityRefused { name, why } Unauthenticated "IDENTITY_REFUSED" => none();
+    CertificateExpired { expired_unix_s } Unauthenticated "CERTIFICATE_EXPIRED" => none();
+    CertificateRevoked { serial } Unauthenticated "CERTIFICATE_REVOKED" => none();
     VersionMismatch { server, peer } FailedPrecondition "VERSION_MISMATCH" => precondition("VERSION_MISMATCH", peer);
     RequestTooOld { request_id, oldest } FailedPrecondition "REQUEST_TOO_OLD" => precondition("REQUEST_TOO_OLD", request_id);
     RequestReused { request_id } AlreadyExists "REQUEST_REUSED" => none();

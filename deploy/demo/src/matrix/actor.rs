@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use iommu_launch::Process;
+use iommu_launch::{Process, Server};
+use iommu_types::{Identity, Role};
 use rogue::language::{Answer, Command, Connect, Counted, Dma, Hammer, Scan, Status};
 use rogue::text::{Address, Hex};
 use serde::Serialize;
@@ -168,23 +169,31 @@ pub(crate) struct Scanned {
     pub(crate) tried: u64,
 }
 
-/// Starts an actor of this program and waits until its session stands.
-pub(crate) async fn start_own(
-    own: &Path,
-    log: std::path::PathBuf,
-    server: &str,
-    role: &str,
-    name: &str,
-    owner: Option<&str>,
-) -> anyhow::Result<Actor> {
+/// Starts an actor of this program, as this identity. Its session stands when it answers for the first time.
+pub(crate) fn start_own(server: &Server, own: &Path, identity: &Identity) -> anyhow::Result<Actor> {
+    let (role, owner) = match identity.role {
+        Role::Driver(owner) => ("driver", Some(owner)),
+        Role::Hypervisor => ("hypervisor", None),
+        Role::Bare => ("machine", None),
+        other => bail!("nobody here acts as {other:?}"),
+    };
+    server.admit(identity)?;
+    let name = identity.name.as_str();
     let mut arguments: Vec<String> =
-        ["act-in-matrix", "--server", server, "--role", role, "--name", name].map(String::from).into();
+        ["act-in-matrix", "--server", server.endpoint(), "--role", role, "--name", name].map(String::from).into();
     if let Some(owner) = owner {
-        arguments.extend(["--owner".to_owned(), owner.to_owned()]);
+        arguments.extend(["--owner".to_owned(), owner.to_string()]);
     }
-    let process = Process::start_with_input(name, own, &arguments, log)?;
-    let actor = Actor::of(name, process)?;
-    Ok(actor)
+    let log = server.path(&format!("{name}.log"));
+    Actor::of(name, server.start_steered_peer(name, own, &arguments, log)?)
+}
+
+/// Starts a hostile device, which has the certificate of one device and may show it as whoever it likes.
+pub(crate) async fn start_rogue(server: &mut Server, connect: &Connect) -> anyhow::Result<Actor> {
+    server.admit(&connect.shown())?;
+    let rogue = Actor::of(&connect.name, server.start_rogue()?)?;
+    rogue.connect(connect).await?;
+    Ok(rogue)
 }
 
 /// Carries lines, one after the other, for as long as somebody may ask.

@@ -5,14 +5,15 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use anyhow::{Context, ensure};
-use guest_sdk::{Connection, DeviceAddress};
+use guest_sdk::{Connection, Credentials, DeviceAddress, Owner};
 use iommu_launch::{Binaries, Server, ServerOptions, binaries_beside};
+use iommu_types::{Identity, Role};
 use rogue::language::{Connect, Dma};
 use rogue::text::Address;
 use tokio::sync::Mutex;
 
 use super::act::language::Ask;
-use super::actor::{Actor, start_own};
+use super::actor::{Actor, start_own, start_rogue};
 use super::column::Column;
 use super::judge::Judge;
 use super::site::{BLOW, FILL, PAGE, Site};
@@ -36,6 +37,9 @@ pub(crate) const fn piece(n: usize) -> u64 {
     0x4000_0000 + n as u64 * 2 * PIECE_BYTES + (n as u64 / 8 % 2) * PIECE_BYTES
 }
 
+/// The operator who declares devices behind the stage.
+const STAGEHAND: &str = "stagehand";
+
 /// Which sides play.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sides {
@@ -51,6 +55,7 @@ pub(crate) struct Stage {
     own: PathBuf,
     server: Mutex<Server>,
     endpoint: String,
+    credentials: Credentials,
     pub(crate) judge: Judge,
     driver: Actor,
     hypervisor: Actor,
@@ -79,24 +84,26 @@ impl Stage {
     pub(crate) async fn start() -> anyhow::Result<Self> {
         let binaries = binaries_beside(env!("CARGO_PKG_NAME"))?;
         let own = binaries.caller.clone().context("cargo did not say where this program is")?;
-        let options = ServerOptions { arguments: ["--memory", "768MiB"].map(String::from).into() };
+        let arguments = ["--memory", "768MiB"].map(String::from).into();
+        let options = ServerOptions { arguments, ..ServerOptions::default() };
         let mut server = Server::start(&binaries, &options).await?;
-        let endpoint = server.endpoint().to_owned();
-        let observer = Connection::to(&endpoint).observer("judge").await.context("open a session as observer")?;
-        let start = async |server: &Server, role: &str, name: &str, owner: Option<&str>| {
-            let log = server.path(&format!("{name}.log"));
-            start_own(&own, log, &endpoint, role, name, owner).await
-        };
-        let driver = start(&server, "driver", "driver0", Some("driver:0")).await?;
-        let hypervisor = start(&server, "hypervisor", "hv0", None).await?;
-        let machine = start(&server, "machine", "os0", None).await?;
+        let named = |name: &str, role| Identity { name: name.to_owned(), role };
+        server.admit(&named("judge", Role::Observer))?;
+        server.admit(&named(STAGEHAND, Role::Operator))?;
+        let credentials = Credentials::from_directory(server.pki());
+        let connection = Connection::to(server.endpoint()).credentials(credentials.clone());
+        let observer = connection.observer("judge").await.context("open a session as observer")?;
+        let start = |server: &Server, name: &str, role| start_own(server, &own, &named(name, role));
+        let driver = start(&server, "driver0", Role::Driver(Owner::Driver(0)))?;
+        let hypervisor = start(&server, "hv0", Role::Hypervisor)?;
+        let machine = start(&server, "os0", Role::Bare)?;
         for ((vm, base), name) in [(GUEST_MEMORY, "guest1"), (VICTIM_MEMORY, "guest2")] {
             hypervisor.request(Ask::CreateVm { number: vm, name: name.into(), limits: BTreeMap::new() }).await?;
             hypervisor.request(Ask::AddMemory { vm, gpa: Address(base), bytes: GUEST_BYTES }).await?;
         }
         let guests = [
-            start(&server, "driver", "guest1", Some("vm:1")).await?,
-            start(&server, "driver", "guest2", Some("vm:2")).await?,
+            start(&server, "guest1", Role::Driver(Owner::Vm(GUEST_MEMORY.0)))?,
+            start(&server, "guest2", Role::Driver(Owner::Vm(VICTIM_MEMORY.0)))?,
         ];
         for (device, name) in [("00:04.0", "vf-a"), ("00:05.0", "vf-b"), ("00:06.0", "vf-c")] {
             hypervisor.request(Ask::Declare { device: device.into(), name: name.into() }).await?;
@@ -114,9 +121,8 @@ impl Stage {
             ("bare-a", format!("{segment:04x}:00:01.0")),
             ("bare-b", format!("{segment:04x}:00:02.0")),
         ] {
-            let rogue = Actor::of(name, server.start_rogue()?)?;
             let connect = Connect::new(name, address.parse()?);
-            rogue.connect(&connect).await?;
+            let rogue = start_rogue(&mut server, &connect).await?;
             rogues.insert(name, (rogue, connect));
         }
         for (device, vm) in [("00:04.0", GUEST_MEMORY.0), ("00:05.0", VICTIM_MEMORY.0)] {
@@ -125,8 +131,8 @@ impl Stage {
         Ok(Self {
             binaries,
             own,
-            server: Mutex::new(server),
-            endpoint,
+            endpoint: server.endpoint().to_owned(),
+            credentials,
             judge: Judge::new(observer),
             driver,
             hypervisor,
@@ -137,6 +143,7 @@ impl Stage {
             moved_pages: AtomicU64::new(0),
             has_listening_memory: Mutex::new(false),
             restarts: Mutex::new(None),
+            server: Mutex::new(server),
         })
     }
 
@@ -178,9 +185,8 @@ impl Stage {
         let listen = port.context("a free port")?.to_string();
         for _ in 0..2 {
             let arguments = ["--memory", "64MiB", "--listen", &listen].map(String::from).into();
-            let mut server = Server::start(&self.binaries, &ServerOptions { arguments }).await?;
-            let rogue = Actor::of("engine2", server.start_rogue()?)?;
-            rogue.connect(&Connect::new("engine2", "00:03.0".parse()?)).await?;
+            let mut server = Server::start(&self.binaries, &ServerOptions { arguments, ..ServerOptions::default() }).await?;
+            let rogue = start_rogue(&mut server, &Connect::new("engine2", "00:03.0".parse()?)).await?;
             for address in [0, PAGE, 0x10_0000, 0xffff_f000] {
                 told.push(rogue.dma(Dma::write(address, vec![FILL; BLOW as usize])).await?.err());
             }
@@ -218,7 +224,10 @@ impl Scene<'_> {
             return Ok(second);
         }
         let address: DeviceAddress = DEVICE.parse()?;
-        let operator = Connection::to(&self.stage.endpoint).operator("stagehand").await?;
+        let operator = Connection::to(&self.stage.endpoint)
+            .credentials(self.stage.credentials.clone())
+            .operator(STAGEHAND)
+            .await?;
         let declared = operator.admin().declare_device(address, "second", Some("driver:0".parse()?)).await;
         // It is there from the column before.
         ensure!(
@@ -249,8 +258,8 @@ impl Scene<'_> {
         hypervisor.request(Ask::CreateVm { number, name: name.clone(), limits }).await?;
         hypervisor.request(Ask::AddMemory { vm: number, gpa: Address(0x1000_0000), bytes: 1 << 20 }).await?;
         hypervisor.request(Ask::Assign { device: "00:06.0".into(), vm: number }).await?;
-        let (log, owner) = (self.stage.server.lock().await.path(&format!("{name}.log")), format!("vm:{number}"));
-        let actor = start_own(&self.stage.own, log, &self.stage.endpoint, "driver", &name, Some(&owner)).await?;
+        let identity = Identity { name, role: Role::Driver(Owner::Vm(number)) };
+        let actor = start_own(&*self.stage.server.lock().await, &self.stage.own, &identity)?;
         Ok(self.stage.site(&actor, "vf-c", self.own.column, 0))
     }
 

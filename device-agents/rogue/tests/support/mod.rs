@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use iommu_proto::credentials::Credentials;
 use iommu_proto::pb;
 use iommu_proto::pb::device_service_server::{DeviceService, DeviceServiceServer};
 use iommu_proto::pb::device_to_server::Message as Up;
@@ -61,7 +62,7 @@ impl Bench {
         let service =
             DeviceServiceServer::new(Service(Mutex::new(sender))).max_decoding_message_size(16 << 20);
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-        Self { device: Device::new(&endpoint), scripts }
+        Self { device: Device::new(&endpoint, Credentials::from_directory("/nonexistent")), scripts }
     }
 
     /// Tells the device something while the server follows a script.

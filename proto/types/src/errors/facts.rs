@@ -260,6 +260,13 @@ facts! {
         /// A device that is attached.
         device: DeviceAddress,
     } = "domain {domain_id} is in use by {device}; detach it first";
+    /// A device is still assigned to the owner.
+    OwnerInUse {
+        /// The owner.
+        owner: Owner,
+        /// A device that is assigned to it.
+        device: DeviceAddress,
+    } = "{owner} still has {device}; assign it to somebody else or to nobody first";
     /// A limit is reached. The name of the limit is stable.
     LimitReached {
         /// Name of the limit, such as `domains_per_owner`.
@@ -302,6 +309,16 @@ facts! {
         /// Why.
         why: String,
     } = "{name:?} is refused: {why}";
+    /// The certificate of the connection has expired while it was in use.
+    CertificateExpired {
+        /// When, in seconds since the UNIX epoch.
+        expired_unix_s: u64,
+    } = "the certificate of this connection has expired (at {expired_unix_s} s since 1970); connect again with a new one, which `iommuctl pki issue --force` makes";
+    /// The certificate of the connection was revoked while it was in use.
+    CertificateRevoked {
+        /// Its serial number in hexadecimal.
+        serial: String,
+    } = "the certificate of this connection (serial {serial}) was revoked; only a new one is admitted";
     /// The schema versions do not work together.
     VersionMismatch {
         /// The server's major version.

@@ -30,7 +30,7 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
     let mut evidence = Evidence::default();
     let mappings = Ask::ExhaustMappings { device: crowd.device(), gpa: Address(gpa), at_most: FAR_TOO_MANY };
     let domains = Ask::ExhaustDomains { column: crowd.column, at_most: FAR_TOO_MANY };
-    for ask in [mappings, domains] {
+    for ask in [domains, mappings] {
         let refused = crowd.actor.attempt(ask).await?.err();
         evidence.told(refused.map(|refused| refused.reason));
     }
@@ -46,7 +46,7 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
     });
     let Answer::Counted(counted) = crowd.rogue.tell(&storm).await? else { bail!("counts were due") };
     // What is within the rate is refused by translation, which is no news here.
-    evidence.told(counted.refused.keys().find(|reason| *reason == "0x1002").cloned());
+    evidence.told(counted.refused.keys().find(|reason| *reason == "0x1005").cloned());
     evidence.notes.push(format!("{STORM} stray writes: {:?}", counted.refused));
 
     // The victim works as if nobody else were there.
@@ -66,7 +66,10 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
 pub(super) async fn listens(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
     const WORKING: u64 = 64;
     /// What the listener primes: as much as it can without displacing itself, which depends on its share.
-    const SHARES: [usize; 5] = [PIECES, PIECES / 2, PIECES / 4, PIECES / 8, 1];
+    const SHARES: [usize; 7] =
+        [PIECES, PIECES / 2, PIECES / 4, PIECES / 8, PIECES / 16, PIECES / 32, PIECES / 64];
+    /// Passes after which a set holds nothing but what is primed: what was there before is displaced way by way.
+    const PASSES: u32 = 8;
     let mut pages = Vec::new();
     let worker = &mut scene.victim;
     worker.begin().await?;
@@ -84,10 +87,13 @@ pub(super) async fn listens(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
     let mut evidence = Evidence::default();
     for share in SHARES {
         let primed = &pieces[..share];
-        for _ in 0..2 {
-            read_all(&scene.attacker, primed).await?;
+        let mut own = 1;
+        for _ in 0..PASSES {
+            own = misses_of(scene, primed).await?;
+            if own == 0 {
+                break;
+            }
         }
-        let own = misses_of(scene, primed).await?;
         if own > 0 && share > 1 {
             continue;
         }

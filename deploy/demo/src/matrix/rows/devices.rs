@@ -10,14 +10,16 @@ use crate::matrix::outcome::Outcome;
 use crate::matrix::scene::Scene;
 use crate::matrix::site::{BLOW, FILL, PAGE};
 
-/// Row 19: the attacker's agent takes the victim's address, the victim's name, and, once it is in, the victim's identity.
+/// Row 19: the attacker's agent takes the victim's address, its name, both, and, once it is in, the victim's identity. All the while it shows its own
+/// certificate, the only one that it has.
 pub(super) async fn another_identity(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
     let (attacker, victim) = (&scene.attacker, &scene.victim);
     let (own, other) = (&attacker.connect, &victim.connect);
     let mut evidence = Evidence::default();
     let claims = [
-        Command::Connect(Connect { address: other.address, ..own.clone() }),
-        Command::Connect(Connect { name: other.name.clone(), ..own.clone() }),
+        Command::Connect(Connect { address: other.address, ..own.shown_as(own) }),
+        Command::Connect(Connect { name: other.name.clone(), ..own.shown_as(own) }),
+        Command::Connect(other.shown_as(own)),
         Command::Hello(other.clone()),
     ];
     for claim in claims {
