@@ -75,8 +75,7 @@ impl Connection {
     ) -> Result<Hypervisor, SdkError<SessionError>> {
         let role = WireRole::Hypervisor(pb::HypervisorRole {});
         let token = Bytes::copy_from_slice(&saved.resume_token);
-        let core = Core::open(self.endpoint, self.deadline, name.into(), role, token).await?;
-        Ok(Hypervisor::new(core, saved.last_request_id))
+        Ok(Hypervisor::new(self.open_with(name, role, token).await?, saved.last_request_id))
     }
 
     /// Opens a session that may look and not touch.
@@ -100,7 +99,16 @@ impl Connection {
         name: impl Into<String>,
         role: WireRole,
     ) -> Result<Arc<Core>, SdkError<SessionError>> {
-        Core::open(self.endpoint, self.deadline, name.into(), role, Bytes::new()).await
+        self.open_with(name, role, Bytes::new()).await
+    }
+
+    async fn open_with(
+        self,
+        name: impl Into<String>,
+        role: WireRole,
+        resume_token: Bytes,
+    ) -> Result<Arc<Core>, SdkError<SessionError>> {
+        Core::open(self.endpoint, self.deadline, name.into(), role, resume_token).await
     }
 }
 
