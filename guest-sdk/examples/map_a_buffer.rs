@@ -5,7 +5,7 @@ use guest_sdk::{Connection, Direction, Owner};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let driver = Connection::to("http://127.0.0.1:7450").driver("driver1", Owner::Driver(1)).await?;
+    let driver = Connection::to("https://127.0.0.1:7450").driver("driver1", Owner::Driver(1)).await?;
     let device = driver.device("00:02.0".parse()?);
 
     let buffer = driver.allocate(4096).await?;

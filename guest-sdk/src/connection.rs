@@ -9,15 +9,16 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use iommu_proto::channel::{self, CONNECT_TIMEOUT, causes};
+use iommu_proto::channel::{CONNECT_TIMEOUT, Dial, DialError, Dialled, causes};
+use iommu_proto::credentials::Credentials;
 use iommu_proto::errors::WireError;
 use iommu_proto::limits::SCHEMA_VERSION;
 use iommu_proto::pb;
 use iommu_proto::pb::open_request::Role as WireRole;
 use iommu_proto::pb::session_service_client::SessionServiceClient;
-use iommu_types::Generation;
 use iommu_types::errors::{CallError, SessionError};
-use tonic::transport::{Channel, Endpoint};
+use iommu_types::{Generation, Identity};
+use tonic::transport::Channel;
 use tonic::{Code, IntoRequest, Request, Response, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -56,7 +57,7 @@ pub(crate) struct Live {
 /// A session and all that is needed to open it again.
 #[derive(Debug)]
 pub(crate) struct Core {
-    endpoint: Endpoint,
+    dial: Dial,
     endpoint_text: String,
     deadline: Duration,
     /// What Open is called with; its token is the latest.
@@ -68,16 +69,21 @@ impl Core {
     /// Connects and opens the session, with a token the one that it belongs to. Tries once: a server that is not there is told at once.
     pub(crate) async fn open(
         endpoint_text: String,
+        credentials: &Credentials,
         deadline: Duration,
-        name: String,
+        identity: Identity,
         role: WireRole,
         resume_token: Bytes,
     ) -> Result<Arc<Self>, SdkError<SessionError>> {
-        let endpoint = channel::endpoint(&endpoint_text).map_err(TransportError::from)?;
-        let mut open =
-            pb::OpenRequest { schema_version: SCHEMA_VERSION, name, role: Some(role), resume_token };
+        let dial = Dial::to(&endpoint_text, credentials, &identity).map_err(TransportError::from)?;
+        let mut open = pb::OpenRequest {
+            schema_version: SCHEMA_VERSION,
+            name: identity.name,
+            role: Some(role),
+            resume_token,
+        };
         let token_given = !open.resume_token.is_empty();
-        let opening = open_session(&endpoint, &endpoint_text, &mut open, 1);
+        let opening = open_session(&dial, &endpoint_text, &mut open, 1);
         let opened = tokio::time::timeout(deadline, opening)
             .await
             .map_err(|_| TransportError::Deadline { waited: deadline, last: None })?;
@@ -86,7 +92,7 @@ impl Core {
             opened => opened?.0,
         };
         Ok(Arc::new(Self {
-            endpoint,
+            dial,
             endpoint_text,
             deadline,
             open: tokio::sync::Mutex::new(open),
@@ -125,7 +131,7 @@ impl Core {
         }
         let token_given = !open.resume_token.is_empty();
         let mut asked = open.clone();
-        let opened = open_session(&self.endpoint, &self.endpoint_text, &mut asked, epoch.wrapping_add(1));
+        let opened = open_session(&self.dial, &self.endpoint_text, &mut asked, epoch.wrapping_add(1));
         let (live, resumed) = match opened.await {
             Err(error) if token_given && is_forgotten(&error) => return Err(TransportError::StateLost.into()),
             opened => opened?,
@@ -262,7 +268,14 @@ impl Core {
 /// Whether a call that ended so may be made again: there was no answer, or the session is not known any more.
 pub(crate) fn may_retry(status: &Status) -> bool {
     match CallError::from_status(status) {
-        Some(error) => matches!(error, CallError::SessionRequired(_) | CallError::ShuttingDown(_)),
+        Some(error) => matches!(
+            error,
+            CallError::SessionRequired(_)
+                | CallError::ShuttingDown(_)
+                // The next connection shows the certificate that is in the file then.
+                | CallError::CertificateExpired(_)
+                | CallError::CertificateRevoked(_)
+        ),
         None => status.code() == Code::Unavailable || is_broken_connection(status),
     }
 }
@@ -300,39 +313,58 @@ fn is_broken_connection(status: &Status) -> bool {
         && std::error::Error::source(status).is_some()
 }
 
+/// Connects; a failure is told with the endpoint as it was given.
+async fn connect(dial: &Dial, endpoint_text: &str) -> Result<Dialled, TransportError> {
+    dial.connect().await.map_err(|error| match error {
+        DialError::Credential(error) => error.into(),
+        DialError::Unreachable(why) => unreachable(endpoint_text, why),
+    })
+}
+
+fn unreachable(endpoint_text: &str, why: String) -> TransportError {
+    TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why }
+}
+
 /// Asks the health service, over a connection of its own.
-pub(crate) async fn serving(endpoint_text: &str) -> Result<bool, TransportError> {
-    let unreachable = |why| TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why };
-    let connected = channel::endpoint(endpoint_text)?.connect().await;
-    let channel = connected.map_err(|error| unreachable(causes(&error)))?;
+pub(crate) async fn serving(
+    endpoint_text: &str,
+    credentials: &Credentials,
+    identity: &Identity,
+) -> Result<bool, TransportError> {
+    let dial = Dial::to(endpoint_text, credentials, identity)?;
+    let Dialled { channel, trouble } = connect(&dial, endpoint_text).await?;
     let question = HealthCheckRequest { service: String::new() };
     let answer = HealthClient::new(channel).check(question).await;
     match answer {
         Ok(answer) => Ok(answer.into_inner().status() == ServingStatus::Serving),
-        Err(status) if status.code() == Code::Unavailable => Err(unreachable(causes(&status))),
-        Err(status) => Err(TransportError::Status { code: status.code(), message: causes(&status) }),
+        Err(status) => Err(match trouble.take() {
+            Some(error) => error.into(),
+            None if status.code() == Code::Unavailable => unreachable(endpoint_text, causes(&status)),
+            None => TransportError::Status { code: status.code(), message: causes(&status) },
+        }),
     }
 }
 
 /// Connects and opens; leaves the new token in `open`. Also tells whether the session goes on where it was.
 async fn open_session(
-    endpoint: &Endpoint,
+    dial: &Dial,
     endpoint_text: &str,
     open: &mut pb::OpenRequest,
     epoch: u64,
 ) -> Result<(Live, bool), SdkError<SessionError>> {
-    let unreachable = |why| TransportError::Unreachable { endpoint: endpoint_text.to_owned(), why };
-    let channel = endpoint.connect().await.map_err(|error| unreachable(causes(&error)))?;
+    let Dialled { channel, trouble } = connect(dial, endpoint_text).await?;
     let mut request = open.clone().into_request();
     request.set_timeout(CONNECT_TIMEOUT);
     let answer = SessionServiceClient::new(channel.clone())
         .open(request)
         .await
-        .map_err(|status| match of_status(&status) {
-            SdkError::Transport(TransportError::Status { code: Code::Unavailable, message }) => {
-                unreachable(message).into()
+        .map_err(|status| match (trouble.take(), of_status(&status)) {
+            // The server refused the certificate, which in TLS 1.3 is told with the first answer.
+            (Some(error), _) => TransportError::from(error).into(),
+            (None, SdkError::Transport(TransportError::Status { code: Code::Unavailable, message })) => {
+                unreachable(endpoint_text, message).into()
             }
-            error => error,
+            (None, error) => error,
         })?
         .into_inner();
     if answer.schema_version != SCHEMA_VERSION {

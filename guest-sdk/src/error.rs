@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use iommu_proto::channel::{BadEndpoint, causes};
+use iommu_proto::credentials::CredentialError;
 use iommu_proto::errors::WireError;
 use iommu_types::errors::{CallError, SessionError};
 use tonic::{Code, Status};
@@ -39,6 +40,9 @@ pub enum TransportError {
     /// The endpoint is not one that can be connected to.
     #[error(transparent)]
     BadEndpoint(#[from] BadEndpoint),
+    /// The certificate is not there, or the server does not take it, or the server's own is not to be trusted.
+    #[error(transparent)]
+    Credential(#[from] CredentialError),
     /// No connection could be made.
     #[error("no connection to {endpoint}: {why}; is the server running there?")]
     Unreachable {

@@ -12,7 +12,7 @@
 //! use guest_sdk::{Connection, Direction, Owner};
 //!
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-//! let driver = Connection::to("http://127.0.0.1:7450").driver("net-driver", Owner::Driver(1)).await?;
+//! let driver = Connection::to("https://127.0.0.1:7450").driver("net-driver", Owner::Driver(1)).await?;
 //! let device = driver.device("0000:00:05.0".parse()?);
 //! let buffer = driver.allocate(4096).await?;
 //! buffer.write(0, &b"hello"[..]).await?;
@@ -79,7 +79,8 @@ pub use inspect::{
     LimitState, LimitsOfOwner, MappingState, Mappings, OwnerState, RingCounters, Topology, WalkStep,
 };
 pub use interrupts::{Interrupt, InterruptEvent, MsiVector};
-pub use iommu_proto::channel::BadEndpoint;
+pub use iommu_proto::channel::{BadEndpoint, DEFAULT_ENDPOINT};
+pub use iommu_proto::credentials::{CredentialError, Credentials, Refused, default_directory};
 pub use iommu_types::errors::InspectError;
 pub use iommu_types::{
     Access, AccessWidth, Blame, BouncePool, Capabilities, Deferral, DeviceAddress, Direction, DmaAttributes,

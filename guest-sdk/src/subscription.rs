@@ -116,7 +116,12 @@ pub(crate) fn may_stand_again<E>(error: &SdkError<E>) -> bool {
             TransportError::Deadline { .. }
                 | TransportError::Unreachable { .. }
                 | TransportError::Status { .. },
-        ) | SdkError::Call(CallError::ShuttingDown(_) | CallError::SessionRequired(_))
+        ) | SdkError::Call(
+            CallError::ShuttingDown(_)
+                | CallError::SessionRequired(_)
+                | CallError::CertificateExpired(_)
+                | CallError::CertificateRevoked(_)
+        )
     )
 }
 

@@ -42,6 +42,22 @@ pub const TCP_KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// Connections accepted and not yet taken up by the transport.
 pub const ACCEPTED_QUEUE_MAX: usize = 16;
+/// Connections at once of one certified identity; the oldest makes room. Agents and drivers need one, tools a few.
+pub const CONNECTIONS_PER_PEER_MAX: usize = 64;
+const _: () = assert!(CONNECTIONS_PER_PEER_MAX + ANONYMOUS_CONNECTIONS_MAX < CONNECTIONS_MAX);
+/// How long a TLS handshake may take: two round trips and a signature, on a bad network. Handshakes under way are anonymous connections, so
+/// there are at most [`ANONYMOUS_CONNECTIONS_MAX`], and the oldest makes room.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection whose handshake was refused is read on, so that its peer reads the alert before it is reset.
+pub const ALERT_LINGER: Duration = Duration::from_secs(1);
+/// Bytes that are read meanwhile: what a client sends before it reads, such as its HTTP/2 settings.
+pub const ALERT_LINGER_BYTES: u64 = 64 << 10;
+/// How often certificates are looked at: whether their files have changed, and whether one that is in use has expired or was revoked.
+pub const CERTIFICATES_TICK: Duration = Duration::from_secs(1);
+/// Bytes of a certificate, key or list that is read: a list with a hundred thousand entries has a few megabytes.
+pub const CERTIFICATE_FILE_BYTES_MAX: u64 = 16 << 20;
+/// The server warns once a day when its own certificate has less than this left.
+pub const OWN_CERTIFICATE_WARNING: Duration = Duration::from_secs(30 * 86_400);
 
 // ---- device sessions
 
@@ -85,6 +101,26 @@ pub const SANITIZER_REPORTS_PER_OWNER: usize = 1024;
 /// How often domains give back cached addresses that they did not need since: a burst that comes again within a second still finds
 /// them, and a domain's turn holds its lock for a millisecond at most.
 pub const TRIM_INTERVAL: Duration = Duration::from_secs(1);
+/// Requests of one owner's driver in a second: several times what one connection was measured to do.
+pub const REQUESTS_PER_SECOND_MAX: u64 = 200_000;
+/// DMA operations of one owner's devices in a second: several times what two cores were measured to do.
+pub const DMA_OPERATIONS_PER_SECOND_MAX: u64 = 50_000_000;
+/// Bytes of DMA of one owner's devices in a second: the same.
+pub const DMA_BYTES_PER_SECOND_MAX: u64 = 64 << 30;
+/// How much of a rate may come at once: a driver that was away for a moment is not held up, and a flood is noticed in no time.
+pub const RATE_BURST: Duration = Duration::from_millis(100);
+/// How long somebody waits who was refused because of a rate, at least and at most: a flood then costs some hundred refusals a second.
+pub const RATE_PENALTY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
+/// Calls of one owner's driver under way, streams included: its connections' worth of registers, maps and watchers.
+pub const CALLS_PER_OWNER_MAX: usize = 512;
+/// Subscriptions of one owner's driver.
+pub const WATCHERS_PER_OWNER_MAX: usize = 64;
+/// Connections of one identity: tools come and go, an agent and a driver need one.
+pub const CONNECTIONS_PER_IDENTITY_MAX: usize = 64;
+/// Functions of one owner. With `DMA_CREDITS` each it bounds the DMA that an owner has in flight.
+pub const FUNCTIONS_PER_OWNER_MAX: usize = 256;
+/// Bytes of memory that cost a driver as much as one request.
+pub const BYTES_PER_REQUEST: u64 = 64 << 10;
 /// Request IDs remembered per session identity.
 pub const REQUEST_WINDOW: usize = 1024;
 /// Bytes of answers remembered per session identity; the oldest go first.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use iommu_proto::channel::DEFAULT_ENDPOINT;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -15,7 +16,10 @@ Exit codes:
   75  the drain did not finish within its deadline, or a second signal forced it
 
 When it is ready the server prints one line of JSON on standard output:
-  {\"event\":\"ready\",\"listen\":[\"127.0.0.1:7450\"],\"unix\":[],\"admin\":\"127.0.0.1:7451\"}
+  {\"event\":\"ready\",\"listen\":[\"127.0.0.1:7450\"],\"unix\":[],\"admin\":\"127.0.0.1:7451\",\"pki\":\"/home/you/.local/state/iommu/pki\"}
+Peers show a certificate of the authority in the --pki directory. The first start makes the authority, and certificates for the server, for every
+device and driver of the configuration, and for an operator (iommuctl), an observer (observer) and a bare-machine client (bare); others are made
+by `iommuctl pki`. SIGHUP reads certificates anew, and so does a change of their files.
 Logs go to standard error. Port 0 takes any free port; the ready line says which.";
 
 /// An IOMMU that is a network service: physical memory, a VT-d remapping unit, and the host software that programs it.
@@ -35,9 +39,18 @@ pub struct Cli {
 pub enum Command {
     /// Asks a running server whether it serves (grpc.health.v1); exit code 0 if so.
     Healthcheck {
-        /// Where it listens: http://HOST:PORT or unix:///PATH.
-        #[arg(long, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7450", value_name = "URL")]
+        /// Where it listens: https://HOST:PORT, http://HOST:PORT or unix:///PATH.
+        #[arg(long, env = "IOMMU_SERVER", default_value = DEFAULT_ENDPOINT, value_name = "URL")]
         server: String,
+        /// Directory with ca.crt and observer-observer.pem, as whom it asks.
+        #[arg(long, env = "IOMMU_PKI", value_name = "DIR")]
+        pki: Option<PathBuf>,
+        /// File with the certificate and key of any peer, instead.
+        #[arg(long, env = "IOMMU_CREDENTIAL", value_name = "FILE")]
+        credential: Option<PathBuf>,
+        /// File with the certificate of the authority, instead.
+        #[arg(long, env = "IOMMU_CA", value_name = "FILE")]
+        ca: Option<PathBuf>,
         /// How long to wait for the answer.
         #[arg(long, default_value = "2s", value_parser = humantime::parse_duration)]
         timeout: std::time::Duration,
@@ -62,16 +75,23 @@ pub enum LogFormat {
 /// The flags for serving; each has a twin in the environment.
 #[derive(Debug, Default, clap::Args)]
 pub struct ServeArgs {
-    /// Accept peers without TLS. Only on loopback addresses and UNIX sockets: peers then say themselves who they are,
-    /// and the server checks only that its configuration knows them.
+    /// Accept TCP peers without TLS. Only on loopback addresses: peers then say themselves who they are, and the server checks only that its
+    /// configuration knows them.
     #[arg(long, env = "IOMMU_INSECURE_PLAINTEXT")]
     pub insecure_plaintext: bool,
     /// Address to listen on; repeat for more [default: 127.0.0.1:7450, unless --listen-unix is given].
     #[arg(long, env = "IOMMU_LISTEN", value_name = "ADDRESS", value_delimiter = ',')]
     pub listen: Vec<SocketAddr>,
-    /// UNIX socket to listen on; repeat for more. A stale socket file is removed.
+    /// UNIX socket to listen on; repeat for more. A stale socket file is removed. There is no TLS on it: peers are let in by their user
+    /// (--unix-uid) and say themselves who they are.
     #[arg(long, env = "IOMMU_LISTEN_UNIX", value_name = "PATH", value_delimiter = ',')]
     pub listen_unix: Vec<PathBuf>,
+    /// User whose processes may connect over UNIX sockets, besides the server's own and root; repeat for more.
+    #[arg(long, env = "IOMMU_UNIX_UID", value_name = "UID", value_delimiter = ',')]
+    pub unix_uid: Vec<u32>,
+    /// Directory with certificates [default: $XDG_STATE_HOME/iommu/pki or ~/.local/state/iommu/pki]; filled at the first start.
+    #[arg(long, env = "IOMMU_PKI", value_name = "DIR")]
+    pub pki: Option<PathBuf>,
     /// Address for /metrics, /healthz and /readyz over HTTP [default: 127.0.0.1:7451]; `off` for none.
     #[arg(long, env = "IOMMU_ADMIN", value_name = "ADDRESS")]
     pub admin: Option<String>,

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use iommu_proto::credentials::default_directory;
 use iommu_types::{DeviceAddress, Owner};
 use serde::Deserialize;
 
@@ -17,7 +18,8 @@ use crate::cli::{LogFormat, ServeArgs};
 
 mod parse;
 
-pub use self::parse::{is_name, parse_size};
+pub use self::parse::parse_size;
+pub use iommu_types::is_name;
 
 /// What the server starts with when neither flags nor a file say otherwise.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");
@@ -76,6 +78,10 @@ pub struct Config {
     pub listen: Vec<SocketAddr>,
     /// UNIX sockets to listen on.
     pub listen_unix: Vec<PathBuf>,
+    /// Where certificates lie; none for a server without TLS.
+    pub pki: Option<PathBuf>,
+    /// Users whose processes may connect over UNIX sockets, besides the server's own and root.
+    pub unix_uids: Vec<u32>,
     /// Where /metrics is.
     pub admin: Option<SocketAddr>,
     /// Physical memory.
@@ -113,6 +119,8 @@ pub struct Config {
 struct File {
     listen: Option<Vec<SocketAddr>>,
     listen_unix: Option<Vec<PathBuf>>,
+    pki: Option<PathBuf>,
+    unix_uids: Option<Vec<u32>>,
     admin: Option<String>,
     memory: Option<String>,
     memory_file: Option<PathBuf>,
@@ -153,24 +161,35 @@ fn parse_file(flag: &str, text: &str) -> Result<File, ConfigError> {
 
 /// Plaintext is for this machine only.
 fn check_listeners(plaintext: bool, listen: &[SocketAddr], unix: &[PathBuf]) -> Result<(), ConfigError> {
-    if !plaintext {
-        return Err(error(
-            "--insecure-plaintext",
-            "the server has no TLS yet and does not fall back to plaintext by itself",
-            "give --insecure-plaintext, and keep to loopback addresses or UNIX sockets",
-        ));
-    }
-    if let Some(address) = listen.iter().find(|address| !address.ip().is_loopback()) {
+    if plaintext && let Some(address) = listen.iter().find(|address| !address.ip().is_loopback()) {
         return Err(error(
             "--listen",
             format!("{address} is not a loopback address, and plaintext peers name themselves"),
-            "listen on 127.0.0.1 or [::1], or use --listen-unix",
+            "leave --insecure-plaintext away, or listen on 127.0.0.1 or [::1], or use --listen-unix",
         ));
     }
     if listen.is_empty() && unix.is_empty() {
         return Err(error("--listen", "there is nothing to listen on", "give --listen or --listen-unix"));
     }
     Ok(())
+}
+
+/// Where certificates lie, for a server that needs them.
+fn pki(
+    plaintext: bool,
+    listen: &[SocketAddr],
+    given: Option<PathBuf>,
+) -> Result<Option<PathBuf>, ConfigError> {
+    if plaintext || listen.is_empty() {
+        return Ok(None);
+    }
+    match given.map_or_else(default_directory, Ok) {
+        Ok(path) => Ok(Some(path)),
+        Err(why) => {
+            let remedy = "give --pki DIR, or listen on UNIX sockets alone (--listen-unix)";
+            Err(error("--pki", why.to_string(), remedy))
+        }
+    }
 }
 
 fn check_declarations(devices: &[DeviceSetting], drivers: &[DriverSetting]) -> Result<(), ConfigError> {
@@ -227,6 +246,7 @@ impl Config {
             listen = defaults.listen.clone().unwrap_or_default();
         }
         check_listeners(args.insecure_plaintext, &listen, &listen_unix)?;
+        let pki = pki(args.insecure_plaintext, &listen, args.pki.or(file.pki))?;
         let pick = |flag: Option<String>, file: Option<String>, default: Option<String>| {
             flag.or(file).or(default).unwrap_or_default()
         };
@@ -236,6 +256,8 @@ impl Config {
         Ok(Self {
             listen,
             listen_unix,
+            pki,
+            unix_uids: if args.unix_uid.is_empty() { file.unix_uids.unwrap_or_default() } else { args.unix_uid },
             admin: admin(&pick(args.admin, file.admin, defaults.admin))?,
             memory_bytes: memory(&pick(args.memory, file.memory, defaults.memory))?,
             memory_file: args.memory_file.or(file.memory_file),

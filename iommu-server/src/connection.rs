@@ -1,7 +1,8 @@
 //! A connection: the bytes of a peer, and who it said it is.
 //!
-//! **Architecture invariant (I8):** a connection's identity is set once, by `SessionService.Open` or by a device's `Hello`,
-//! and never changes; every later call is judged by it. The [`ConnectionHandle`] travels with each request as tonic's
+//! **Architecture invariant (I8):** over TLS a connection is whoever its certificate says, from the end of the handshake on. What it acts as
+//! is set once, by `SessionService.Open` or by a device's `Hello`, which over TLS can claim nothing else than the certificate says, and never
+//! changes; every later call is judged by it. The [`ConnectionHandle`] travels with each request as tonic's
 //! connect info, so that no service has to ask the message who sent it.
 
 use std::fmt;
@@ -11,14 +12,20 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, Waker};
 
+use iommu_pki::PeerCertificate;
 use iommu_types::Identity;
+use iommu_types::errors::{IdentityRefused, LimitReached};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Notify;
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
 use crate::bounds;
+use crate::ending::{EndSignal, Ending};
+use crate::host::owners::OwnerState;
 use crate::session::driver::ClientSession;
 
 /// All connections: how many there are, and how many of them have no identity yet.
@@ -64,8 +71,32 @@ impl Connections {
         let live: Vec<_> = self.all.lock().iter().filter_map(Weak::upgrade).collect();
         let strangers = live
             .into_iter()
-            .filter(|shared| shared.identity.get().is_none() && !shared.cut.load(Ordering::Acquire));
+            .filter(|shared| shared.admission.is_anonymous() && !shared.cut.load(Ordering::Acquire));
         strangers.take(excess).map(|shared| ConnectionHandle { shared }.cut()).count()
+    }
+    /// The handshake of a connection is done, and this is whose it is. Of too many connections of one peer the oldest is cut, so that a peer
+    /// cannot take the places of others (I7); gives how many were.
+    pub(crate) fn certify(&self, connection: &ConnectionHandle, certificate: PeerCertificate) -> usize {
+        let live: Vec<_> = self.all.lock().iter().filter_map(Weak::upgrade).collect();
+        let of_the_same: Vec<_> = live
+            .into_iter()
+            .filter(|shared| {
+                let other = shared.certificate.get();
+                other.is_some_and(|other| other.identity == certificate.identity)
+                    && !shared.cut.load(Ordering::Acquire)
+            })
+            .collect();
+        let excess = (of_the_same.len() + 1).saturating_sub(bounds::CONNECTIONS_PER_PEER_MAX);
+        let set = connection.shared.certificate.set(certificate);
+        assert!(set.is_ok(), "a connection has one handshake");
+        connection.shared.admission.identified();
+        of_the_same.into_iter().take(excess).map(|shared| ConnectionHandle { shared }.cut()).count()
+    }
+    /// Every connection that has a certificate and has not ended.
+    pub(crate) fn certified(&self) -> Vec<ConnectionHandle> {
+        let live: Vec<_> = self.all.lock().iter().filter_map(Weak::upgrade).collect();
+        let certified = live.into_iter().filter(|shared| shared.certificate.get().is_some());
+        certified.map(|shared| ConnectionHandle { shared }).filter(|one| one.ended().is_none()).collect()
     }
     /// Cuts every connection.
     pub fn cut_all(&self) {
@@ -84,6 +115,9 @@ pub struct Admission {
 }
 
 impl Admission {
+    fn is_anonymous(&self) -> bool {
+        self.anonymous.load(Ordering::Relaxed)
+    }
     fn identified(&self) {
         if self.anonymous.swap(false, Ordering::Relaxed) {
             self.connections.anonymous.fetch_sub(1, Ordering::Relaxed);
@@ -107,6 +141,8 @@ pub enum Peer {
     Unix {
         /// Its process ID.
         pid: Option<i32>,
+        /// Its user.
+        uid: Option<u32>,
     },
 }
 
@@ -114,8 +150,11 @@ impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => address.fmt(f),
-            Self::Unix { pid: Some(pid) } => write!(f, "unix:pid={pid}"),
-            Self::Unix { pid: None } => f.write_str("unix"),
+            Self::Unix { pid, uid } => {
+                f.write_str("unix")?;
+                pid.map_or(Ok(()), |pid| write!(f, ":pid={pid}"))?;
+                uid.map_or(Ok(()), |uid| write!(f, ":uid={uid}"))
+            }
         }
     }
 }
@@ -123,10 +162,14 @@ impl fmt::Display for Peer {
 #[derive(Debug)]
 struct Shared {
     peer: Peer,
+    certificate: OnceLock<PeerCertificate>,
     identity: OnceLock<Identity>,
     session: OnceLock<Arc<ClientSession>>,
+    ended: EndSignal,
     closed: CancellationToken,
     cut: AtomicBool,
+    /// For the handshake, which waits for other things than the socket as well.
+    cut_in_handshake: Notify,
     cut_waker: Mutex<Option<Waker>>,
     watchers: AtomicUsize,
     admission: Admission,
@@ -144,10 +187,13 @@ impl ConnectionHandle {
         let connection = Self {
             shared: Arc::new(Shared {
                 peer,
+                certificate: OnceLock::new(),
                 identity: OnceLock::new(),
                 session: OnceLock::new(),
+                ended: EndSignal::new(),
                 closed: CancellationToken::new(),
                 cut: AtomicBool::new(false),
+                cut_in_handshake: Notify::new(),
                 cut_waker: Mutex::new(None),
                 watchers: AtomicUsize::new(0),
                 admission,
@@ -159,6 +205,52 @@ impl ConnectionHandle {
     /// Where it comes from.
     pub fn peer(&self) -> &Peer {
         &self.shared.peer
+    }
+    /// Of a TCP socket. Nagle is switched off here, because tonic ignores its own setting for incoming streams.
+    pub(crate) fn tcp(socket: &TcpStream, admission: Admission) -> io::Result<Self> {
+        socket.set_nodelay(true)?;
+        let peer = Peer::Tcp(socket.peer_addr()?);
+        rustix::net::sockopt::set_socket_keepalive(socket, true)?;
+        rustix::net::sockopt::set_tcp_keepidle(socket, bounds::TCP_KEEPALIVE_IDLE)?;
+        Ok(Self::new(peer, admission))
+    }
+    /// What its certificate says; none without TLS.
+    pub fn certificate(&self) -> Option<&PeerCertificate> {
+        self.shared.certificate.get()
+    }
+    /// Refuses an identity that is not the one of the certificate (I8).
+    pub fn must_be_certified(&self, claimed: &Identity) -> Result<(), IdentityRefused> {
+        match self.certificate() {
+            Some(certificate) if certificate.identity != *claimed => Err(IdentityRefused {
+                name: claimed.name.clone(),
+                why: format!(
+                    "it asks to be the {claimed_role}, and its certificate is for {}; connect with the certificate of the one that is meant",
+                    certificate.identity,
+                    claimed_role = claimed.role,
+                ),
+            }),
+            _ => Ok(()),
+        }
+    }
+    /// Ends everything on it for a reason; it is cut later, when the reason had time to arrive. `true` when this call did.
+    pub(crate) fn end(&self, why: &Ending) -> bool {
+        let first = self.shared.ended.end(why.clone());
+        if let Some(session) = self.session() {
+            session.end.end(why.clone());
+        }
+        first
+    }
+    /// Why it ended, when it did.
+    pub fn ended(&self) -> Option<&Ending> {
+        self.shared.ended.ended()
+    }
+    /// Whether both are the same connection.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+    /// Resolves when it is cut, for one that waits.
+    pub(crate) async fn cut_in_handshake(&self) {
+        self.shared.cut_in_handshake.notified().await;
     }
     /// Who it is, once it said so.
     pub fn identity(&self) -> Option<&Identity> {
@@ -177,7 +269,12 @@ impl ConnectionHandle {
     }
     /// Binds the session; only after `identify` succeeded, so at most once.
     pub fn bind(&self, session: Arc<ClientSession>) {
-        assert!(self.shared.session.set(session).is_ok(), "identify() succeeds once, and bind() follows it");
+        let set = self.shared.session.set(Arc::clone(&session));
+        assert!(set.is_ok(), "identify() succeeds once, and bind() follows it");
+        // Whoever ends the connection meanwhile sees the session, or is seen here.
+        if let Some(why) = self.ended() {
+            session.end.end(why.clone());
+        }
     }
     /// Resolves when the connection is gone.
     pub async fn closed(&self) {
@@ -190,6 +287,7 @@ impl ConnectionHandle {
     /// Breaks the connection: the only way to be rid of a peer that does not read.
     pub fn cut(&self) {
         self.shared.cut.store(true, Ordering::Release);
+        self.shared.cut_in_handshake.notify_one();
         if let Some(waker) = self.shared.cut_waker.lock().take() {
             waker.wake();
         }
@@ -197,7 +295,7 @@ impl ConnectionHandle {
     /// A place among the subscriptions of this connection.
     pub fn watcher(&self) -> Option<WatcherPlace> {
         let before = self.shared.watchers.fetch_add(1, Ordering::Relaxed);
-        let place = WatcherPlace { connection: self.clone() };
+        let place = WatcherPlace { connection: self.clone(), owner: None };
         (before < bounds::WATCHERS_PER_CONNECTION_MAX).then_some(place)
     }
 }
@@ -206,17 +304,31 @@ impl ConnectionHandle {
 #[derive(Debug)]
 pub struct WatcherPlace {
     connection: ConnectionHandle,
+    owner: Option<Arc<OwnerState>>,
+}
+
+impl WatcherPlace {
+    /// Takes a place among the subscriptions of an owner too.
+    pub fn of_owner(mut self, owner: Arc<OwnerState>) -> Result<Self, LimitReached> {
+        owner.bounds.watchers.enter()?;
+        self.owner = Some(owner);
+        Ok(self)
+    }
 }
 
 impl Drop for WatcherPlace {
     fn drop(&mut self) {
         self.connection.shared.watchers.fetch_sub(1, Ordering::Relaxed);
+        if let Some(owner) = &self.owner {
+            owner.bounds.watchers.leave();
+        }
     }
 }
 
 #[derive(Debug)]
 enum Socket {
     Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
 }
 
@@ -228,17 +340,20 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Over TCP. Nagle is switched off here, because tonic ignores its own setting for incoming streams.
+    /// Over TCP, in plaintext.
     pub fn tcp(socket: TcpStream, admission: Admission) -> io::Result<Self> {
-        socket.set_nodelay(true)?;
-        let peer = Peer::Tcp(socket.peer_addr()?);
-        rustix::net::sockopt::set_socket_keepalive(&socket, true)?;
-        rustix::net::sockopt::set_tcp_keepidle(&socket, bounds::TCP_KEEPALIVE_IDLE)?;
-        Ok(Self { socket: Socket::Tcp(socket), handle: ConnectionHandle::new(peer, admission) })
+        let handle = ConnectionHandle::tcp(&socket, admission)?;
+        Ok(Self { socket: Socket::Tcp(socket), handle })
+    }
+    /// Over TLS, after the handshake.
+    pub(crate) fn tls(stream: TlsStream<TcpStream>, handle: ConnectionHandle) -> Self {
+        Self { socket: Socket::Tls(Box::new(stream)), handle }
     }
     /// Over a UNIX socket.
     pub fn unix(socket: UnixStream, admission: Admission) -> Self {
-        let peer = Peer::Unix { pid: socket.peer_cred().ok().and_then(|peer| peer.pid()) };
+        let credentials = socket.peer_cred().ok();
+        let pid = credentials.and_then(|peer| peer.pid());
+        let peer = Peer::Unix { pid, uid: credentials.map(|peer| peer.uid()) };
         Self { socket: Socket::Unix(socket), handle: ConnectionHandle::new(peer, admission) }
     }
     /// What the services know of it.
@@ -277,6 +392,7 @@ macro_rules! on_socket {
     ($self:ident, $socket:ident => $what:expr) => {
         match &mut $self.socket {
             Socket::Tcp($socket) => $what,
+            Socket::Tls($socket) => $what,
             Socket::Unix($socket) => $what,
         }
     };

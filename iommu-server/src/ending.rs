@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use iommu_proto::errors::WireError;
 use iommu_types::DeviceAddress;
-use iommu_types::errors::{ProtocolViolation, SessionFenced, ShuttingDown, StreamStalled, UnknownDevice};
+use iommu_types::errors::{CertificateExpired, CertificateRevoked, ProtocolViolation, SessionFenced, ShuttingDown, StreamStalled, UnknownDevice};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -35,6 +35,16 @@ pub enum Ending {
         /// Which.
         device: DeviceAddress,
     },
+    /// The certificate of the connection has expired.
+    CertificateExpired {
+        /// When, in seconds since the UNIX epoch.
+        expired_unix_s: u64,
+    },
+    /// The certificate of the connection was revoked.
+    CertificateRevoked {
+        /// Its serial number.
+        serial: String,
+    },
     /// The server goes down.
     ShuttingDown,
 }
@@ -47,6 +57,8 @@ impl Ending {
             Self::Stalled { stalled_ms } => StreamStalled { stalled_ms }.into_status(),
             Self::Violation { why } => ProtocolViolation { why }.into_status(),
             Self::Removed { device } => UnknownDevice { device }.into_status(),
+            Self::CertificateExpired { expired_unix_s } => CertificateExpired { expired_unix_s }.into_status(),
+            Self::CertificateRevoked { serial } => CertificateRevoked { serial }.into_status(),
             Self::ShuttingDown => ShuttingDown {}.into_status(),
         }
     }
@@ -58,6 +70,8 @@ impl Ending {
             Self::Stalled { .. } => "stalled",
             Self::Violation { .. } => "violation",
             Self::Removed { .. } => "removed",
+            Self::CertificateExpired { .. } => "certificate_expired",
+            Self::CertificateRevoked { .. } => "certificate_revoked",
             Self::ShuttingDown => "shutting_down",
         }
     }

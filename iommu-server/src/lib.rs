@@ -4,6 +4,7 @@
 //! tasks or the wire. This is the only floor with a runtime: it parses what peers send, takes the locks, awaits drains with none held, and
 //! answers. [`server::Server`] puts it together; the binary is a short `main`.
 //!
+//! - [`tls`]: certificates, handshakes, rotation; [`listen`]: who is let in.
 //! - [`connection`] and [`session`]: who a peer is (I8), device streams, client sessions, retries.
 //! - [`host`] and [`machine`]: the state, and what changes it.
 //! - [`services`]: one file per service of the schema; [`layers`]: what every call passes.
@@ -27,3 +28,4 @@ pub mod server;
 pub mod services;
 pub mod session;
 pub mod telemetry;
+pub mod tls;

@@ -1,22 +1,25 @@
 //! Listening: TCP and UNIX sockets, all feeding one stream of connections.
 //!
 //! Sockets are bound before anything else is started, and the addresses that came out are told in the ready line. The number of connections
-//! is limited here, because nothing above does.
+//! is limited here, because nothing above does. A TCP peer shakes hands (TLS) before it is passed on; a peer on a UNIX socket is let in when the
+//! system says that it is a user who may.
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::bounds;
 use crate::config::Config;
-use crate::connection::{Admission, Connection, Connections};
+use crate::connection::{Admission, Connection, ConnectionHandle, Connections};
 use crate::ending::EndSignal;
+use crate::metrics::Metrics;
 use crate::telemetry::warn_limited;
+use crate::tls::Tls;
 
 /// An address that cannot be bound.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +28,40 @@ pub struct BindError {
     address: String,
     reason: io::Error,
     remedy: &'static str,
+}
+
+/// Users whose processes may connect over a UNIX socket: the server's own, root, and those that the configuration names.
+#[derive(Clone, Debug)]
+pub struct UnixUsers(Vec<u32>);
+
+impl UnixUsers {
+    /// The server's own user, root, and these.
+    pub fn with(named: &[u32]) -> Self {
+        let own = [rustix::process::geteuid().as_raw(), 0];
+        Self(own.iter().chain(named).copied().collect())
+    }
+    /// Whether a process of this user may connect; one whose user the system does not tell may not.
+    pub fn admit(&self, uid: Option<u32>) -> bool {
+        uid.is_some_and(|uid| self.0.contains(&uid))
+    }
+}
+
+/// Who is let in, and as whom.
+#[derive(Clone, Debug)]
+pub struct Entrance {
+    /// What TCP peers shake hands with; none for plaintext.
+    pub tls: Option<Arc<Tls>>,
+    /// Who may use UNIX sockets.
+    pub users: UnixUsers,
+    /// Where those are counted who are not let in.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Entrance {
+    /// For measurements and tests: plaintext, and this user's processes.
+    pub fn plaintext() -> Self {
+        Self { tls: None, users: UnixUsers::with(&[]), metrics: Arc::default() }
+    }
 }
 
 /// Sockets that are bound.
@@ -104,12 +141,14 @@ impl Listeners {
         self,
         connections: &Arc<Connections>,
         shutdown: &EndSignal,
+        entrance: &Entrance,
     ) -> ReceiverStream<io::Result<Connection>> {
         let (accepted, incoming) = mpsc::channel(bounds::ACCEPTED_QUEUE_MAX);
         let door = || Door {
             connections: Arc::clone(connections),
             accepted: accepted.clone(),
             shutdown: shutdown.clone(),
+            entrance: entrance.clone(),
         };
         for (listener, _) in self.tcp {
             let door = door();
@@ -130,6 +169,7 @@ struct Door {
     connections: Arc<Connections>,
     accepted: mpsc::Sender<io::Result<Connection>>,
     shutdown: EndSignal,
+    entrance: Entrance,
 }
 
 impl Door {
@@ -139,20 +179,42 @@ impl Door {
                 accepted = listener.accept() => accepted,
                 _ = self.shutdown.wait() => return,
             };
-            let connection = match accepted {
-                Ok((socket, _)) => self.admit().map(|admission| Connection::tcp(socket, admission)),
+            let admitted = match accepted {
+                Ok((socket, _)) => self.admit().map(|admission| (socket, admission)),
                 Err(reason) => {
                     self.back_off(&reason).await;
                     continue;
                 }
             };
+            let Some((socket, admission)) = admitted else { continue };
+            if let Some(tls) = &self.entrance.tls {
+                self.shake_hands(tls, socket, admission);
+                continue;
+            }
             // A peer that is gone before it was set up is nobody's problem.
-            if let Some(Ok(connection)) = connection
+            if let Ok(connection) = Connection::tcp(socket, admission)
                 && self.accepted.send(Ok(connection)).await.is_err()
             {
                 return;
             }
         }
+    }
+    /// In a task of its own, so that one slow peer holds up nobody.
+    fn shake_hands(&self, tls: &Arc<Tls>, socket: TcpStream, admission: Admission) {
+        // A peer that is gone before it was set up is nobody's problem.
+        let Ok(handle) = ConnectionHandle::tcp(&socket, admission) else { return };
+        let (tls, connections) = (Arc::clone(tls), Arc::clone(&self.connections));
+        let (accepted, shutdown) = (self.accepted.clone(), self.shutdown.clone());
+        tokio::spawn(async move {
+            let shaken = tokio::select! {
+                shaken = tls.accept(socket, handle, &connections) => shaken,
+                _ = shutdown.wait() => None,
+            };
+            if let Some(connection) = shaken {
+                // Nobody takes it up when the server goes down.
+                let _passed_on = accepted.send(Ok(connection)).await;
+            }
+        });
     }
     async fn serve_unix(&self, listener: UnixListener) {
         loop {
@@ -161,6 +223,7 @@ impl Door {
                 _ = self.shutdown.wait() => return,
             };
             let connection = match accepted {
+                Ok((socket, _)) if !self.may_enter(&socket) => continue,
                 Ok((socket, _)) => self.admit().map(|admission| Connection::unix(socket, admission)),
                 Err(reason) => {
                     self.back_off(&reason).await;
@@ -173,6 +236,16 @@ impl Door {
                 return;
             }
         }
+    }
+    fn may_enter(&self, socket: &UnixStream) -> bool {
+        let peer = socket.peer_cred().ok();
+        let (uid, pid) = (peer.map(|peer| peer.uid()), peer.and_then(|peer| peer.pid()));
+        let may = self.entrance.users.admit(uid);
+        if !may {
+            self.entrance.metrics.unix_peer_refused();
+            warn_limited!(uid, pid, "peer refused on a UNIX socket: its user may not connect; --unix-uid lets it in");
+        }
+        may
     }
     fn admit(&self) -> Option<Admission> {
         let admission = self.connections.admit(bounds::CONNECTIONS_MAX);
@@ -191,5 +264,27 @@ impl Door {
     async fn back_off(&self, reason: &io::Error) {
         warn_limited!(%reason, "accept failed");
         tokio::time::sleep(bounds::ACCEPT_BACKOFF).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_own_user_root_and_those_named_use_a_unix_socket() {
+        let own = rustix::process::geteuid().as_raw();
+        let other = own.wrapping_add(4711);
+        let rows = [
+            (&[][..], Some(own), true),
+            (&[], Some(0), true),
+            (&[], Some(other), false),
+            (&[other], Some(other), true),
+            (&[other], Some(other + 1), false),
+            (&[other], None, false),
+        ];
+        for (named, uid, admitted) in rows {
+            assert_eq!(UnixUsers::with(named).admit(uid), admitted, "{named:?} {uid:?}");
+        }
     }
 }

@@ -8,7 +8,8 @@ use clap::{CommandFactory, Parser};
 use iommu_server::cli::{Cli, Command};
 use iommu_server::config::{Config, ConfigError};
 use iommu_server::drain::Drained;
-use iommu_server::host::Host;
+use iommu_server::host::{Host, StartError};
+use iommu_proto::credentials::Credentials;
 use iommu_server::server::{Server, ServerError};
 use iommu_server::{admin_http, healthcheck, telemetry};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -42,8 +43,9 @@ fn main() -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "iommu-server", &mut std::io::stdout());
             ExitCode::SUCCESS
         }
-        Some(Command::Healthcheck { server, timeout }) => {
-            match runtime.block_on(healthcheck::healthcheck(&server, timeout)) {
+        Some(Command::Healthcheck { server, pki, credential, ca, timeout }) => {
+            let credentials = Credentials::from_flags(pki, credential, ca);
+            match runtime.block_on(healthcheck::healthcheck(&server, &credentials, timeout)) {
                 Ok(true) => ExitCode::SUCCESS,
                 Ok(false) => fail(UNHEALTHY, &format!("{server} is not serving")),
                 Err(why) => fail(UNHEALTHY, &why),
@@ -73,8 +75,9 @@ async fn run(config: Config) -> ExitCode {
     if let Err(error) = telemetry::start(&config.log, config.log_format) {
         return refuse(&error);
     }
-    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
-    let (Ok(terminate), Ok(interrupt)) = signals else {
+    let signals =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()));
+    let (Ok(terminate), Ok(interrupt), Ok(hangup)) = signals else {
         return fail(BROKEN, "signals cannot be received");
     };
     let deadline = config.drain_deadline;
@@ -94,12 +97,14 @@ async fn run(config: Config) -> ExitCode {
     let server = match Server::start(config).await {
         Ok(server) => server,
         Err(ServerError::Bind(error)) => return fail(CANNOT_BIND, &error.to_string()),
+        Err(ServerError::Start(StartError::Tls(error))) => return fail(BAD_CONFIGURATION, &error.to_string()),
         Err(error) => return fail(BROKEN, &error.to_string()),
     };
     let admin_address = admin.as_ref().and_then(|listener| listener.local_addr().ok());
     if let Some(listener) = admin {
         tokio::spawn(admin_http::serve(listener, Arc::clone(&server.host)));
     }
+    tokio::spawn(reload_on(hangup, Arc::clone(&server.host)));
     let memory = tokio::task::spawn_blocking({
         let host = Arc::clone(&server.host);
         move || preallocate(&host)
@@ -108,6 +113,16 @@ async fn run(config: Config) -> ExitCode {
         tracing::warn!(%reason, "the ready line was not written");
     }
     end(server, terminate, interrupt, memory, deadline).await
+}
+
+/// Reads certificates anew at every SIGHUP.
+async fn reload_on(mut hangup: Signal, host: Arc<Host>) {
+    while hangup.recv().await.is_some() {
+        match &host.tls {
+            Some(tls) => tls.reload_soon(),
+            None => tracing::info!("SIGHUP: there are no certificates to read anew"),
+        }
+    }
 }
 
 /// Allocates physical memory behind the server's back (ADR 0003).
@@ -122,12 +137,14 @@ struct Ready<'a> {
     listen: &'a [std::net::SocketAddr],
     unix: &'a [std::path::PathBuf],
     admin: Option<std::net::SocketAddr>,
+    pki: Option<&'a std::path::Path>,
 }
 
 fn print_ready(server: &Server, admin: Option<std::net::SocketAddr>) -> std::io::Result<()> {
-    let ready = Ready { event: "ready", listen: &server.listen, unix: &server.unix, admin };
+    let pki = server.host.tls.as_ref().map(|tls| tls.directory());
+    let ready = Ready { event: "ready", listen: &server.listen, unix: &server.unix, admin, pki };
     let line = serde_json::to_string(&ready)?;
-    tracing::info!(listen = ?server.listen, unix = ?server.unix, ?admin, "ready");
+    tracing::info!(listen = ?server.listen, unix = ?server.unix, ?admin, ?pki, "ready");
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "{line}")?;
     stdout.flush()

@@ -78,6 +78,7 @@ pub struct Metrics {
     reclaimed_mappings: Counter,
     reclaimed_domains: Counter,
     reclaimed_bytes: Counter,
+    unix_peers_refused: Counter,
 }
 
 impl Default for Metrics {
@@ -89,6 +90,7 @@ impl Default for Metrics {
             reclaimed_mappings: Counter::default(),
             reclaimed_domains: Counter::default(),
             reclaimed_bytes: Counter::default(),
+            unix_peers_refused: Counter::default(),
         }
     }
 }
@@ -98,6 +100,10 @@ impl Metrics {
     pub fn called(&self, method: &Method, code: i32, took: Duration) {
         self.calls.get_or_create(&CallLabels { method: method.clone(), code }).inc();
         self.latencies.get_or_create(&MethodLabels { method: method.clone() }).observe(took.as_secs_f64());
+    }
+    /// A peer on a UNIX socket was not let in.
+    pub fn unix_peer_refused(&self) {
+        self.unix_peers_refused.inc();
     }
     /// Something was taken back.
     pub fn reclaimed(&self, reclaimed: Reclaimed) {
@@ -128,6 +134,11 @@ pub fn registry(host: &Arc<Host>) -> Registry {
         Unit::Bytes,
         metrics.reclaimed_bytes.clone(),
     );
+    let help = "Peers on UNIX sockets whose user may not connect";
+    registry.register("unix_peers_refused", help, metrics.unix_peers_refused.clone());
+    if let Some(tls) = &host.tls {
+        tls.metrics.register(&mut registry);
+    }
     registry.register_collector(Box::new(HostCollector { host: Arc::downgrade(host) }));
     registry
 }
@@ -286,6 +297,10 @@ impl Collector for HostCollector {
             "Connections without identity",
             host.connections.anonymous() as u64,
         )?;
+        if let Some(tls) = &host.tls {
+            let left_s = tls.own_not_after_unix_s().saturating_sub(crate::telemetry::now_unix_ms() / 1000);
+            gauge(encoder, "tls_certificate_left_seconds", "Until the server's own certificate expires", left_s)?;
+        }
         let sessions = host.watchdog.sessions().len() as u64;
         gauge(encoder, "device_sessions", "Device streams, ended ones included", sessions)?;
         gauge(encoder, "domains", "Domains", host.domains.count() as u64)?;

@@ -34,7 +34,7 @@ use crate::host::{Host, StartError};
 use crate::layers::gate::GateLayer;
 use crate::layers::limits::LimitLayer;
 use crate::layers::observe::ObserveLayer;
-use crate::listen::{BindError, Listeners};
+use crate::listen::{BindError, Entrance, Listeners, UnixUsers};
 use crate::services::admin::Admin;
 use crate::services::bare::BareMachines;
 use crate::services::device::DeviceSessions;
@@ -189,13 +189,21 @@ impl Server {
             health.set_service_status(service, ServingStatus::Serving).await;
         }
         let (listen, unix) = (listeners.tcp_addresses(), listeners.unix_paths());
-        let connections = listeners.accept(&host.connections, &host.shutdown);
+        let entrance = Entrance {
+            tls: host.tls.clone(),
+            users: UnixUsers::with(&host.config.unix_uids),
+            metrics: Arc::clone(&host.metrics),
+        };
+        let connections = listeners.accept(&host.connections, &host.shutdown, &entrance);
         let transport = tokio::spawn(serve(Arc::clone(&host), routes, connections));
-        let background = vec![
+        let mut background = vec![
             tokio::spawn(Arc::clone(&host.watchdog).run()),
             tokio::spawn(collect_regularly(Arc::clone(&host))),
             tokio::spawn(trim_regularly(Arc::clone(&host))),
         ];
+        background.extend(
+            host.tls.clone().map(|tls| tokio::spawn(crate::tls::reload::run(Arc::clone(&host), tls))),
+        );
         Ok(Self { host, listen, unix, health, transport, background })
     }
 }

@@ -9,10 +9,12 @@
 pub mod channel;
 pub mod codec;
 mod convert;
+pub mod credentials;
 pub mod dma;
 pub mod errors;
 pub mod framing;
 pub mod limits;
+pub mod tls;
 
 /// What messages mean: the types of `iommu-types` where they have one, and these where they do not.
 ///

@@ -166,7 +166,7 @@ proptest! {
         pasid in any::<Option<u32>>(),
     ) {
         let (kind, payload) = (Bytes::from(kind), Bytes::from(payload));
-        receive_batch(&pb::DmaBatch { first_tag, iova, size_bytes, kind, payload, pasid, address_type: 0 }.encode_to_vec());
+        receive_batch(&pb::DmaBatch { first_tag, iova, size_bytes, kind, payload, pasid, address_type: 0, assignment_generation: None }.encode_to_vec());
     }
 }
 

@@ -193,7 +193,7 @@ fn reasons_and_codes_are_one_to_one() {
         assert_eq!(reason_code(reason_from_code(code)), code);
     }
     assert_eq!(reason_code(Err(Refusal::OverLimit)), 0x1002);
-    assert_eq!(reason_from_code(0x1005), Err(Refusal::Unknown(0x1005)), "a later version may have more");
+    assert_eq!(reason_from_code(0x1007), Err(Refusal::Unknown(0x1007)), "a later version may have more");
 }
 
 fn check_results(change: impl FnOnce(&mut pb::DmaCompletions), expected: Expect) {

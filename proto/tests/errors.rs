@@ -104,6 +104,8 @@ samples! {
     SessionExists {  };
     SessionFenced { by_generation: 0x1234_5678_9abc };
     IdentityRefused { name: "some text".to_owned(), why: "some text".to_owned() };
+    CertificateExpired { expired_unix_s: 0x1234_5678_9abc };
+    CertificateRevoked { serial: "some text".to_owned() };
     VersionMismatch { server: 70_000, peer: 70_000 };
     RequestTooOld { request_id: 0x1234_5678_9abc, oldest: 0x1234_5678_9abc };
     RequestReused { request_id: 0x1234_5678_9abc };

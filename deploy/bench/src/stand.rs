@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use iommu_launch::{Binaries, Process, Server, ServerOptions, binaries_beside};
+use iommu_launch::{Binaries, Process, Server, ServerOptions, Wire, binaries_beside};
 use iommu_types::{DeviceAddress, Owner, SourceId};
 use serde::Deserialize;
 
@@ -82,7 +82,7 @@ impl Ends {
             // The devices are all of the first driver; the others only sit there.
             arguments.extend(["--device".into(), format!("{address}={}@{}", name(peer), owner(0))]);
         }
-        let server = Server::start(binaries, &ServerOptions { arguments }).await?;
+        let server = Server::start(binaries, &ServerOptions { wire: Wire::Plaintext, arguments }).await?;
         let own = binaries.caller.as_deref().context("cargo did not say where this program is")?;
         let echo = Echo::start(own, &server.path("echo.sock"), server.path("echo.log")).await?;
         Ok(Self { server, echo })

@@ -20,6 +20,8 @@ use crate::report::{Step, Told};
 /// The driver, as the server's embedded configuration knows it.
 pub(crate) const NAME: &str = "driver0";
 pub(crate) const OWNER: Owner = Owner::Driver(0);
+/// The observer for whom the server makes a certificate by itself.
+const OBSERVER: &str = "observer";
 /// A file is held in memory and in two buffers of the server.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of the packet that the ring receives: an Ethernet frame.
@@ -47,7 +49,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         Connection::to(&options.server).driver(NAME, OWNER).await.context("open a session as driver")?;
     // Physical addresses and raw entries are for observers; a driver sees neither.
     let observer =
-        Connection::to(&options.server).observer("demo").await.context("open a session as observer")?;
+        Connection::to(&options.server).observer(OBSERVER).await.context("open a session as observer")?;
     let device = driver.device(options.device);
     let engine = Engine::start(&driver, device).await?;
     let mut play = Play { driver, observer, engine };

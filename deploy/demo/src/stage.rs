@@ -64,7 +64,7 @@ impl Stage {
         let mut all = vec![subcommand.to_owned(), "--server".to_owned(), self.server.endpoint().to_owned()];
         all.extend_from_slice(arguments);
         let log = self.path(&format!("{subcommand}.log"));
-        let mut driver = Process::start(subcommand, &self.own, &all, log)?;
+        let mut driver = self.server.start_peer(subcommand, &self.own, &all, log)?;
         report::progress(self.json, &format!("process: driver {} ({subcommand})", number(&driver)));
         let agents_before = self.agents.len();
         let steps = match tokio::time::timeout(DRIVER_DEADLINE, self.follow(&mut driver)).await {

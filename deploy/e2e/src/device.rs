@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use device_runtime::{Agent, DeviceModel, Dma, DmaError, EndReason, MmioRefusal, Reconnect, Register};
-use iommu_types::{DeviceAddress, DmaFault};
+use device_runtime::{Agent, Credentials, DeviceModel, Dma, DmaError, EndReason, MmioRefusal, Reconnect, Register};
+use iommu_launch::Server;
+use iommu_types::{DeviceAddress, DmaFault, Identity, Role};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -40,20 +41,26 @@ pub struct Device {
 
 impl Device {
     /// Connects, and returns once the session stands.
-    pub async fn attach(endpoint: &str, name: &str, address: DeviceAddress) -> Self {
-        Self::attach_with(endpoint, name, address, Reconnect::STANDARD).await
+    pub async fn attach(server: &Server, endpoint: &str, name: &str, address: DeviceAddress) -> Self {
+        Self::attach_with(server, endpoint, name, address, Reconnect::STANDARD).await
     }
 
     /// The same, with a policy of its own.
     pub async fn attach_with(
+        server: &Server,
         endpoint: &str,
         name: &str,
         address: DeviceAddress,
         reconnect: Reconnect,
     ) -> Self {
         let stop = CancellationToken::new();
-        let agent =
-            Agent::builder(endpoint, name, address).reconnect(reconnect).stop_on(stop.clone()).build();
+        let identity = Identity { name: name.to_owned(), role: Role::Device(address) };
+        server.admit(&identity).expect("certificates can be issued");
+        let agent = Agent::builder(endpoint, name, address)
+            .credentials(Credentials::from_directory(server.pki()))
+            .reconnect(reconnect)
+            .stop_on(stop.clone())
+            .build();
         let dma = agent.dma();
         let agent = tokio::spawn(async move { agent.run(Plain).await });
         let connected = tokio::time::timeout(SOON, dma.connected()).await.expect("the session stands soon");

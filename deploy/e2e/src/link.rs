@@ -15,9 +15,9 @@ pub struct Link {
 }
 
 impl Link {
-    /// A link to an endpoint `http://HOST:PORT`.
+    /// A link to an endpoint `https://HOST:PORT`. Its near end is on this host too, so the server's certificate fits it.
     pub async fn to(endpoint: &str) -> Self {
-        let target = endpoint.trim_start_matches("http://").to_owned();
+        let target = endpoint.trim_start_matches("https://").to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("a bound port has an address");
         let (cuts, cut) = watch::channel(0);
@@ -31,7 +31,7 @@ impl Link {
 
     /// Where clients connect.
     pub fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
+        format!("https://{}", self.address)
     }
 
     /// Breaks all connections of now.

@@ -7,11 +7,11 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use guest_sdk::{
-    AccessQuestion, BareClient, Connection, DeviceState, DomainState, Driver, FaultFilter, Inspect,
+    AccessQuestion, BareClient, Connection, Credentials, DeviceState, DomainState, Driver, FaultFilter, Inspect,
     MappingState, Observer, Operator, OwnerState,
 };
 use iommu_launch::{AgentOptions, Binaries, Process, Server, ServerOptions};
-use iommu_types::{Access, DeviceAddress, Explanation, FaultRecord, Iova, Owner};
+use iommu_types::{Access, DeviceAddress, Explanation, FaultRecord, Identity, Iova, Owner, Role};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::ChildStdout;
@@ -112,15 +112,21 @@ pub fn address(number: u32) -> DeviceAddress {
     format!("00:{:02x}.0", number + 1).parse().expect("an address")
 }
 
+/// A connection to an endpoint of the server for a peer, which gets a certificate if it has none.
+pub fn connection(server: &Server, endpoint: &str, name: &str, role: Role) -> Connection {
+    server.admit(&Identity { name: name.to_owned(), role }).expect("certificates can be issued");
+    Connection::to(endpoint).credentials(Credentials::from_directory(server.pki()))
+}
+
 impl Stage {
     /// Starts a server with the built-in devices and drivers, little memory, and these further arguments.
     pub async fn start(arguments: &[&str]) -> Self {
         let mut all: Vec<String> = ["--memory", "64MiB"].map(String::from).into();
         all.extend(arguments.iter().map(|argument| (*argument).to_owned()));
-        let server = Server::start(binaries(), &ServerOptions { arguments: all }).await;
+        let server = Server::start(binaries(), &ServerOptions { arguments: all, ..ServerOptions::default() }).await;
         let server = server.expect("the server starts");
-        let observer =
-            Connection::to(server.endpoint()).observer("watcher").await.expect("an observer is admitted");
+        let watcher = connection(&server, server.endpoint(), "watcher", Role::Observer);
+        let observer = watcher.observer("watcher").await.expect("an observer is admitted");
         let memory_free_bytes = observer.inspect().topology().await.expect("topology").memory_free_bytes;
         Self { server, observer, memory_free_bytes }
     }
@@ -132,23 +138,27 @@ impl Stage {
 
     /// The driver with this number, connected to an endpoint.
     pub async fn driver_over(&self, endpoint: &str, number: u32) -> Driver {
-        let connection = Connection::to(endpoint).deadline(Duration::from_secs(8));
-        connection.driver(format!("driver{number}"), owner(number)).await.expect("the driver is admitted")
+        let name = format!("driver{number}");
+        let connection = connection(&self.server, endpoint, &name, Role::Driver(owner(number)));
+        let connection = connection.deadline(Duration::from_secs(8));
+        connection.driver(name, owner(number)).await.expect("the driver is admitted")
     }
 
     /// An operator.
     pub async fn operator(&self) -> Operator {
-        Connection::to(self.server.endpoint()).operator("operator").await.expect("an operator is admitted")
+        let connection = connection(&self.server, self.server.endpoint(), "operator", Role::Operator);
+        connection.operator("operator").await.expect("an operator is admitted")
     }
 
     /// A client of bare machines.
     pub async fn bare(&self, name: &str) -> BareClient {
-        Connection::to(self.server.endpoint()).bare(name).await.expect("a bare client is admitted")
+        let connection = connection(&self.server, self.server.endpoint(), name, Role::Bare);
+        connection.bare(name).await.expect("a bare client is admitted")
     }
 
     /// A device of the built-in configuration, played by this process; connected on return.
     pub async fn device(&self, number: u32) -> Device {
-        Device::attach(self.server.endpoint(), &format!("engine{number}"), address(number)).await
+        Device::attach(&self.server, self.server.endpoint(), &format!("engine{number}"), address(number)).await
     }
 
     /// A `dma-engine` process for a device of the built-in configuration; connected on return.
@@ -170,7 +180,8 @@ impl Stage {
         let mut all: Vec<String> = vec![name.to_owned(), self.server.endpoint().to_owned()];
         all.extend(arguments.iter().skip(1).map(|argument| (*argument).to_owned()));
         let log = self.server.path(&format!("{}.log", all.join("-").replace(['/', ':'], "_")));
-        let mut process = Process::start(name, Path::new(program), &all, log).expect("the actor starts");
+        let mut process =
+            self.server.start_peer(name, Path::new(program), &all, log).expect("the actor starts");
         let stdout = process.take_stdout().expect("standard output is there once");
         Actor { process, lines: BufReader::new(stdout).lines() }
     }

@@ -58,7 +58,7 @@ async fn create_domain(channel: &Channel, request_id: u64) -> u32 {
 impl Ground {
     async fn prepare() -> Self {
         let stage = Stage::start(&[]).await;
-        let driver = raw::driver(stage.server.endpoint(), 0).await;
+        let driver = raw::driver(&stage.server.unix_endpoint(), 0).await;
         let allocate = pb::AllocateBufferRequest { header: header(1), size_bytes: BUFFER_BYTES };
         let buffer: pb::AllocateBufferResponse =
             ask(&driver, "/iommu.v1.DriverService/AllocateBuffer", &allocate).await.expect("memory");
@@ -86,7 +86,7 @@ impl Ground {
             .await
             .expect("the DMA API takes any offset");
         assert_eq!(single.iova & 0xfff, (gpa + 0x123) & 0xfff, "the offset in the page is kept");
-        let neighbour = raw::driver(stage.server.endpoint(), 1).await;
+        let neighbour = raw::driver(&stage.server.unix_endpoint(), 1).await;
         let neighbours_domain_id = create_domain(&neighbour, 1).await;
         let default_domain_id = stage.device_state(0).await.domain_id.expect("attached from the start").get();
         Self {
@@ -645,7 +645,7 @@ async fn i8_who_a_client_is_is_checked_once_and_nobody_else_is_let_in() {
             ),
         ];
         for (claim, open, expected) in rows {
-            let channel = raw::connect(stage.server.endpoint()).await;
+            let channel = raw::connect(&stage.server.unix_endpoint()).await;
             let refused = ask::<pb::OpenResponse>(&channel, OPEN, &open).await.expect_err(claim);
             assert_eq!(reason(&refused), expected, "{claim}: {refused:?}");
             // Who is not let in can do nothing.
@@ -741,7 +741,7 @@ async fn a_device_that_breaks_the_rules_of_its_stream_ends_its_own_session_and_i
         let bystander = ground.stage.device(1).await;
         let before = ground.stage.holdings().await;
         for DeviceRow(claim, first, then, expected) in rows {
-            let ended = match RawStream::attach(ground.stage.server.endpoint(), first).await {
+            let ended = match RawStream::attach(&ground.stage.server.unix_endpoint(), first).await {
                 Ok(mut stream) => {
                     if let Some(then) = then {
                         let welcome = stream.hear_device().await.expect("the handshake is good");
@@ -765,7 +765,7 @@ async fn a_device_that_breaks_the_rules_of_its_stream_ends_its_own_session_and_i
         prost::encoding::encode_varint(hello.len() as u64, &mut first);
         first.put_slice(&hello);
         let mut stream =
-            RawStream::attach(ground.stage.server.endpoint(), first.freeze()).await.expect("a stream");
+            RawStream::attach(&ground.stage.server.unix_endpoint(), first.freeze()).await.expect("a stream");
         stream.hear_device().await.expect("unknown fields are ignored");
     })
     .await;
@@ -786,7 +786,7 @@ async fn an_operation_that_is_nonsense_is_refused_in_the_answer_and_the_ones_aro
             ask(&ground.driver, "/iommu.v1.DriverService/AttachDevice", &attach).await.expect("attached");
         let before = ground.stage.holdings().await;
         let mut stream =
-            RawStream::attach(ground.stage.server.endpoint(), envelope(FromDevice::Hello(hello(0))))
+            RawStream::attach(&ground.stage.server.unix_endpoint(), envelope(FromDevice::Hello(hello(0))))
                 .await
                 .expect("a stream");
         stream.hear_device().await.expect("welcome");

@@ -29,7 +29,7 @@ async fn machine(stage: &Stage, client: &BareClient, name: &str) -> (System, Dev
     let devices = vec![MachineDevice { source_id: source(), name: name.to_owned() }];
     let machine = client.create(MEMORY_BYTES, None, devices).await.expect("a machine");
     let address = machine.device(source());
-    let device = Device::attach(stage.server.endpoint(), name, address).await;
+    let device = Device::attach(&stage.server, stage.server.endpoint(), name, address).await;
     (System::new(machine, source()), device)
 }
 
@@ -296,7 +296,7 @@ async fn a_machine_is_its_creators_alone_and_the_host_is_out_of_its_reach() {
         }
         assert_eq!(stage.holdings().await, before, "the host is untouched");
 
-        let other = raw::connect(stage.server.endpoint()).await;
+        let other = raw::connect(&stage.server.unix_endpoint()).await;
         let open = open_request("somebody-else", pb::open_request::Role::Bare(pb::BareRole {}));
         let _: pb::OpenResponse =
             ask(&other, "/iommu.v1.SessionService/Open", &open).await.expect("admitted");

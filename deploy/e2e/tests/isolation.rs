@@ -296,7 +296,7 @@ async fn i2_a_driver_can_neither_map_nor_read_nor_unmap_what_is_anothers() {
         assert!(read.expect_err("not ours").to_string().contains("not memory of this owner"));
 
         // Naming the owner in the message changes nothing (I8): who we are comes from our session.
-        let channel = raw::driver(met.stage.server.endpoint(), 2).await;
+        let channel = raw::driver(&met.stage.server.unix_endpoint(), 2).await;
         for gpa in [met.their_buffer.gpa(), met.their_last_page().base()] {
             let read = pb::MemoryReadRequest { owner: Some(owner(1).into()), gpa: gpa.get(), size_bytes: 16 };
             let refused =

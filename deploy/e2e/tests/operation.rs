@@ -136,7 +136,7 @@ async fn sigterm_ends_a_server_with_idle_streams_within_its_deadline() {
         let everything = FaultFilter { owner: None, device: None };
         let mut faults = stage.observer.faults().watch(everything, "").await.expect("a subscription");
         let mut raw_stream =
-            raw::RawStream::attach(stage.server.endpoint(), raw::envelope(raw::hello_message(1)))
+            raw::RawStream::attach(&stage.server.unix_endpoint(), raw::envelope(raw::hello_message(1)))
                 .await
                 .expect("a stream");
         raw_stream.hear_device().await.expect("welcome");
@@ -158,8 +158,8 @@ async fn a_configuration_that_makes_no_sense_exits_64_with_the_flag_and_the_reme
     within(60, async {
         let plain = "--insecure-plaintext";
         let rows: [(&[&str], &str); 9] = [
-            (&[], "--insecure-plaintext"),
-            (&["--listen", "127.0.0.1:0"], "--insecure-plaintext"),
+            (&["--listen", "127.0.0.1:0", "--admin", "off", "--pki", "/dev/null/pki"], "--pki"),
+            (&[plain, "--listen", "127.0.0.1:0", "--listen-unix", "x", "--unix-uid", "nobody"], "--unix-uid"),
             (&[plain, "--listen", "0.0.0.0:0"], "--listen"),
             (&[plain, "--listen", "192.0.2.1:7450"], "--listen"),
             (&[plain, "--listen", "127.0.0.1:0", "--admin", "0.0.0.0:0"], "--admin"),
@@ -188,7 +188,7 @@ async fn a_configuration_that_makes_no_sense_exits_64_with_the_flag_and_the_reme
 async fn health_and_both_reflections_answer_without_a_session() {
     within(60, async {
         let stage = Stage::start(&[]).await;
-        let channel = raw::connect(stage.server.endpoint()).await;
+        let channel = raw::connect(&stage.server.unix_endpoint()).await;
         let mut health = HealthClient::new(channel.clone());
         for service in [""].iter().chain(&SERVICES) {
             let answer = health.check(HealthCheckRequest { service: (*service).to_owned() }).await;
@@ -271,7 +271,7 @@ async fn a_unix_socket_serves_agents_and_drivers_alike() {
         let stage = Stage::start(&[]).await;
         let endpoint = stage.server.unix_endpoint();
         let driver = stage.driver_over(&endpoint, 0).await;
-        let device = Device::attach(&endpoint, "engine0", address(0)).await;
+        let device = Device::attach(&stage.server, &endpoint, "engine0", address(0)).await;
         let buffer = driver.allocate(1 << 20).await.expect("memory");
         let handle = driver.device(address(0));
         let mapping = driver

@@ -11,4 +11,4 @@ mod server;
 
 pub use build::{Binaries, binaries, binaries_beside};
 pub use process::Process;
-pub use server::{AgentOptions, Server, ServerOptions};
+pub use server::{AgentOptions, Server, ServerOptions, Wire};

@@ -23,9 +23,21 @@ pub struct Process {
 impl Process {
     /// Starts `program`. Standard error goes to the file `log`; standard output can be taken by the caller.
     pub fn start(name: &str, program: &Path, arguments: &[String], log: PathBuf) -> anyhow::Result<Self> {
+        Self::start_with(name, program, arguments, &[], log)
+    }
+
+    /// The same with these variables in its environment.
+    pub fn start_with(
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        environment: &[(&str, &Path)],
+        log: PathBuf,
+    ) -> anyhow::Result<Self> {
         let file = std::fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let child = Command::new(program)
             .args(arguments)
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(file)

@@ -1,15 +1,29 @@
 //! A server with its agents, in a directory of its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use iommu_pki::{CREDENTIAL_DAYS, Directory, Overwrite, Validity};
+use iommu_types::{DeviceAddress, Identity, Role};
 use serde::Deserialize;
 
 use crate::{Binaries, Process};
 
+/// What a server speaks on its TCP port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wire {
+    /// TLS, with certificates in a directory of the server's own.
+    #[default]
+    Tls,
+    /// Plaintext, for measurements of everything else.
+    Plaintext,
+}
+
 /// How to start a server.
 #[derive(Clone, Debug, Default)]
 pub struct ServerOptions {
+    /// What it speaks on its TCP port.
+    pub wire: Wire,
     /// Further command-line arguments.
     pub arguments: Vec<String>,
 }
@@ -32,6 +46,9 @@ struct Ready {
     admin: Option<String>,
 }
 
+/// Name of the directory with certificates.
+const PKI: &str = "pki";
+
 /// A running server.
 #[derive(Debug)]
 pub struct Server {
@@ -50,9 +67,18 @@ impl Server {
         let directory = tempfile::Builder::new().prefix("iommu-").tempdir().context("create a directory")?;
         let socket = directory.path().join("server.sock");
         let mut arguments: Vec<String> =
-            ["--insecure-plaintext", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
-                .map(String::from)
-                .into();
+            ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"].map(String::from).into();
+        let pki = directory.path().join(PKI);
+        let scheme = match options.wire {
+            Wire::Tls => {
+                arguments.extend(["--pki".to_owned(), pki.display().to_string()]);
+                "https"
+            }
+            Wire::Plaintext => {
+                arguments.push("--insecure-plaintext".to_owned());
+                "http"
+            }
+        };
         arguments.extend(["--listen-unix".to_owned(), socket.display().to_string()]);
         arguments.extend(options.arguments.iter().cloned());
         let log = directory.path().join("server.log");
@@ -62,7 +88,7 @@ impl Server {
             format!("the server said {ready:?} instead of being ready; its log:\n{}", process.log())
         })?;
         let Some(address) = ready.listen.first() else { bail!("the server listens nowhere") };
-        let endpoint = format!("http://{address}");
+        let endpoint = format!("{scheme}://{address}");
         Ok(Self {
             process,
             binaries: binaries.clone(),
@@ -83,6 +109,23 @@ impl Server {
         format!("unix://{}", self.directory.path().join("server.sock").display())
     }
 
+    /// Where its certificates lie, and those of its peers.
+    pub fn pki(&self) -> PathBuf {
+        self.path(PKI)
+    }
+
+    /// Has a certificate made for a peer that is not in the server's configuration, unless there is one.
+    pub fn admit(&self, identity: &Identity) -> anyhow::Result<()> {
+        let directory = Directory::at(self.pki());
+        if !directory.has_authority() || directory.has(identity)? {
+            return Ok(());
+        }
+        directory
+            .issue(identity, Validity::of_days(CREDENTIAL_DAYS)?, None, Overwrite::Never)
+            .with_context(|| format!("issue a certificate for {identity}"))?;
+        Ok(())
+    }
+
     /// Its admin address, `host:port`.
     pub fn admin(&self) -> Option<&str> {
         self.admin.as_deref()
@@ -95,7 +138,10 @@ impl Server {
 
     /// Starts a `dma-engine` agent of this server. It connects by itself, now or later.
     pub fn start_dma_engine(&mut self, options: &AgentOptions) -> anyhow::Result<Process> {
+        let address: DeviceAddress = options.address.parse().context("the address of an agent")?;
+        self.admit(&Identity { name: options.name.clone(), role: Role::Device(address) })?;
         let mut arguments: Vec<String> = vec!["--server".into(), self.endpoint.clone()];
+        arguments.extend(["--pki".into(), self.pki().display().to_string()]);
         arguments.extend([
             "--name".into(),
             options.name.clone(),
@@ -108,10 +154,23 @@ impl Server {
         Process::start(&options.name, &self.binaries.dma_engine, &arguments, log)
     }
 
+    /// Starts a peer that is a program of the caller's own. It finds its certificate by itself, once it is [admitted](Self::admit).
+    pub fn start_peer(
+        &self,
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        log: PathBuf,
+    ) -> anyhow::Result<Process> {
+        Process::start_with(name, program, arguments, &[("IOMMU_PKI", &self.pki())], log)
+    }
+
     /// Runs `iommuctl` against this server and gives its exit code, standard output and standard error.
     pub async fn iommuctl(&self, arguments: &[&str]) -> anyhow::Result<(i32, String, String)> {
         let output = tokio::process::Command::new(&self.binaries.iommuctl)
             .args(["--server", &self.endpoint])
+            .arg("--pki")
+            .arg(self.pki())
             .args(arguments)
             .stdin(std::process::Stdio::null())
             .kill_on_drop(true)

@@ -1,11 +1,12 @@
 //! The agent binary: command line, logging, signals, exit codes.
 
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
-use device_runtime::{Agent, EndReason, Reconnect};
+use device_runtime::{Agent, Credentials, DEFAULT_ENDPOINT, EndReason, Reconnect};
 use dma_engine::Engine;
 use iommu_types::DeviceAddress;
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,10 +19,13 @@ const TEACH: &str = "\
 This process is one PCI function. It connects to an iommu-server, which brings it the register accesses of its driver and \
 carries out its DMA; every address that it touches is translated, and refused unless the driver mapped it.
 
-Name and address must be those that the server's configuration (or `iommuctl device declare`) gives the device.
+Name and address must be those that the server's configuration (or `iommuctl device declare`) gives the device, and its certificate must be \
+for both. A server that is started on this machine makes certificates for the devices of its configuration, in a directory where this \
+program looks by itself; for others: `iommuctl pki issue device 00:05.0 --name copy0`.
 
 EXAMPLES
-  dma-engine --server http://127.0.0.1:7450 --name copy0 --address 0000:00:05.0
+  dma-engine --name copy0 --address 0000:00:05.0
+  dma-engine --server https://iommu.example:7450 --pki /etc/iommu --name copy0 --address 00:05.0
   dma-engine --server unix:///run/iommu.sock --name copy0 --address 00:05.0 --log debug
   dma-engine completion bash > /etc/bash_completion.d/dma-engine
 
@@ -31,14 +35,23 @@ EXIT CODES
   64  the command line or the endpoint is wrong
   69  no connection, and no attempts left
   76  the server or this agent broke the rules of the stream
-  77  the server refused the name or the address";
+  77  the server refused the name, the address or the certificate";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, after_long_help = TEACH, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Cli {
-    /// Where the server listens: http://ADDRESS:PORT or unix:///PATH
-    #[arg(long, env = "IOMMU_SERVER", default_value = "http://127.0.0.1:7450")]
+    /// Where the server listens: https://HOST:PORT, http://HOST:PORT (plaintext) or unix:///PATH
+    #[arg(long, env = "IOMMU_SERVER", default_value = DEFAULT_ENDPOINT)]
     server: String,
+    /// Directory with ca.crt and the certificates of peers [default: $XDG_STATE_HOME/iommu/pki or ~/.local/state/iommu/pki]
+    #[arg(long, env = "IOMMU_PKI", value_name = "DIR")]
+    pki: Option<PathBuf>,
+    /// File with this device's certificate and key [default: device-ADDRESS.pem in the directory]
+    #[arg(long, env = "IOMMU_CREDENTIAL", value_name = "FILE")]
+    credential: Option<PathBuf>,
+    /// File with the certificate of the authority [default: ca.crt in the directory]
+    #[arg(long, env = "IOMMU_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Name of the device in the server's configuration
     #[arg(long, env = "IOMMU_DEVICE_NAME", required = true)]
     name: Option<String>,
@@ -101,7 +114,8 @@ fn main() -> ExitCode {
         after_refused: cli.wait_for_declaration,
         ..Reconnect::STANDARD
     };
-    match run(cli.server, name, address, policy) {
+    let credentials = Credentials::from_flags(cli.pki, cli.credential, cli.ca);
+    match run(cli.server, credentials, name, address, policy) {
         Ok(reason) => code_of(&reason),
         Err(error) => {
             tracing::error!(%error, "the agent could not start");
@@ -127,6 +141,7 @@ fn start_log(cli: &Cli) -> Result<(), String> {
 #[tokio::main]
 async fn run(
     server: String,
+    credentials: Credentials,
     name: String,
     address: DeviceAddress,
     policy: Reconnect,
@@ -144,7 +159,8 @@ async fn run(
         }
     });
     tracing::info!(%server, name, device = %address, "copy engine starting");
-    let agent = Agent::builder(server, name, address).reconnect(policy).stop_on(stop);
+    let agent =
+        Agent::builder(server, name, address).credentials(credentials).reconnect(policy).stop_on(stop);
     let ended = agent.run(Engine::new()).await;
     Ok(ended.err().unwrap_or(EndReason::Cancelled))
 }
@@ -157,7 +173,7 @@ fn code_of(reason: &EndReason) -> ExitCode {
         EndReason::BadEndpoint(_) => USAGE,
         EndReason::Lost(_) => 69,
         EndReason::Protocol(_) | EndReason::Ended(_) => 76,
-        EndReason::Refused(_) => 77,
+        EndReason::Refused(_) | EndReason::Credential(_) => 77,
     };
     if code == 0 {
         tracing::info!("stopped as asked");

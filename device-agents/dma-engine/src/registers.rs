@@ -144,6 +144,10 @@ pub const REASON_OVER_LIMIT: u32 = 0x1002;
 pub const REASON_MALFORMED: u32 = 0x1003;
 /// FAULT_REASON: the address leads to no memory.
 pub const REASON_NO_MEMORY: u32 = 0x1004;
+/// FAULT_REASON: over `dma_operations_per_second` of the owner.
+pub const REASON_OVER_OPERATION_RATE: u32 = 0x1005;
+/// FAULT_REASON: over `dma_bytes_per_second` of the owner.
+pub const REASON_OVER_BYTE_RATE: u32 = 0x1006;
 /// FAULT_REASON: a refusal that this version does not know.
 pub const REASON_UNKNOWN_REFUSAL: u32 = 0x1fff;
 /// FAULT_REASON: the session was lost; whether the operation happened is unknown.
@@ -164,6 +168,8 @@ pub const fn reason_code(fault: &DmaFault) -> u32 {
         Err(Refusal::OverLimit) => REASON_OVER_LIMIT,
         Err(Refusal::Malformed) => REASON_MALFORMED,
         Err(Refusal::NoMemory) => REASON_NO_MEMORY,
+        Err(Refusal::OverOperationRate) => REASON_OVER_OPERATION_RATE,
+        Err(Refusal::OverByteRate) => REASON_OVER_BYTE_RATE,
         Err(Refusal::Unknown(_)) => REASON_UNKNOWN_REFUSAL,
     }
 }

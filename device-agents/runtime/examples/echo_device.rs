@@ -26,6 +26,6 @@ impl DeviceModel for Echo {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let address = "00:02.0".parse()?;
-    Agent::builder("http://127.0.0.1:7450", "engine1", address).run(Echo).await?;
+    Agent::builder("https://127.0.0.1:7450", "engine1", address).run(Echo).await?;
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
+use iommu_proto::credentials::Credentials;
 use iommu_types::DeviceAddress;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,13 @@ pub struct AgentBuilder {
 }
 
 impl AgentBuilder {
+    /// Where the certificate is with which the agent shows who it is; unless given, in the [default
+    /// directory](iommu_proto::credentials::default_directory), under the address of the device.
+    pub fn credentials(mut self, credentials: Credentials) -> Self {
+        self.peer.credentials = credentials;
+        self
+    }
+
     /// When to connect again; [`Reconnect::STANDARD`] unless given.
     pub fn reconnect(mut self, policy: Reconnect) -> Self {
         self.reconnect = policy;
@@ -56,7 +64,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that connects to `endpoint` (`http://127.0.0.1:7450` or `unix:///run/iommu.sock`) as the device that the server's
+    /// An agent that connects to `endpoint` (`https://127.0.0.1:7450` or `unix:///run/iommu.sock`) as the device that the server's
     /// configuration knows as `name` at `address`.
     pub fn builder(
         endpoint: impl Into<String>,
@@ -64,7 +72,12 @@ impl Agent {
         address: DeviceAddress,
     ) -> AgentBuilder {
         AgentBuilder {
-            peer: Peer { endpoint: endpoint.into(), name: name.into(), address },
+            peer: Peer {
+                endpoint: endpoint.into(),
+                credentials: Credentials::from_default_directory(),
+                name: name.into(),
+                address,
+            },
             reconnect: Reconnect::STANDARD,
             stop: CancellationToken::new(),
         }
@@ -114,7 +127,7 @@ impl Agent {
                 return reason;
             }
             attempts = attempts.saturating_add(1);
-            let delay = backoff.next_delay();
+            let delay = backoff.next_delay().max(reason.least_delay());
             self.tell_retry(&reason, delay);
             self.link.down(LinkState::Down { reason: Some(reason), retry_in: delay });
             tokio::select! {

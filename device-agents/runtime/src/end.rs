@@ -1,11 +1,17 @@
 //! Why a session ended, and whether another one makes sense.
 
-use iommu_proto::channel::{BadEndpoint, causes};
+use std::time::Duration;
+
+use iommu_proto::channel::{BadEndpoint, DialError, causes};
+use iommu_proto::credentials::CredentialError;
 use iommu_proto::errors::WireError;
 use iommu_types::errors::{CallError, SessionError, SessionFenced};
 use tonic::Status;
 
 use crate::Reconnect;
+
+/// How long an agent whose certificate is refused waits before it shows what is in the file then.
+const REFUSED_CERTIFICATE_DELAY: Duration = Duration::from_secs(5);
 
 /// Why the session of an agent ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,9 +34,22 @@ pub enum EndReason {
     /// The connection could not be made, or was lost.
     #[error("no connection: {0}")]
     Lost(String),
+    /// The certificate is not there, or the server does not take it, or the server's own is not to be trusted. A new certificate may mend
+    /// it, so an agent goes on trying, slowly.
+    #[error("certificate: {0}")]
+    Credential(#[from] CredentialError),
     /// The endpoint is not one that can be connected to.
     #[error(transparent)]
     BadEndpoint(#[from] BadEndpoint),
+}
+
+impl From<DialError> for EndReason {
+    fn from(error: DialError) -> Self {
+        match error {
+            DialError::Credential(error) => Self::Credential(error),
+            DialError::Unreachable(why) => Self::Lost(why),
+        }
+    }
 }
 
 impl EndReason {
@@ -49,6 +68,16 @@ impl EndReason {
         }
     }
 
+    /// The least time before the next attempt: what a person has to mend is not mended within milliseconds.
+    pub(crate) fn least_delay(&self) -> Duration {
+        match self {
+            Self::Credential(CredentialError::Refused { .. } | CredentialError::ServerNotTrusted { .. }) => {
+                REFUSED_CERTIFICATE_DELAY
+            }
+            _ => Duration::ZERO,
+        }
+    }
+
     /// Whether to connect again.
     pub(crate) fn allows_reconnect(&self, policy: &Reconnect) -> bool {
         match self {
@@ -57,7 +86,7 @@ impl EndReason {
             Self::Refused(SessionError::ShuttingDown(_) | SessionError::LimitReached(_)) => true,
             Self::Refused(_) => policy.after_refused,
             Self::Ended(error) => ended_is_passing(error),
-            Self::Lost(_) => true,
+            Self::Lost(_) | Self::Credential(_) => true,
         }
     }
 }
@@ -69,6 +98,8 @@ fn ended_is_passing(error: &CallError) -> bool {
         CallError::ShuttingDown(_)
         | CallError::StreamStalled(_)
         | CallError::LimitReached(_)
+        | CallError::CertificateExpired(_)
+        | CallError::CertificateRevoked(_)
         | CallError::Internal(_) => true,
         CallError::SessionRequired(_)
         | CallError::SessionFenced(_)

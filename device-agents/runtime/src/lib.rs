@@ -20,7 +20,7 @@
 //!
 //! # async fn start() -> Result<(), Box<dyn std::error::Error>> {
 //! let address = "0000:00:05.0".parse()?;
-//! Agent::builder("http://127.0.0.1:7450", "nothing0", address).run(Nothing).await?;
+//! Agent::builder("https://127.0.0.1:7450", "nothing0", address).run(Nothing).await?;
 //! # Ok(())
 //! # }
 //! ```
@@ -47,7 +47,8 @@ pub use agent::{Agent, AgentBuilder};
 pub use backoff::{Backoff, Reconnect};
 pub use dma::{Dma, DmaError, Ticket};
 pub use end::EndReason;
-pub use iommu_proto::channel::BadEndpoint;
+pub use iommu_proto::channel::{BadEndpoint, DEFAULT_ENDPOINT};
+pub use iommu_proto::credentials::{CredentialError, Credentials, Refused};
 pub use iommu_proto::dma::{AtomicValue, Batch, Completed, OperationResult};
 pub use link::{LinkState, SessionLimits};
 pub use model::{DeviceModel, MmioRefusal, Register};

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use iommu_proto::channel::{self, causes};
+use iommu_proto::channel::{Dial, Dialled};
+use iommu_proto::credentials::Credentials;
 use iommu_proto::limits::{MESSAGE_BYTES_MAX, SCHEMA_VERSION};
 use iommu_proto::model::{FromDevice, Hello, ToDevice, Welcome};
 use iommu_proto::pb;
 use iommu_proto::pb::device_service_client::DeviceServiceClient;
-use iommu_types::DeviceAddress;
+use iommu_types::{DeviceAddress, Identity, Role};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -30,6 +31,7 @@ const DEVICE_TASK_GRACE: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub(crate) struct Peer {
     pub(crate) endpoint: String,
+    pub(crate) credentials: Credentials,
     pub(crate) name: String,
     pub(crate) address: DeviceAddress,
 }
@@ -83,8 +85,9 @@ pub(crate) async fn serve<M: DeviceModel>(
 }
 
 async fn shake_hands(peer: &Peer) -> Result<(Arc<Session>, Streaming<pb::ServerToDevice>), EndReason> {
-    let connected = channel::endpoint(&peer.endpoint)?.connect().await;
-    let channel = connected.map_err(|error| EndReason::Lost(causes(&error)))?;
+    let identity = Identity { name: peer.name.clone(), role: Role::Device(peer.address) };
+    let dial = Dial::to(&peer.endpoint, &peer.credentials, &identity)?;
+    let Dialled { channel, trouble } = dial.connect().await?;
     let mut client = DeviceServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let (outbound, messages) = mpsc::channel(OUTBOUND_MAX);
     let hello = FromDevice::Hello(Hello {
@@ -94,7 +97,8 @@ async fn shake_hands(peer: &Peer) -> Result<(Arc<Session>, Streaming<pb::ServerT
         mmio_credits: MMIO_CREDITS,
     });
     outbound.try_send(hello.into()).expect("a new channel has room");
-    let refused = |status| EndReason::of(&status, false);
+    // A certificate that the server refuses is told with the first answer, in TLS 1.3.
+    let refused = |status| trouble.take().map_or_else(|| EndReason::of(&status, false), EndReason::from);
     let mut inbound = client.attach(ReceiverStream::new(messages)).await.map_err(refused)?.into_inner();
     let Some(first) = inbound.message().await.map_err(refused)? else {
         return Err(EndReason::Lost("the stream ended before Welcome".into()));

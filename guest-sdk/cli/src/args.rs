@@ -5,7 +5,10 @@ mod hypervisor;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use guest_sdk::DEFAULT_ENDPOINT;
 use iommu_types::{Access, AccessWidth, DeviceAddress, Owner, Pasid};
+
+use crate::pki_args::PkiCommand;
 
 pub(crate) use hypervisor::{
     FunctionArgs, FunctionCommand, FunctionDescription, SessionArgs, VmArgs, VmCommand,
@@ -18,16 +21,19 @@ pub(crate) use hypervisor::{
 #[derive(Debug, Parser)]
 #[command(name = "iommuctl", version, max_term_width = 110, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
-    /// Where the server listens: http://HOST:PORT or unix:///PATH.
-    #[arg(
-        long,
-        global = true,
-        env = "IOMMU_SERVER",
-        default_value = "http://127.0.0.1:7450",
-        value_name = "URL"
-    )]
+    /// Where the server listens: https://HOST:PORT, http://HOST:PORT (plaintext) or unix:///PATH.
+    #[arg(long, global = true, env = "IOMMU_SERVER", default_value = DEFAULT_ENDPOINT, value_name = "URL")]
     pub(crate) server: String,
-    /// Name under which this session opens; the server's configuration may restrict operators by name.
+    /// Directory with certificates [default: $XDG_STATE_HOME/iommu/pki or ~/.local/state/iommu/pki].
+    #[arg(long, global = true, env = "IOMMU_PKI", value_name = "DIR")]
+    pub(crate) pki: Option<PathBuf>,
+    /// File with certificate and key [default: operator-NAME.pem in the directory].
+    #[arg(long, global = true, env = "IOMMU_CREDENTIAL", value_name = "FILE")]
+    pub(crate) credential: Option<PathBuf>,
+    /// File with the certificate of the authority [default: ca.crt in the directory].
+    #[arg(long, global = true, env = "IOMMU_CA", value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// Name under which this session opens; over TLS that of the certificate. The server's configuration may restrict operators by name.
     #[arg(long, global = true, env = "IOMMU_NAME", default_value = "iommuctl", value_name = "NAME")]
     pub(crate) name: String,
     /// Print JSON: one document, or one line per record where records follow each other.
@@ -151,6 +157,9 @@ pub(crate) enum Command {
     /// Registers of a device. Operators only; for debugging beside its driver.
     #[command(subcommand)]
     Mmio(MmioCommand),
+    /// Certificates: make an authority, issue, revoke, list, show. Works on a directory, without a server.
+    #[command(subcommand)]
+    Pki(PkiCommand),
     /// Prints a completion script for a shell.
     Completion {
         /// The shell.
@@ -162,7 +171,8 @@ pub(crate) enum Command {
 pub(crate) enum DeviceCommand {
     /// Every declared device.
     List,
-    /// Declares a device, so that an agent may connect for it. Changes the server.
+    /// Declares a device, so that an agent may connect for it. Changes the server. Over TLS its agent needs a certificate: iommuctl pki issue
+    /// device.
     Declare {
         /// Where it sits.
         device: DeviceAddress,
@@ -207,7 +217,7 @@ pub(crate) enum DeviceCommand {
 pub(crate) enum OwnerCommand {
     /// Every declared owner.
     List,
-    /// Declares a driver, so that it may connect. Changes the server.
+    /// Declares a driver, so that it may connect. Changes the server. Over TLS it needs a certificate: iommuctl pki issue driver.
     Declare {
         /// driver:NUMBER.
         owner: Owner,

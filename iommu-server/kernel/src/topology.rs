@@ -7,7 +7,7 @@ use iommu_types::errors::{
     DeclareError, DetachError, DeviceExists, InvalidField, LimitReached, NotAttached, UnknownDevice,
     UnknownOwner,
 };
-use iommu_types::{DeviceAddress, DomainId, Owner};
+use iommu_types::{DeviceAddress, DomainId, Owner, PciFunction};
 
 /// A declared device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,17 @@ pub struct DeviceEntry {
     pub owner: Option<Owner>,
     /// The domain it translates through, when it is attached.
     pub domain_id: Option<DomainId>,
+    /// What it is, and what it is kept from.
+    pub function: PciFunction,
+    /// The hypervisor that declared it, by name; `None` when the configuration or an operator did.
+    pub declared_by: Option<String>,
+}
+
+impl DeviceEntry {
+    /// An ordinary function with ACS, attached to nothing.
+    pub fn new(address: DeviceAddress, name: String, owner: Option<Owner>) -> Self {
+        Self { address, name, owner, domain_id: None, function: PciFunction::ISOLATED, declared_by: None }
+    }
 }
 
 /// A declared owner.
@@ -78,6 +89,26 @@ impl Topology {
         let entry = self.devices.remove(&address).ok_or(UnknownDevice { device: address })?;
         assert!(entry.domain_id.is_none(), "a device is detached before it is removed");
         Ok(entry)
+    }
+    /// Forgets an owner, to whom nothing may be assigned.
+    pub fn remove_owner(&mut self, owner: Owner) {
+        assert!(self.devices_of(owner).is_empty(), "an owner is forgotten after its devices were released");
+        self.owners.remove(&owner);
+    }
+    /// Assigns a device that is attached to nothing to somebody, or to nobody.
+    pub fn set_owner(&mut self, address: DeviceAddress, owner: Option<Owner>) -> Result<(), UnknownDevice> {
+        let entry = self.devices.get_mut(&address).ok_or(UnknownDevice { device: address })?;
+        assert!(entry.domain_id.is_none(), "a device is detached before it changes hands");
+        entry.owner = owner;
+        Ok(())
+    }
+    /// Whether nothing depends on a device.
+    pub fn may_remove(&self, _address: DeviceAddress) -> Result<(), InvalidField> {
+        Ok(())
+    }
+    /// The isolation group of a device.
+    pub fn group_of(&self, address: DeviceAddress) -> Result<Vec<DeviceAddress>, UnknownDevice> {
+        self.device(address).map(|entry| vec![entry.address])
     }
     /// The device at an address.
     pub fn device(&self, address: DeviceAddress) -> Result<&DeviceEntry, UnknownDevice> {

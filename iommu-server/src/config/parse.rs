@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use iommu_types::{DeviceAddress, Owner, PAGE_SIZE_BYTES};
+use iommu_types::{DeviceAddress, Owner, PAGE_SIZE_BYTES, is_name};
 
 use super::{ConfigError, DeviceSetting, DriverSetting, error};
 use crate::bounds;
@@ -25,12 +25,6 @@ pub fn parse_size(text: &str) -> Option<u64> {
         _ => return None,
     };
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
-/// Whether a name is 1 to 64 letters, digits, dots, dashes or underscores.
-pub fn is_name(name: &str) -> bool {
-    (1..=iommu_proto::limits::NAME_BYTES_MAX).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b".-_".contains(&b))
 }
 
 const NAME_REMEDY: &str = "use 1 to 64 letters, digits, dots, dashes or underscores";

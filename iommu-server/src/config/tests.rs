@@ -27,7 +27,6 @@ fn every_refusal_names_its_flag() {
     let text = |t: &str| Some(t.to_owned());
     type Change = Box<dyn FnOnce(&mut ServeArgs)>;
     let cases: Vec<(&str, Change)> = vec![
-        ("--insecure-plaintext", Box::new(|a| a.insecure_plaintext = false)),
         ("--listen", Box::new(|a| a.listen = vec!["0.0.0.0:1".parse().unwrap()])),
         ("--admin", Box::new(move |a| a.admin = text("0.0.0.0:1"))),
         ("--admin", Box::new(move |a| a.admin = text("nowhere"))),
@@ -50,6 +49,21 @@ fn every_refusal_names_its_flag() {
     for (flag, change) in cases {
         assert_eq!(refused(change), flag);
     }
+}
+
+#[test]
+fn certificates_are_needed_on_tcp_and_nowhere_else() {
+    let unix = |args: &mut ServeArgs| args.listen_unix = vec!["/tmp/x".into()];
+    let anywhere = |args: &mut ServeArgs| args.listen = vec!["0.0.0.0:1".parse().unwrap()];
+    let pki = |change: &dyn Fn(&mut ServeArgs), plaintext| {
+        let mut args = ServeArgs { pki: Some("/pki".into()), insecure_plaintext: plaintext, ..ServeArgs::default() };
+        change(&mut args);
+        Config::from_args(args).unwrap().pki
+    };
+    assert_eq!(pki(&|_| {}, false), Some("/pki".into()));
+    assert_eq!(pki(&anywhere, false), Some("/pki".into()), "TLS may listen anywhere");
+    assert_eq!(pki(&unix, false), None, "a UNIX socket has the peer's credentials");
+    assert_eq!(pki(&|_| {}, true), None);
 }
 
 #[test]

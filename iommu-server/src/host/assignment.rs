@@ -12,7 +12,7 @@ use iommu_types::errors::{
     AssignError, AttachError, DeclareError, GroupInUse, NotAssignable, NotAttached, NotYours, ReleaseError,
     RemoveFunctionError, UnknownDevice,
 };
-use iommu_types::{DeviceAddress, FunctionKind, Generation, Owner, PciFunction, RequestId};
+use iommu_types::{DeviceAddress, FunctionKind, Generation, Owner, PciFunction, RequestId, Role};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
@@ -37,8 +37,9 @@ impl Host {
         function: PciFunction,
     ) -> Result<(), DeclareError> {
         let declared_by = Some(hypervisor.name.clone());
-        self.declare_device(DeviceEntry { function, declared_by, ..DeviceEntry::new(address, name, None) })
-            .await?;
+        let entry = DeviceEntry::new(address, name.clone(), None);
+        self.declare_device(DeviceEntry { function, declared_by, ..entry }).await?;
+        self.peer_comes(&name, Role::Device(address)).await;
         tracing::info!(device = %address, hypervisor = %hypervisor.name, "function declared");
         Ok(())
     }

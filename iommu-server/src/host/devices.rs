@@ -113,6 +113,8 @@ pub struct DeviceState {
     /// Held during a reset: the device is told its generations in their order.
     resetting: tokio::sync::Mutex<()>,
     owner: RwLock<Option<Arc<OwnerState>>>,
+    /// Counts the changes of `owner`, so that a session need not ask for it at every batch.
+    owner_changes: AtomicU64,
     /// What its driver said that it can address.
     limits: Mutex<DmaLimits>,
     /// Whether `watched` is there; asked for every batch.
@@ -137,6 +139,7 @@ impl DeviceState {
             assignment: AtomicU64::new(1),
             resetting: tokio::sync::Mutex::default(),
             owner: RwLock::new(None),
+            owner_changes: AtomicU64::new(0),
             limits: Mutex::default(),
             is_watched: AtomicBool::new(false),
             watched: RwLock::new(None),
@@ -152,9 +155,15 @@ impl DeviceState {
     pub fn assignment(&self) -> u64 {
         self.assignment.load(Ordering::Acquire)
     }
+    /// Counts the changes of its owner.
+    #[inline]
+    pub(crate) fn owner_changes(&self) -> u64 {
+        self.owner_changes.load(Ordering::Acquire)
+    }
     /// Changes to whom its interrupts go.
     pub fn set_owner(&self, owner: Option<Arc<OwnerState>>) {
         *self.owner.write() = owner;
+        self.owner_changes.fetch_add(1, Ordering::Release);
     }
     /// What it can address, as its driver said.
     pub fn limits(&self) -> DmaLimits {

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use iommu_types::errors::{HypercallError, HypercallRefused, HypercallTimeout, LimitReached, NoHypervisor};
@@ -62,8 +63,8 @@ pub struct Serving {
 }
 
 impl Hypercalls {
-    /// Asks, and waits for the answer.
-    pub async fn call(&self, vm: u32, payload: Bytes) -> Answer {
+    /// Asks, and waits for the answer, at most as long as `patience`.
+    pub async fn call(&self, vm: u32, payload: Bytes, patience: Duration) -> Answer {
         let (tag, answer) = {
             let mut exchange = self.exchange.lock();
             if exchange.serving.is_none() {
@@ -84,11 +85,11 @@ impl Hypercalls {
         self.bell.notify_one();
         // A caller that goes away leaves no place taken.
         let _place = Place { hypercalls: self, tag };
-        match tokio::time::timeout(bounds::HYPERCALL_TIMEOUT, answer).await {
+        match tokio::time::timeout(patience, answer).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(NoHypervisor {}.into()),
             Err(_) => {
-                let waited_ms = bounds::HYPERCALL_TIMEOUT.as_millis() as u64;
+                let waited_ms = patience.as_millis() as u64;
                 Err(HypercallTimeout { waited_ms }.into())
             }
         }
@@ -173,17 +174,19 @@ mod tests {
     use super::*;
     use crate::host::hypervisors::Hypervisors;
 
-    #[tokio::test(start_paused = true)]
+    const LONG: Duration = Duration::from_secs(10);
+
+    #[tokio::test]
     async fn a_call_is_answered_refused_or_given_up_and_leaves_no_place_taken() {
         let hypervisor = Hypervisors::default().get_or_make("hv0").expect("room");
         let calls = &hypervisor.hypercalls;
-        assert_eq!(calls.call(1, Bytes::new()).await, Err(NoHypervisor {}.into()), "nobody serves");
+        assert_eq!(calls.call(1, Bytes::new(), LONG).await, Err(NoHypervisor {}.into()), "nobody serves");
         let serving = Serving::begin(&hypervisor);
         let ask = |vm, text: &'static str| {
             let hypervisor = Arc::clone(&hypervisor);
-            tokio::spawn(
-                async move { hypervisor.hypercalls.call(vm, Bytes::from_static(text.as_bytes())).await },
-            )
+            tokio::spawn(async move {
+                hypervisor.hypercalls.call(vm, Bytes::from_static(text.as_bytes()), LONG).await
+            })
         };
         let asked = ask(1, "ping");
         let calling = calls.next().await;
@@ -201,10 +204,8 @@ mod tests {
             Err(HypercallRefused { why: "not now".to_owned() }.into())
         );
 
-        let asked = ask(1, "slow");
-        let _taken = calls.next().await;
-        let waited_ms = bounds::HYPERCALL_TIMEOUT.as_millis() as u64;
-        assert_eq!(asked.await.expect("no panic"), Err(HypercallTimeout { waited_ms }.into()));
+        let given_up = calls.call(1, Bytes::new(), Duration::from_millis(1)).await;
+        assert_eq!(given_up, Err(HypercallTimeout { waited_ms: 1 }.into()));
 
         let asked = ask(2, "unanswered");
         let _taken = calls.next().await;
@@ -215,24 +216,24 @@ mod tests {
         assert!(calls.exchange.lock().waiting.is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn i7_one_guest_that_calls_without_end_keeps_no_other_out() {
         let hypervisor = Hypervisors::default().get_or_make("hv0").expect("room");
         let _serving = Serving::begin(&hypervisor);
         let mut asked = tokio::task::JoinSet::new();
         for _ in 0..bounds::HYPERCALLS_PER_VM_MAX {
             let hypervisor = Arc::clone(&hypervisor);
-            asked.spawn(async move { hypervisor.hypercalls.call(1, Bytes::new()).await });
+            asked.spawn(async move { hypervisor.hypercalls.call(1, Bytes::new(), LONG).await });
         }
         while hypervisor.hypercalls.exchange.lock().waiting.len() < bounds::HYPERCALLS_PER_VM_MAX {
             tokio::task::yield_now().await;
         }
-        let over = hypervisor.hypercalls.call(1, Bytes::new()).await;
+        let over = hypervisor.hypercalls.call(1, Bytes::new(), LONG).await;
         let allowed = bounds::HYPERCALLS_PER_VM_MAX as u64;
         assert_eq!(over, Err(LimitReached { limit: "hypercalls_per_vm".to_owned(), allowed }.into()));
         let other = {
             let hypervisor = Arc::clone(&hypervisor);
-            tokio::spawn(async move { hypervisor.hypercalls.call(2, Bytes::new()).await })
+            tokio::spawn(async move { hypervisor.hypercalls.call(2, Bytes::new(), LONG).await })
         };
         loop {
             let calling = hypervisor.hypercalls.next().await;

@@ -164,7 +164,7 @@ impl Host {
 }
 
 /// A direct map is refused for want of something, or because an address does not fit the domain.
-fn limit_of(error: MapError) -> LimitReached {
+pub(super) fn limit_of(error: MapError) -> LimitReached {
     match error {
         MapError::LimitReached(limit) => limit,
         MapError::BeyondWidth(beyond) => {

@@ -13,6 +13,7 @@ pub mod hypervisors;
 pub mod memory;
 pub mod owners;
 pub mod placement;
+pub mod rates;
 pub mod reclaim;
 pub mod sanitizer;
 pub mod trim;
@@ -27,8 +28,9 @@ use iommu_hardware::cache::CacheGeometry;
 use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::UnitConfig;
 use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, Topology};
+use iommu_proto::model::TenantLimits;
 use iommu_types::errors::{DeclareError, LimitReached, UnknownOwner};
-use iommu_types::{Capabilities, Owner};
+use iommu_types::{Capabilities, Identity, Owner, Role};
 use parking_lot::RwLock;
 
 use self::devices::{DeviceState, Devices, Home};
@@ -44,6 +46,8 @@ use crate::ending::{EndSignal, Ending};
 use crate::machine::Machines;
 use crate::metrics::Metrics;
 use crate::session::watchdog::Watchdog;
+use crate::tls::bootstrap::certificates;
+use crate::tls::{Tls, TlsError};
 
 /// Everything that the services share.
 #[derive(Debug)]
@@ -74,6 +78,8 @@ pub struct Host {
     pub watchdog: Arc<Watchdog>,
     /// What is counted about the service itself.
     pub metrics: Arc<Metrics>,
+    /// Certificates; none for a server that listens in plaintext, or on UNIX sockets alone.
+    pub tls: Option<Arc<Tls>>,
     /// Connections.
     pub connections: Arc<Connections>,
     /// Ends when the server goes down.
@@ -94,6 +100,9 @@ pub enum StartError {
     /// The kernel floor.
     #[error("boot: {0}")]
     Boot(#[from] iommu_kernel::BootError),
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// A declaration of the configuration.
     #[error("declaration: {0}")]
     Declare(#[from] DeclareError),
@@ -133,6 +142,7 @@ fn kernel_config(config: &Config) -> KernelConfig {
 impl Host {
     /// Makes memory, boots the kernel floor, and declares what the configuration says.
     pub async fn start(config: Config) -> Result<Arc<Self>, StartError> {
+        let tls = config.pki.clone().map(|path| certificates(path, &config).map(Arc::new)).transpose()?;
         let backing = config.memory_file.clone().map_or(Backing::Memfd, Backing::File);
         let memory = PhysicalMemory::new(&MemoryConfig { size_bytes: config.memory_bytes, backing })?;
         let kernel = Kernel::boot(Arc::new(memory), kernel_config(&config))?;
@@ -153,6 +163,7 @@ impl Host {
             reports,
             watchdog,
             metrics: Arc::default(),
+            tls,
             connections: Arc::default(),
             shutdown: EndSignal::new(),
             started: Instant::now(),
@@ -174,8 +185,8 @@ impl Host {
             let mut topology = self.topology.write();
             topology.declare_owner(OwnerEntry { owner, name: name.clone() })?;
         }
-        let account = self.kernel.account(owner)?;
-        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, account, name)));
+        let account = self.kernel.account(owner);
+        self.owners.insert(Arc::new(OwnerState::new(&self.kernel, account, name, TenantLimits::default())));
         Ok(())
     }
 
@@ -198,6 +209,20 @@ impl Host {
             return Err(declare_error(error, owner_state.owner));
         }
         Ok(())
+    }
+
+    /// A peer was declared: it gets a certificate, where the server can issue one.
+    pub(crate) async fn peer_comes(&self, name: &str, role: Role) {
+        if let Some(tls) = &self.tls {
+            tls.comes(Identity { name: name.to_owned(), role }).await;
+        }
+    }
+
+    /// A peer is no more: its certificates are revoked, where the server can.
+    pub(crate) async fn peer_goes(&self, name: &str, role: Role) {
+        if let Some(tls) = &self.tls {
+            tls.goes(Identity { name: name.to_owned(), role }).await;
+        }
     }
 
     /// Ends everything that has a stream: the server goes down.

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use iommu_kernel::{Kernel, OwnerAccount, OwnerMemory};
+use iommu_proto::model::{LimitState, TenantLimits};
 use iommu_types::errors::UnknownOwner;
 use iommu_types::{DeviceAddress, Gpa, Iova, Owner};
 use parking_lot::{Mutex, RwLock};
 
 use crate::host::hypervisors::HypervisorState;
+use crate::host::rates::OwnerBounds;
 use crate::interrupts::InterruptFeed;
 use crate::session::driver::Seat;
 
@@ -32,6 +34,8 @@ pub struct OwnerState {
     pub interrupts: InterruptFeed,
     /// Its session.
     pub seat: Seat,
+    /// What it may do in a second and have at once, beside what its account counts.
+    pub bounds: OwnerBounds,
     /// Whose virtual machine it is; `None` for a driver of the host.
     pub hypervisor: Option<Arc<HypervisorState>>,
 }
@@ -47,17 +51,37 @@ impl std::fmt::Debug for OwnerState {
 
 impl OwnerState {
     /// An owner with nothing.
-    pub fn new(kernel: &Kernel, account: Arc<OwnerAccount>, name: String) -> Self {
+    pub fn new(kernel: &Kernel, account: Arc<OwnerAccount>, name: String, limits: TenantLimits) -> Self {
         let owner = account.owner();
         let memory = RwLock::new(OwnerMemory::new(kernel, Arc::clone(&account)));
         let (interrupts, seat) = (InterruptFeed::new(), Seat::new());
         let (direct_maps, unmapped_coherent) = (tokio::sync::Mutex::default(), Mutex::default());
-        let hypervisor = None;
-        Self { owner, name, account, memory, direct_maps, unmapped_coherent, interrupts, seat, hypervisor }
+        Self {
+            owner,
+            name,
+            account,
+            memory,
+            direct_maps,
+            unmapped_coherent,
+            interrupts,
+            seat,
+            bounds: OwnerBounds::new(limits),
+            hypervisor: None,
+        }
     }
     /// The same, as a virtual machine of a hypervisor.
     pub fn of_hypervisor(self, hypervisor: &Arc<HypervisorState>) -> Self {
         Self { hypervisor: Some(Arc::clone(hypervisor)), ..self }
+    }
+    /// Every limit of it, with how it stands.
+    pub fn limits(&self) -> Vec<LimitState> {
+        let of_account = self.account.usage().into_iter().map(|usage| LimitState {
+            limit: usage.limit.to_owned(),
+            used: usage.used,
+            allowed: usage.allowed,
+            refused_count: usage.refused,
+        });
+        of_account.chain(self.bounds.state()).collect()
     }
     /// Whether it is a virtual machine: it has the memory that its hypervisor gives it.
     pub fn is_vm(&self) -> bool {

@@ -12,6 +12,7 @@ use iommu_types::errors::{
 };
 use iommu_types::{
     DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId,
+    Role,
 };
 
 use super::Host;
@@ -137,8 +138,11 @@ impl Host {
         let limits = if former.is_some() { DmaLimits::NONE } else { device.limits() };
         self.fits(limits, target)?;
         self.detach_locked(device, by).await;
-        if let Some(former) = former {
-            self.leave_owner(device, former).await;
+        match former {
+            Some(former) => self.leave_owner(device, former).await,
+            // What it did while it was nobody's is not carried into somebody's domain.
+            None if before.owner.is_none() => device.reset().await,
+            None => {}
         }
         if target.watched.is_some() {
             // Before it is attached, so that everything that it does there is seen. A batch that began earlier is waited for.
@@ -354,6 +358,7 @@ impl Host {
         if let Some(owner) = owner {
             self.leave_owner(&device, owner).await;
         }
+        self.peer_goes(&device.name, Role::Device(address)).await;
         self.devices.remove(address);
         self.topology.write().remove_device(address)?;
         Ok(())

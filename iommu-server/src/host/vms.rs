@@ -8,17 +8,29 @@ use std::sync::Arc;
 
 use iommu_kernel::{OwnerEntry, OwnerLimits};
 use iommu_proto::model::TenantLimits;
-use iommu_types::Owner;
-use iommu_types::errors::{CreateVmError, DeclareError, DestroyVmError, InvalidField, NotYours, UnknownOwner};
+use iommu_types::{Owner, Role};
+use iommu_types::errors::{
+    CreateVmError, DeclareError, DestroyVmError, InvalidField, NotYours, UnknownOwner,
+};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
 use super::owners::OwnerState;
 use super::placement::OPERATOR;
+use crate::bounds;
 use crate::session::open::end_for_good;
 
 fn invalid(field: &str, why: String) -> CreateVmError {
     InvalidField { field: field.to_owned(), why }.into()
+}
+
+fn declare_error(error: DeclareError) -> CreateVmError {
+    match error {
+        DeclareError::InvalidField(error) => error.into(),
+        DeclareError::LimitReached(error) => error.into(),
+        DeclareError::DeviceExists(error) => invalid("name", error.to_string()),
+        DeclareError::UnknownOwner(error) => invalid("number", error.to_string()),
+    }
 }
 
 /// What is asked for, or what every owner may have; more cannot be given.
@@ -28,14 +40,27 @@ fn within<T: Copy + PartialOrd + std::fmt::Display>(
     most: T,
 ) -> Result<T, CreateVmError> {
     match asked {
-        Some(asked) if asked > most => {
-            Err(invalid(&format!("limits.{field}"), format!("{asked} is more than {most}, which is the most")))
-        }
+        Some(asked) if asked > most => Err(invalid(
+            &format!("limits.{field}"),
+            format!("{asked} is more than {most}, which is the most"),
+        )),
         asked => Ok(asked.unwrap_or(most)),
     }
 }
 
+/// A rate that is given is at least 1.
+fn rate(field: &str, asked: Option<u64>, most: u64) -> Result<(), CreateVmError> {
+    if within(field, asked, most)? == 0 {
+        return Err(invalid(&format!("limits.{field}"), "is 0; give at least 1".to_owned()));
+    }
+    Ok(())
+}
+
 fn limits(most: &OwnerLimits, asked: TenantLimits) -> Result<OwnerLimits, CreateVmError> {
+    let (requests, operations) = (bounds::REQUESTS_PER_SECOND_MAX, bounds::DMA_OPERATIONS_PER_SECOND_MAX);
+    rate("requests_per_second", asked.requests_per_second.map(u64::from), requests)?;
+    rate("dma_operations_per_second", asked.dma_operations_per_second.map(u64::from), operations)?;
+    rate("dma_bytes_per_second", asked.dma_bytes_per_second, bounds::DMA_BYTES_PER_SECOND_MAX)?;
     Ok(OwnerLimits {
         domains: within("domains", asked.domains, most.domains)?,
         mappings: within("mappings", asked.mappings, most.mappings)?,
@@ -47,7 +72,7 @@ fn limits(most: &OwnerLimits, asked: TenantLimits) -> Result<OwnerLimits, Create
 
 impl Host {
     /// Creates a virtual machine of a hypervisor.
-    pub fn create_vm(
+    pub async fn create_vm(
         &self,
         hypervisor: &Arc<HypervisorState>,
         name: String,
@@ -62,7 +87,8 @@ impl Host {
                 Some(number) => number,
                 None => (1..=u32::MAX).find(free).expect("owners are fewer than numbers"),
             };
-            topology.declare_owner(OwnerEntry { owner: Owner::Vm(number), name: name.clone() })?;
+            let entry = OwnerEntry { owner: Owner::Vm(number), name: name.clone() };
+            topology.declare_owner(entry).map_err(declare_error)?;
             number
         };
         let owner = Owner::Vm(number);
@@ -71,8 +97,10 @@ impl Host {
             hypervisor.remove_vm(number);
             self.topology.write().remove_owner(owner);
         })?;
-        let state = OwnerState::new(&self.kernel, account, name).of_hypervisor(hypervisor);
+        let state = OwnerState::new(&self.kernel, account, name, asked).of_hypervisor(hypervisor);
+        let name = state.name.clone();
         self.owners.insert(Arc::new(state));
+        self.peer_comes(&name, Role::Driver(owner)).await;
         tracing::info!(%owner, hypervisor = %hypervisor.name, "virtual machine created");
         Ok(number)
     }
@@ -116,6 +144,7 @@ impl Host {
         self.faults.collect(self);
         self.faults.forget(owner.owner);
         self.reports.forget(owner.owner);
+        self.peer_goes(&owner.name, Role::Driver(owner.owner)).await;
         self.owners.remove(owner.owner);
         self.topology.write().remove_owner(owner.owner);
         self.kernel.forget_account(owner.owner);

@@ -7,6 +7,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use iommu_proto::errors::WireError;
 use iommu_types::Role;
@@ -15,22 +16,65 @@ use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use super::permissions::{Needs, needs};
+use super::permissions::{Needs, Roles, needs};
 use crate::connection::ConnectionHandle;
 use crate::host::Host;
+use crate::host::owners::OwnerState;
 use crate::services::{Caller, internal};
 
-/// Judges a call; the caller comes back for methods that need one.
-fn judge(host: &Host, path: &str, connection: Option<&ConnectionHandle>) -> Result<Option<Caller>, Status> {
+/// A call that may go on.
+#[derive(Debug, Default)]
+struct Admitted {
+    /// Who calls, for methods that need somebody.
+    caller: Option<Caller>,
+    /// Its owner's place among the calls under way.
+    place: Option<CallPlace>,
+}
+
+/// A call that may not.
+#[derive(Debug)]
+struct Refused {
+    status: Status,
+    /// How long it waits for its answer: who is over a rate does not come back at once.
+    after: Duration,
+}
+
+impl From<Status> for Refused {
+    fn from(status: Status) -> Self {
+        Self { status, after: Duration::ZERO }
+    }
+}
+
+/// Given back on drop.
+#[derive(Debug)]
+struct CallPlace(Arc<OwnerState>);
+
+impl Drop for CallPlace {
+    fn drop(&mut self) {
+        self.0.bounds.calls.leave();
+    }
+}
+
+/// Judges a call.
+fn judge(host: &Host, path: &str, connection: Option<&ConnectionHandle>) -> Result<Admitted, Refused> {
     let needs = needs(path).ok_or_else(|| UnknownMethod {}.into_status())?;
     if needs == Needs::Nothing {
-        return Ok(None);
+        return Ok(Admitted::default());
     }
     if host.shutdown.ended().is_some() {
-        return Err(ShuttingDown {}.into_status());
+        return Err(ShuttingDown {}.into_status().into());
+    }
+    if let Some(ending) = connection.and_then(ConnectionHandle::ended) {
+        return Err(ending.clone().into_status().into());
     }
     let connection = connection.ok_or_else(|| internal("a request came over no connection"))?;
-    let Needs::Session(roles) = needs else { return Ok(None) };
+    let Needs::Session(roles) = needs else { return Ok(Admitted::default()) };
+    let caller = caller(connection, roles)?;
+    let place = caller.session.owner().map(|owner| place(owner)).transpose()?;
+    Ok(Admitted { caller: Some(caller), place })
+}
+
+fn caller(connection: &ConnectionHandle, roles: Roles) -> Result<Caller, Status> {
     let refused = |role: Role| RoleRefused { role: role.to_string(), needs: roles.words() };
     let Some(session) = connection.session() else {
         return Err(match connection.identity() {
@@ -46,7 +90,17 @@ fn judge(host: &Host, path: &str, connection: Option<&ConnectionHandle>) -> Resu
     if !roles.admit(session.identity.role) {
         return Err(refused(session.identity.role).into_status());
     }
-    Ok(Some(Caller { session: Arc::clone(session), connection: connection.clone() }))
+    Ok(Caller { session: Arc::clone(session), connection: connection.clone() })
+}
+
+/// A place among the calls of an owner, if it has one and is within its rate (I7).
+fn place(owner: &Arc<OwnerState>) -> Result<CallPlace, Refused> {
+    owner.bounds.calls.enter().map_err(WireError::into_status)?;
+    let place = CallPlace(Arc::clone(owner));
+    match owner.bounds.requests.take(1) {
+        Ok(()) => Ok(place),
+        Err(over) => Err(Refused { after: over.penalty(), status: over.limit.into_status() }),
+    }
 }
 
 /// Puts the gate before the services.
@@ -87,13 +141,22 @@ where
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let connection = request.extensions().get::<ConnectionHandle>();
         match judge(&self.host, request.uri().path(), connection) {
-            Ok(caller) => {
+            Ok(Admitted { caller, place }) => {
                 if let Some(caller) = caller {
                     request.extensions_mut().insert(caller);
                 }
-                Box::pin(self.inner.call(request))
+                let call = self.inner.call(request);
+                Box::pin(async move {
+                    let _place = place;
+                    call.await
+                })
             }
-            Err(status) => Box::pin(std::future::ready(Ok(status.into_http()))),
+            Err(Refused { status, after }) => Box::pin(async move {
+                if !after.is_zero() {
+                    tokio::time::sleep(after).await;
+                }
+                Ok(status.into_http())
+            }),
         }
     }
 }

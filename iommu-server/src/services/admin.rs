@@ -8,8 +8,8 @@ use iommu_proto::errors::WireError;
 use iommu_proto::model::{self, Peer};
 use iommu_proto::pb;
 use iommu_proto::pb::admin_service_server::AdminService;
-use iommu_types::errors::{AttachError, DetachError, InvalidField};
-use iommu_types::{DeviceAddress, Owner, PciFunction};
+use iommu_types::errors::{AttachError, DeclareError, DetachError, InvalidField};
+use iommu_types::{DeviceAddress, Owner, PciFunction, Role};
 use tonic::{Request, Response, Status};
 
 use super::driver::mmio_call;
@@ -54,8 +54,13 @@ impl AdminService for Admin {
         let model::DeclareDevice { device: address, name, owner, function } = parse(request.into_inner())?;
         let host = Arc::clone(&self.host);
         let function = function.unwrap_or(PciFunction::ISOLATED);
-        let entry = DeviceEntry { function, ..DeviceEntry::new(address, name, owner) };
-        to_its_end(async move { host.declare_device(entry).await }).await?;
+        let entry = DeviceEntry { function, ..DeviceEntry::new(address, name.clone(), owner) };
+        to_its_end(async move {
+            host.declare_device(entry).await?;
+            host.peer_comes(&name, Role::Device(address)).await;
+            Ok::<_, DeclareError>(())
+        })
+        .await?;
         tracing::info!(device = %address, by = %caller.session.identity, "device declared");
         Ok(Response::new(pb::DeclareDeviceResponse {}))
     }
@@ -83,7 +88,8 @@ impl AdminService for Admin {
             let why = format!("{owner} is not a driver");
             return Err(InvalidField { field: "owner".to_owned(), why }.into_status());
         }
-        self.host.declare_owner(owner, name).map_err(WireError::into_status)?;
+        self.host.declare_owner(owner, name.clone()).map_err(WireError::into_status)?;
+        self.host.peer_comes(&name, Role::Driver(owner)).await;
         tracing::info!(%owner, by = %caller.session.identity, "driver declared");
         Ok(Response::new(pb::DeclareDriverResponse {}))
     }

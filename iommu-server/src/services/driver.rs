@@ -40,10 +40,14 @@ fn status(error: impl WireError) -> Status {
 
 /// A place among the subscriptions of a connection.
 pub(super) fn watcher(caller: &Caller) -> Result<crate::connection::WatcherPlace, Status> {
-    caller.connection.watcher().ok_or_else(|| {
+    let place = caller.connection.watcher().ok_or_else(|| {
         let allowed = bounds::WATCHERS_PER_CONNECTION_MAX as u64;
         LimitReached { limit: "watchers_per_connection".to_owned(), allowed }.into_status()
-    })
+    })?;
+    match caller.session.owner() {
+        None => Ok(place),
+        Some(owner) => place.of_owner(Arc::clone(owner)).map_err(status),
+    }
 }
 
 async fn allocate_coherent(
@@ -257,7 +261,7 @@ impl DriverService for Drivers {
         tokio::select! {
             biased;
             ending = caller.session.end.wait() => Err(ending.into_status()),
-            answer = hypervisor.hypercalls.call(vm, payload) => {
+            answer = hypervisor.hypercalls.call(vm, payload, bounds::HYPERCALL_TIMEOUT) => {
                 Ok(Response::new(pb::HypercallResponse { payload: answer.map_err(status)? }))
             }
         }

@@ -53,7 +53,7 @@ impl HypervisorService for HypervisorCalls {
     ) -> Result<Response<pb::CreateVmResponse>, Status> {
         once!(self, request, hypervisor, model::CreateVm, |host, hypervisor, ask| {
             let number = host.create_vm(&hypervisor, ask.name, ask.number, ask.limits.unwrap_or_default());
-            Ok(pb::CreateVmResponse { number: number.map_err(status)? })
+            Ok(pb::CreateVmResponse { number: number.await.map_err(status)? })
         })
     }
 

@@ -6,8 +6,8 @@ use iommu_hardware::vtd::{CacheCounters, Counters, Unit};
 use iommu_kernel::{Domain, MappingState, SanitizerHandle};
 use iommu_proto::errors::WireError;
 use iommu_proto::model::{
-    self, DomainState, DumpIotlb, DumpTables, DumpedIotlb, Explain, Explained, GetCounters, ListDomains,
-    ListMappings, Mappings, OwnerState, Topology,
+    self, DomainState, DumpIotlb, DumpTables, DumpedIotlb, Explain, Explained, GetCounters, LimitsList,
+    LimitsOfOwner, ListDomains, ListLimits, ListMappings, Mappings, OwnerState, Topology,
 };
 use iommu_proto::pb;
 use iommu_proto::pb::inspect_service_server::InspectService;
@@ -253,6 +253,22 @@ impl InspectService for Inspect {
             devices: devices.iter().filter(visible).map(|device| self.device_state(device)).collect(),
         };
         Ok(Response::new(topology.into()))
+    }
+
+    async fn list_limits(
+        &self,
+        request: Request<pb::ListLimitsRequest>,
+    ) -> Result<Response<pb::ListLimitsResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let ListLimits { owner } = parse(request.into_inner())?;
+        if let Some(owner) = owner {
+            caller.must_see(Some(owner), format!("the limits of {owner}")).map_err(WireError::into_status)?;
+            self.host.owners.get(owner).map_err(WireError::into_status)?;
+        }
+        let wanted = |of: Owner| owner.map_or_else(|| caller.sees(Some(of)), |owner| owner == of);
+        let owners = self.host.owners.list().into_iter().filter(|state| wanted(state.owner));
+        let owners = owners.map(|state| LimitsOfOwner { owner: state.owner, limits: state.limits() });
+        Ok(Response::new(LimitsList { owners: owners.collect() }.into()))
     }
 
     async fn list_domains(

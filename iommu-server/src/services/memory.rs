@@ -54,6 +54,16 @@ pub(super) fn within_batch(size_bytes: u64) -> Result<(), LimitReached> {
     Err(LimitReached { limit: "batch_bytes_max".to_owned(), allowed })
 }
 
+/// What moves many bytes costs a driver as much as several requests (I7). Operators and hypervisors act for the owner and are not counted.
+fn charge(caller: &Caller, size_bytes: u64) -> Result<(), LimitReached> {
+    match caller.session.owner() {
+        Some(owner) => {
+            owner.bounds.requests.take(size_bytes / bounds::BYTES_PER_REQUEST).map_err(|over| over.limit)
+        }
+        None => Ok(()),
+    }
+}
+
 fn read(host: &Host, owner: &OwnerState, gpa: Gpa, size_bytes: usize) -> Result<Bytes, MemoryError> {
     let mut data = BytesMut::zeroed(size_bytes);
     owner.memory.read().read(&host.kernel, gpa, &mut data)?;
@@ -76,6 +86,7 @@ impl MemoryService for Memory {
         let MemoryRead { owner, range } = parse(request.into_inner())?;
         let owner = self.owner(&caller, owner).map_err(WireError::into_status)?;
         within_batch(range.size_bytes()).map_err(WireError::into_status)?;
+        charge(&caller, range.size_bytes()).map_err(WireError::into_status)?;
         let data = read(&self.host, &owner, range.base(), range.size_bytes() as usize);
         Ok(Response::new(pb::MemoryReadResponse { data: data.map_err(WireError::into_status)? }))
     }
@@ -87,6 +98,7 @@ impl MemoryService for Memory {
         let caller = Caller::of(&request)?;
         let ask: MemoryWrite = parse(request.into_inner())?;
         let owner = self.owner(&caller, ask.owner).map_err(WireError::into_status)?;
+        charge(&caller, ask.range().size_bytes()).map_err(WireError::into_status)?;
         let written_bytes = write(&self.host, &owner, &ask).map_err(WireError::into_status)?;
         Ok(Response::new(pb::MemoryWriteResponse { written_bytes }))
     }

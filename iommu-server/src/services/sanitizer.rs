@@ -6,7 +6,6 @@ use iommu_proto::errors::WireError;
 use iommu_proto::model::{ListReports, NewReports, ReportList, SanitizerFilter, WatchReports};
 use iommu_proto::pb;
 use iommu_proto::pb::sanitizer_service_server::SanitizerService;
-use iommu_types::errors::NotYours;
 use iommu_types::{DomainId, Owner, SanitizerReport};
 use tonic::{Request, Response, Status};
 

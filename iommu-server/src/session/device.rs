@@ -177,6 +177,10 @@ impl DeviceSession {
     pub(crate) fn is_sending(&self) -> bool {
         !self.progress.is_idle() || self.mailbox.is_waiting()
     }
+    /// Whether it stands on that connection.
+    pub(crate) fn is_on(&self, connection: &ConnectionHandle) -> bool {
+        self.connection.is(connection)
+    }
     /// Cuts the connection of a peer that does not even read why its session ended.
     pub(crate) fn cut(&self) {
         self.connection.cut();

@@ -26,6 +26,7 @@ use tonic::{Status, Streaming};
 
 use super::device::DeviceSession;
 use super::execute::{Executed, execute_for, refuse};
+use super::payer::Payer;
 use crate::bounds;
 use crate::connection::ConnectionHandle;
 use crate::ending::Ending;
@@ -44,6 +45,10 @@ struct Live {
     device: Arc<DeviceState>,
     /// Until it is sent; `None` afterwards.
     welcome: Option<Welcoming>,
+    /// Whose rates its DMA counts for.
+    payer: Payer,
+    /// While it is over a rate of its owner, nothing is read.
+    penalty: Option<Pin<Box<tokio::time::Sleep>>>,
     /// How the stream ended; as long as it did not, the only way out is a lost connection (closed, broken, or silent for too long).
     left: Option<String>,
 }
@@ -131,8 +136,9 @@ impl DeviceStream {
         }
         let hello = model::Hello::try_from(hello).map_err(WireError::into_status)?;
         let address = hello.address;
-        let device = self.known(&hello.name, address).map_err(WireError::into_status)?;
         let identity = Identity { name: hello.name.clone(), role: Role::Device(address) };
+        self.connection.must_be_certified(&identity).map_err(WireError::into_status)?;
+        let device = self.known(&hello.name, address).map_err(WireError::into_status)?;
         // The agent of the same device may come back on the connection that it has; anybody else may not (I8).
         if !self.connection.identify(&identity) && self.connection.identity() != Some(&identity) {
             return Err(SessionExists {}.into_status());
@@ -165,6 +171,10 @@ impl DeviceStream {
         };
         let (session, fenced) = device.seat(make).map_err(WireError::into_status)?;
         self.host.watchdog.watch(&session);
+        // Whoever ends the connection meanwhile finds the session there, or is found here.
+        if let Some(why) = self.connection.ended() {
+            session.end(why.clone());
+        }
         tracing::info!(
             device = %device.address, name = %device.name, generation = session.generation, peer = %self.connection.peer(),
             "device session begins"
@@ -183,7 +193,15 @@ impl DeviceStream {
             }
         };
         let welcome = Some(Welcoming { before_are_quiet: Box::pin(quiet), welcome });
-        self.stage = Stage::Live(Box::new(Live { port, session, device, welcome, left: None }));
+        self.stage = Stage::Live(Box::new(Live {
+            port,
+            session,
+            device,
+            welcome,
+            payer: Payer::default(),
+            penalty: None,
+            left: None,
+        }));
         if self.host.shutdown.ended().is_some() {
             // The drain may have looked before this session was there to be seen.
             self.host.end_device_sessions();
@@ -207,6 +225,10 @@ impl DeviceStream {
             }
             if let Poll::Ready(message) = queued {
                 return Poll::Ready(Some(Ok(message)));
+            }
+            if let Some(penalty) = &mut live.penalty {
+                ready!(penalty.as_mut().poll(context));
+                live.penalty = None;
             }
             let budget = ready!(coop::poll_proceed(context));
             let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
@@ -270,6 +292,9 @@ impl Live {
             refuse(batch, Refusal::StaleGeneration)
         } else if executing.is_err() || self.session.ended().is_some() {
             refuse(batch, Refusal::Fenced)
+        } else if let Err(over) = self.payer.pay(&self.device, batch) {
+            self.penalty = Some(Box::pin(tokio::time::sleep(over.penalty)));
+            refuse(batch, over.refusal)
         } else {
             let device = &self.device;
             let deliver = |interrupt: DeliveredInterrupt| {

@@ -7,6 +7,7 @@ pub mod execute;
 mod mailbox;
 pub mod mmio;
 pub mod open;
+mod payer;
 pub mod replay;
 pub(crate) mod watch;
 pub mod watchdog;

@@ -48,6 +48,7 @@ pub async fn open(host: &Arc<Host>, connection: &ConnectionHandle, open: Open) -
     if connection.identity().is_some() {
         return refuse(SessionExists {}.into());
     }
+    connection.must_be_certified(&identity(&open)).map_err(WireError::into_status)?;
     let Some(tenant) = tenant(host, &open).map_err(WireError::into_status)? else {
         return open_without_tenancy(host, connection, open).map_err(WireError::into_status);
     };
@@ -199,7 +200,11 @@ pub async fn end_for_good(host: &Arc<Host>, owner: &Arc<OwnerState>, why: &str) 
     }
     seated.generation += 1;
     owner.seat.fence(seated.generation);
-    reclaim(host, &Tenant::Driver(Arc::clone(owner)), &mut seated, why).await;
+    seated.session = None;
+    if let Some(tenancy) = seated.tenancy.take() {
+        tenancy.close().await;
+    }
+    host.reclaim_owner(owner, why).await;
     true
 }
 

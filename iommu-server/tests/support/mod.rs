@@ -12,6 +12,7 @@ use iommu_proto::pb::bare_machine_service_client::BareMachineServiceClient;
 use iommu_proto::pb::device_service_client::DeviceServiceClient;
 use iommu_proto::pb::driver_service_client::DriverServiceClient;
 use iommu_proto::pb::fault_service_client::FaultServiceClient;
+use iommu_proto::pb::hypervisor_service_client::HypervisorServiceClient;
 use iommu_proto::pb::inspect_service_client::InspectServiceClient;
 use iommu_proto::pb::memory_service_client::MemoryServiceClient;
 use iommu_proto::pb::sanitizer_service_client::SanitizerServiceClient;
@@ -292,6 +293,110 @@ pub async fn bare(server: &Server, name: &str) -> BareMachineServiceClient<Chann
     let channel = session(server, name, pb::open_request::Role::Bare(pb::BareRole {})).await;
     BareMachineServiceClient::new(channel)
 }
+/// A hypervisor with its session.
+pub struct Hypervisor {
+    pub channel: Channel,
+    next: AtomicU64,
+}
+
+impl Hypervisor {
+    pub async fn open(server: &Server, name: &str) -> Self {
+        let role = pb::open_request::Role::Hypervisor(pb::HypervisorRole {});
+        Self { channel: session(server, name, role).await, next: AtomicU64::new(1) }
+    }
+    pub fn client(&self) -> HypervisorServiceClient<Channel> {
+        HypervisorServiceClient::new(self.channel.clone())
+    }
+    pub fn header(&self) -> Option<pb::RequestHeader> {
+        let request_id = self.next.fetch_add(1, Ordering::Relaxed);
+        Some(pb::RequestHeader { request_id, acknowledged_through: 0 })
+    }
+    pub async fn create(&self, name: &str, number: Option<u32>) -> Result<u32, Status> {
+        self.create_with(name, number, None).await
+    }
+    pub async fn create_with(
+        &self,
+        name: &str,
+        number: Option<u32>,
+        limits: Option<pb::TenantLimits>,
+    ) -> Result<u32, Status> {
+        let request = pb::CreateVmRequest { header: self.header(), name: name.to_owned(), number, limits };
+        self.client().create_vm(request).await.map(|created| created.into_inner().number)
+    }
+    pub async fn destroy(&self, vm: u32) -> Result<(), Status> {
+        self.client().destroy_vm(pb::DestroyVmRequest { header: self.header(), vm }).await.map(drop)
+    }
+    pub async fn vms(&self) -> Vec<pb::VmState> {
+        self.client().list_vms(pb::ListVmsRequest {}).await.unwrap().into_inner().vms
+    }
+    pub async fn add(&self, vm: u32, gpa: u64, pages: u64) -> Result<(), Status> {
+        let request = pb::AddMemoryRequest { header: self.header(), vm, gpa, size_bytes: pages * PAGE };
+        self.client().add_memory(request).await.map(drop)
+    }
+    pub async fn remove(&self, vm: u32, gpa: u64, pages: u64, how: pb::Revocation) -> Result<u64, Status> {
+        let wait_ms = if how == pb::Revocation::Wait { 5_000 } else { 0 };
+        let request = pb::RemoveMemoryRequest {
+            header: self.header(),
+            vm,
+            gpa,
+            size_bytes: pages * PAGE,
+            how: how.into(),
+            wait_ms,
+        };
+        self.client().remove_memory(request).await.map(|removed| removed.into_inner().revoked_mappings)
+    }
+    /// Moves pages to the same address of another virtual machine.
+    pub async fn hand_over(&self, from_vm: u32, to_vm: u32, gpa: u64, pages: u64) -> Result<u64, Status> {
+        let request = pb::MoveMemoryRequest {
+            header: self.header(),
+            from_vm,
+            from_gpa: gpa,
+            size_bytes: pages * PAGE,
+            to_vm,
+            to_gpa: gpa,
+            how: pb::Revocation::Revoke.into(),
+            wait_ms: 0,
+        };
+        self.client().move_memory(request).await.map(|moved| moved.into_inner().revoked_mappings)
+    }
+    pub async fn assign(&self, source: u32, vm: u32) -> Result<Vec<pb::DeviceAddress>, Status> {
+        let request = pb::AssignGroupRequest { header: self.header(), device: Some(device(source)), vm };
+        self.client().assign_group(request).await.map(|assigned| assigned.into_inner().functions)
+    }
+    pub async fn release(&self, source: u32) -> Result<(), Status> {
+        let request = pb::ReleaseGroupRequest { header: self.header(), device: Some(device(source)) };
+        self.client().release_group(request).await.map(drop)
+    }
+    pub async fn declare(&self, source: u32, name: &str, function: pb::PciFunction) -> Result<(), Status> {
+        let request = pb::DeclareFunctionRequest {
+            header: self.header(),
+            device: Some(device(source)),
+            name: name.to_owned(),
+            function: Some(function),
+        };
+        self.client().declare_function(request).await.map(drop)
+    }
+    pub async fn functions(&self) -> Vec<pb::FunctionState> {
+        self.client().list_functions(pb::ListFunctionsRequest {}).await.unwrap().into_inner().functions
+    }
+    pub async fn read(&self, vm: u32, gpa: u64, size_bytes: u64) -> Result<bytes::Bytes, Status> {
+        let owner = Some(vm_owner(vm));
+        let request = pb::MemoryReadRequest { owner, gpa, size_bytes };
+        MemoryServiceClient::new(self.channel.clone()).read(request).await.map(|read| read.into_inner().data)
+    }
+    /// The driver of one of its virtual machines.
+    pub async fn guest(&self, server: &Server, vm: u32, name: &str) -> Driver {
+        let channel = connect(server).await;
+        let role = pb::open_request::Role::Driver(pb::DriverRole { owner: Some(vm_owner(vm)) });
+        let opened = open(&channel, open_request(name, role)).await.unwrap();
+        Driver::on(channel, opened)
+    }
+}
+
+pub fn vm_owner(number: u32) -> pb::Owner {
+    pb::Owner { kind: Some(pb::owner::Kind::Vm(number)) }
+}
+
 pub fn admin(channel: &Channel) -> AdminServiceClient<Channel> {
     AdminServiceClient::new(channel.clone())
 }
@@ -310,7 +415,7 @@ pub struct Agent {
     pub up: mpsc::Sender<pb::DeviceToServer>,
     pub down: Streaming<pb::ServerToDevice>,
     pub next_tag: u64,
-    _channel: Channel,
+    pub channel: Channel,
 }
 
 pub type Up = pb::device_to_server::Message;
@@ -330,7 +435,7 @@ impl Agent {
             .await
             .unwrap()
             .into_inner();
-        Self { up, down, next_tag: 0, _channel: channel }
+        Self { up, down, next_tag: 0, channel }
     }
     pub async fn silent(server: &Server) -> Self {
         Self::silent_on(connect(server).await).await

@@ -105,7 +105,7 @@ messages! {
     LimitState as LimitState {
         /// Its name, as in `LimitReached`.
         limit: String,
-        /// How much is used now; for a rate, in the last second.
+        /// How much is used now; for a rate, how much was done ahead of it.
         used: u64,
         /// How much is allowed.
         allowed: u64,

@@ -66,6 +66,8 @@ pub const fn reason_code(reason: Result<FaultReason, Refusal>) -> u32 {
         Err(Refusal::OverLimit) => REFUSALS_FROM + 2,
         Err(Refusal::Malformed) => REFUSALS_FROM + 3,
         Err(Refusal::NoMemory) => REFUSALS_FROM + 4,
+        Err(Refusal::OverOperationRate) => REFUSALS_FROM + 5,
+        Err(Refusal::OverByteRate) => REFUSALS_FROM + 6,
         Err(Refusal::Unknown(code)) => code,
     }
 }
@@ -80,6 +82,8 @@ pub const fn reason_from_code(code: u32) -> Result<FaultReason, Refusal> {
         0x1002 => Err(Refusal::OverLimit),
         0x1003 => Err(Refusal::Malformed),
         0x1004 => Err(Refusal::NoMemory),
+        0x1005 => Err(Refusal::OverOperationRate),
+        0x1006 => Err(Refusal::OverByteRate),
         _ => Err(Refusal::Unknown(code)),
     }
 }

@@ -142,6 +142,8 @@ table! {
     SessionExists {} AlreadyExists "SESSION_EXISTS" => none();
     SessionFenced { by_generation } Aborted "SESSION_FENCED" => none();
     IdentityRefused { name, why } Unauthenticated "IDENTITY_REFUSED" => none();
+    CertificateExpired { expired_unix_s } Unauthenticated "CERTIFICATE_EXPIRED" => none();
+    CertificateRevoked { serial } Unauthenticated "CERTIFICATE_REVOKED" => none();
     VersionMismatch { server, peer } FailedPrecondition "VERSION_MISMATCH" => precondition("VERSION_MISMATCH", peer);
     RequestTooOld { request_id, oldest } FailedPrecondition "REQUEST_TOO_OLD" => precondition("REQUEST_TOO_OLD", request_id);
     RequestReused { request_id } AlreadyExists "REQUEST_REUSED" => none();

@@ -5490,7 +5490,8 @@ pub struct DmaCompletions {
     #[prost(uint32, repeated, tag = "3")]
     pub fault_index: ::prost::alloc::vec::Vec<u32>,
     /// Why: 0 to 255 is a VT-d fault reason; from 0x1000 on a refusal outside translation: 0x1000 fenced, 0x1001 stale generation, 0x1002
-    /// over a limit, 0x1003 malformed, 0x1004 no memory there. Later versions add refusals: a device takes a code that it does not know
+    /// over a limit, 0x1003 malformed, 0x1004 no memory there, 0x1005 over dma_operations_per_second of the owner, 0x1006 over its
+    /// dma_bytes_per_second. Later versions add refusals: a device takes a code that it does not know
     /// as a refusal.
     #[prost(uint32, repeated, tag = "4")]
     pub fault_reason: ::prost::alloc::vec::Vec<u32>,
@@ -5898,7 +5899,7 @@ pub struct ListFaultsResponse {
     /// Records that the logs of these owners have lost to overflow since the server started.
     #[prost(uint64, tag = "2")]
     pub overwritten_count: u64,
-    /// Faults dropped by the unit itself because its recording registers were full (PFO).
+    /// Faults dropped by the unit itself because its recording registers were full (PFO). Only for observers and operators, as it counts for all owners together; 0 for others.
     #[prost(uint64, tag = "3")]
     pub unit_overflow_count: u64,
     /// Give this to Watch to go on after these records.
@@ -7881,7 +7882,7 @@ pub struct GetTopologyResponse {
     /// Physical memory.
     #[prost(uint64, tag = "3")]
     pub memory_bytes: u64,
-    /// Of it free.
+    /// Of it free. Only for observers and operators; 0 for others.
     #[prost(uint64, tag = "4")]
     pub memory_free_bytes: u64,
     /// Everybody known.
@@ -7921,7 +7922,7 @@ pub struct LimitState {
     /// Its name, as in LIMIT_REACHED.
     #[prost(string, tag = "1")]
     pub limit: ::prost::alloc::string::String,
-    /// How much is used now; for a rate, in the last second.
+    /// How much is used now; for a rate, how much was done ahead of it.
     #[prost(uint64, tag = "2")]
     pub used: u64,
     /// How much is allowed.

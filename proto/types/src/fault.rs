@@ -200,6 +200,12 @@ pub enum Refusal {
     /// The translation ends at an address behind which there is no memory (PCIe: Unsupported Request).
     #[error("the address leads to no memory")]
     NoMemory,
+    /// The owner of the device has used up its operations for now.
+    #[error("the operation is over the limit dma_operations_per_second of its owner")]
+    OverOperationRate,
+    /// The owner of the device has used up its bytes for now.
+    #[error("the operation is over the limit dma_bytes_per_second of its owner")]
+    OverByteRate,
     /// A refusal that this version does not know, by its code on the wire: the server is newer.
     #[error("the operation was refused for a reason that this version does not know ({0:#x})")]
     Unknown(u32),

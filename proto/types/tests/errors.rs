@@ -88,6 +88,8 @@ fn every_fact_shows_itself_with_its_facts() {
         (shown(SessionExists {}), &[]),
         (shown(SessionFenced { by_generation: 7654 }), &["7654|0x1de6"]),
         (shown(IdentityRefused { name: text(), why: text() }), &["the given text", "the given text"]),
+        (shown(CertificateExpired { expired_unix_s: 7654 }), &["7654|0x1de6"]),
+        (shown(CertificateRevoked { serial: text() }), &["the given text"]),
         (shown(VersionMismatch { server: 321, peer: 321 }), &["321", "321"]),
         (shown(RequestTooOld { request_id: 7654, oldest: 7654 }), &["7654|0x1de6", "7654|0x1de6"]),
         (shown(RequestReused { request_id: 7654 }), &["7654|0x1de6"]),

@@ -17,9 +17,8 @@ use iommu_proto::{limits, pb};
 use iommu_server::bounds;
 use iommu_server::cli::ServeArgs;
 use iommu_server::config::Config;
-use iommu_server::connection::Connections;
 use iommu_server::ending::EndSignal;
-use iommu_server::listen::Listeners;
+use iommu_server::listen::{Entrance, Listeners};
 use iommu_server::server::transport;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
@@ -52,6 +51,7 @@ fn answer(message: pb::DeviceToServer) -> Result<pb::ServerToDevice, Status> {
             dma_credits: bounds::DMA_CREDITS,
             batch_operations_max: bounds::BATCH.operations_max,
             batch_bytes_max: bounds::BATCH.bytes_max,
+            assignment_generation: 1,
         }),
         Some(Up::Dma(batch)) => Down::Dma(completions(&batch)),
         _ => return Err(Status::unimplemented("the echo answers Hello and DMA")),
@@ -92,7 +92,7 @@ pub(crate) async fn serve(listen: SocketAddr, listen_unix: &Path) -> anyhow::Res
     let addresses: Vec<String> = listeners.tcp_addresses().iter().map(SocketAddr::to_string).collect();
     let ready = serde_json::json!({ "event": "ready", "listen": addresses });
     crate::print(&format!("{ready}\n"))?;
-    let connections = listeners.accept(&Arc::new(Connections::default()), &EndSignal::new());
+    let connections = listeners.accept(&Arc::default(), &EndSignal::new(), &Entrance::plaintext());
     let service = DeviceServiceServer::new(Echo)
         .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);

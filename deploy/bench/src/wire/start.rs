@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use iommu_launch::{Server, ServerOptions};
+use iommu_launch::{Server, ServerOptions, Wire};
 
 use crate::figure::{Figure, RatioOf, Target};
 use crate::report::Report;
@@ -14,11 +14,12 @@ use crate::stand::Bench;
 /// From spawning the process to its ready line, with its default settings; beside the bare process.
 pub(crate) async fn ready(bench: &mut Bench) -> anyhow::Result<Report> {
     let binaries = bench.binaries()?;
+    let plaintext = ServerOptions { wire: Wire::Plaintext, ..ServerOptions::default() };
     let (value, reference) = in_turn_async(
         bench.plan,
         async || {
             let start = Instant::now();
-            let mut server = Server::start(&binaries, &ServerOptions::default()).await?;
+            let mut server = Server::start(&binaries, &plaintext).await?;
             let milliseconds = start.elapsed().as_secs_f64() * 1e3;
             server.process.kill().await?;
             Ok(milliseconds)

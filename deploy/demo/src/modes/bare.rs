@@ -27,6 +27,9 @@ const FSTS: u32 = 0x34;
 /// The agent is started when it is asked for; a command ends within milliseconds. A machine under load may need more.
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// The client of bare machines for whom the server makes a certificate by itself.
+const CLIENT: &str = "bare";
+
 /// What the parent says on the command line.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -39,7 +42,7 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let attack = Attack::NoProtection;
     begin(attack.name(), &attack.story())?;
-    let client = Connection::to(&options.server).bare("demo").await.context("open a session")?;
+    let client = Connection::to(&options.server).bare(CLIENT).await.context("open a session")?;
     let source_id = SourceId::at(0, 1, 0).context("a source")?;
     let devices = vec![MachineDevice { source_id, name: DEVICE.to_owned() }];
     let machine = client.create(MEMORY_BYTES, None, devices).await.context("create a machine")?;

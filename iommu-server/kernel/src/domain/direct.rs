@@ -56,6 +56,10 @@ impl Domain {
             Mode::Strict => PendingUnmap::nothing(self.id),
         }
     }
+    /// Stub.
+    pub fn revoke_memory(&mut self, kernel: &Kernel, range: GpaRange) -> PendingUnmap {
+        self.let_go(kernel, range)
+    }
     /// Gives up everything that it keeps and does not need, when a map ran out of something: flushes, evicts, frees idle shadow buffers, and
     /// waits for what other calls have begun to give up.
     pub fn reclaim(&mut self, kernel: &Kernel) -> PendingUnmap {

@@ -302,6 +302,16 @@ facts! {
         /// Why.
         why: String,
     } = "{name:?} is refused: {why}";
+    /// The certificate of the connection has expired while it was in use.
+    CertificateExpired {
+        /// When, in seconds since the UNIX epoch.
+        expired_unix_s: u64,
+    } = "the certificate of this connection has expired (at {expired_unix_s} s since 1970); connect again with a new one, which `iommuctl pki issue --force` makes";
+    /// The certificate of the connection was revoked while it was in use.
+    CertificateRevoked {
+        /// Its serial number in hexadecimal.
+        serial: String,
+    } = "the certificate of this connection (serial {serial}) was revoked; only a new one is admitted";
     /// The schema versions do not work together.
     VersionMismatch {
         /// The server's major version.

@@ -79,6 +79,7 @@ macro_rules! for_each_operation {
             CallError {
                 SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,
                 MessageTooLarge, UnknownMethod, ShuttingDown, StreamStalled, BadResumeToken, LimitReached, InvalidField, Internal,
+                CertificateExpired, CertificateRevoked,
             }
         }
     };

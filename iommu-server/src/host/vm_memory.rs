@@ -1,0 +1,195 @@
+//! The memory of virtual machines: given, taken back, and moved, also while it is mapped.
+//!
+//! What is taken back is first *leaving*: nothing new is mapped there, and what is mapped still works. Then, as asked, it is seen whether anything leads
+//! there, or waited until nothing does, or revoked: unmapped by force in every domain, invalidated and drained. Only without a pin does it leave its owner's memory
+//! map; then it is wiped, and only then does it change owner (I9).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use iommu_kernel::{Domain, Leaving};
+use iommu_proto::model::{MoveMemory, Revocation};
+use iommu_types::GpaRange;
+use iommu_types::errors::{AddMemoryError, InvalidField, MapError, StillMapped, TakeMemoryError};
+use tokio::time::Instant;
+
+use super::Host;
+use super::domains::DomainSlot;
+use super::hypervisors::HypervisorState;
+use super::memory::limit_of;
+use super::owners::OwnerState;
+use crate::bounds;
+
+impl Host {
+    /// Gives a virtual machine memory, open at once in its direct maps.
+    pub async fn add_memory(
+        &self,
+        hypervisor: &HypervisorState,
+        vm: u32,
+        range: GpaRange,
+    ) -> Result<(), AddMemoryError> {
+        let owner = self.vm_of(hypervisor, vm)?;
+        let _steady = owner.direct_maps.lock().await;
+        owner.memory.write().add_at(&self.kernel, range)?;
+        if let Err(error) = self.open_in_direct_maps(&owner, range) {
+            // Nobody was told of it, but its driver may have looked and mapped it.
+            let leaving = owner.memory.write().begin_leaving(&self.kernel, range);
+            if let Ok(leaving) = leaving {
+                self.revoke(&owner, range).await;
+                self.finish(&owner, leaving).map(drop).expect("what is revoked has no pins");
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    fn open_in_direct_maps(&self, owner: &OwnerState, range: GpaRange) -> Result<(), AddMemoryError> {
+        let memory = owner.memory.read();
+        let open = |domain: &mut Domain| domain.open_direct(&self.kernel, &memory, range);
+        let opened = self.passthrough_domains(owner.owner).iter().try_for_each(|slot| {
+            // A domain that is gone needs no memory.
+            slot.with(open).unwrap_or(Ok(()))
+        });
+        opened.map_err(|error| match error {
+            MapError::OutOfMemory(error) => error.into(),
+            other => limit_of(other).into(),
+        })
+    }
+
+    /// Takes memory back from a virtual machine, wiped; returns how many mappings were revoked.
+    pub async fn remove_memory(
+        &self,
+        hypervisor: &HypervisorState,
+        vm: u32,
+        range: GpaRange,
+        how: Revocation,
+    ) -> Result<u64, TakeMemoryError> {
+        let owner = self.vm_of(hypervisor, vm)?;
+        let _steady = owner.direct_maps.lock().await;
+        let leaving = owner.memory.write().begin_leaving(&self.kernel, range)?;
+        let (left, revoked) = self.leave(&owner, leaving, how).await?;
+        left.free();
+        Ok(revoked)
+    }
+
+    /// Moves memory from one virtual machine to another, wiped; returns how many mappings were revoked. When it is refused nothing has changed.
+    pub async fn move_memory(
+        &self,
+        hypervisor: &HypervisorState,
+        ask: MoveMemory,
+    ) -> Result<u64, TakeMemoryError> {
+        let (from, to) = (self.vm_of(hypervisor, ask.from_vm)?, self.vm_of(hypervisor, ask.to_vm)?);
+        if ask.from_vm == ask.to_vm {
+            let why = "is the same virtual machine; remap the memory in its guest instead".to_owned();
+            return Err(InvalidField { field: "to_vm".to_owned(), why }.into());
+        }
+        // In one order, so that two that cross do not wait for each other.
+        let (first, second) = if ask.from_vm < ask.to_vm { (&from, &to) } else { (&to, &from) };
+        let _steady = first.direct_maps.lock().await;
+        let _too = second.direct_maps.lock().await;
+        let room = to.memory.write().make_room(ask.to).map_err(no_room)?;
+        let leaving = from.memory.write().begin_leaving(&self.kernel, ask.from)?;
+        let (left, revoked) = self.leave(&from, leaving, ask.how).await?;
+        let arrived = left.transfer(room);
+        to.memory.write().receive(arrived);
+        if let Err(reason) = self.open_in_direct_maps(&to, ask.to) {
+            // The memory is its new owner's; a device of it that wants it meets a fault, which is recorded.
+            tracing::error!(owner = %to.owner, range = %ask.to, %reason, "memory not open in a direct map");
+        }
+        Ok(revoked)
+    }
+
+    /// Brings memory out of its owner's map, as asked. On a refusal it stays, mapped as it was.
+    async fn leave(
+        &self,
+        owner: &Arc<OwnerState>,
+        leaving: Leaving,
+        how: Revocation,
+    ) -> Result<(iommu_kernel::Left, u64), TakeMemoryError> {
+        let range = leaving.range();
+        let emptied = match how {
+            Revocation::Revoke => Ok(()),
+            Revocation::Refuse => self.wait_until_unused(owner, &leaving, Duration::ZERO).await,
+            Revocation::Wait { wait_ms } => {
+                self.wait_until_unused(owner, &leaving, Duration::from_millis(wait_ms.into())).await
+            }
+        };
+        if let Err(refused) = emptied {
+            owner.memory.write().abort_leaving(&self.kernel, leaving);
+            return Err(refused.into());
+        }
+        // Where nothing is in use, what is left to revoke are direct maps.
+        let revoked = self.revoke(owner, range).await;
+        Ok((self.finish(owner, leaving)?, revoked))
+    }
+
+    fn finish(&self, owner: &OwnerState, leaving: Leaving) -> Result<iommu_kernel::Left, TakeMemoryError> {
+        let mut memory = owner.memory.write();
+        memory.finish_leaving(&self.kernel, leaving).map_err(|not_left| {
+            let iommu_kernel::NotLeft { leaving, error } = not_left;
+            memory.abort_leaving(&self.kernel, leaving);
+            error
+        })
+    }
+
+    /// Waits until nothing of the owner leads to the memory but direct maps.
+    async fn wait_until_unused(
+        &self,
+        owner: &Arc<OwnerState>,
+        leaving: &Leaving,
+        patience: Duration,
+    ) -> Result<(), StillMapped> {
+        let deadline = Instant::now() + patience;
+        let range = leaving.range();
+        loop {
+            let direct_maps = self.passthrough_domains(owner.owner);
+            let is_direct = |slot: &DomainSlot| direct_maps.iter().any(|direct| direct.id == slot.id);
+            for slot in self.domains.list(|slot| slot.owner == owner.owner && !is_direct(slot)) {
+                // Flushes what waits, and evicts what nobody uses.
+                self.let_go(&slot, range).await;
+            }
+            let uses = |domain: &mut Domain| domain.uses(&self.kernel, range);
+            let is_used = direct_maps.iter().any(|slot| slot.with(uses).unwrap_or(false));
+            let pins = owner.memory.read().pins(&self.kernel, leaving);
+            if !is_used && u64::from(pins) <= direct_maps.len() as u64 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(StillMapped { gpa: range.base() });
+            }
+            tokio::time::sleep(bounds::RECLAIM_TICK).await;
+        }
+    }
+
+    /// Revokes whatever leads to the memory in every domain of the owner, and waits until it is quiet. Returns how many mappings went.
+    async fn revoke(&self, owner: &OwnerState, range: GpaRange) -> u64 {
+        let mut revoked = 0;
+        for slot in self.domains.list(|slot| slot.owner == owner.owner) {
+            let revoke = |domain: &mut Domain| {
+                let before = domain.counters().mappings;
+                let pending = domain.revoke_memory(&self.kernel, range);
+                (before - domain.counters().mappings, Some(pending))
+            };
+            if let Ok((count, pending)) = slot.unmap_with(&self.kernel, revoke) {
+                revoked += count;
+                if let Some(unsettled) = pending {
+                    unsettled.settle().await;
+                }
+            }
+        }
+        revoked
+    }
+}
+
+fn no_room(error: AddMemoryError) -> TakeMemoryError {
+    match error {
+        AddMemoryError::InvalidRange(error) => error.into(),
+        AddMemoryError::InvalidField(error) => error.into(),
+        AddMemoryError::Unaligned(error) => error.into(),
+        AddMemoryError::UnknownOwner(error) => error.into(),
+        AddMemoryError::NotYours(error) => error.into(),
+        AddMemoryError::MemoryOverlaps(error) => error.into(),
+        AddMemoryError::OutOfMemory(error) => error.into(),
+        AddMemoryError::LimitReached(error) => error.into(),
+    }
+}

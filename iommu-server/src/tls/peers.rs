@@ -1,0 +1,66 @@
+//! Peers that come and go while the server runs: where the key of the authority lies in the directory, each gets a certificate when it is
+//! declared, and loses it when it is no more, so that who is declared after it under the same number is not mistaken for it.
+
+use std::sync::Arc;
+
+use iommu_pki::{CREDENTIAL_DAYS, Overwrite, PkiError, Validity};
+use iommu_types::Identity;
+
+use super::Tls;
+use super::bootstrap::{tell_of_another, unless_there};
+
+impl Tls {
+    fn issue_if_possible(&self, peer: &Identity) -> Result<(), PkiError> {
+        if !self.directory.has_authority_key() {
+            return Ok(());
+        }
+        if self.directory.has(peer)? {
+            tell_of_another(&self.directory, peer);
+            return Ok(());
+        }
+        let validity = Validity::of_days(CREDENTIAL_DAYS)?;
+        unless_there(self.directory.issue(peer, validity, None, Overwrite::Never)).map(drop)
+    }
+
+    fn revoke_if_possible(&self, peer: &Identity) -> Result<(), PkiError> {
+        if !self.directory.has_authority_key() {
+            return Ok(());
+        }
+        let (path, uri) = (self.directory.file(&peer.credential_file()?), peer.uri()?);
+        let its = self.directory.issued()?.into_iter().filter(|record| record.subject == uri);
+        let serials: Vec<_> = its.map(|record| record.serial).collect();
+        self.directory.revoke(&serials)?;
+        // Whoever is declared next gets a new one. It may be gone already.
+        let _gone = std::fs::remove_file(path);
+        self.reload_soon();
+        Ok(())
+    }
+
+    /// A peer was declared.
+    pub async fn comes(self: &Arc<Self>, peer: Identity) {
+        self.off_the_runtime(peer, Self::issue_if_possible, "certificate not issued").await;
+    }
+
+    /// A peer is no more.
+    pub async fn goes(self: &Arc<Self>, peer: Identity) {
+        self.off_the_runtime(peer, Self::revoke_if_possible, "certificate not revoked").await;
+    }
+
+    /// Files are written and keys made where nobody waits for them. What fails is told; the peer can be given a certificate by hand.
+    async fn off_the_runtime(
+        self: &Arc<Self>,
+        peer: Identity,
+        what: fn(&Self, &Identity) -> Result<(), PkiError>,
+        failed: &'static str,
+    ) {
+        let tls = Arc::clone(self);
+        let done = tokio::task::spawn_blocking(move || {
+            if let Err(reason) = what(&tls, &peer) {
+                tracing::warn!(%peer, %reason, "{failed}");
+            }
+        });
+        if done.await.is_err() {
+            tracing::error!("{failed}: the task ended early");
+        }
+    }
+}
