@@ -134,8 +134,8 @@ impl Hypercall {
 }
 
 impl Hypercalls {
-    /// How many calls may be out at once, unanswered.
-    pub const IN_FLIGHT_MAX: usize = 64;
+    /// How many calls may be out at once, unanswered: several of each machine that a hypervisor may have, a page each.
+    pub const IN_FLIGHT_MAX: usize = 2048;
 
     pub(super) async fn begin(core: Arc<Core>) -> Result<Self, SdkError<Never>> {
         let stream = Some(open(&core).await?);
