@@ -8,7 +8,7 @@ pub use iommu_proto::model::Peer;
 use iommu_proto::pb;
 use iommu_proto::pb::admin_service_client::AdminServiceClient;
 use iommu_types::errors::{AttachError, DeclareError, DetachError, MmioError};
-use iommu_types::{AccessWidth, DeviceAddress, DomainId, Owner};
+use iommu_types::{AccessWidth, DeviceAddress, DomainId, Owner, PciFunction};
 use tonic::transport::Channel;
 
 use crate::connection::Core;
@@ -32,15 +32,27 @@ impl Admin {
     }
 
     /// Declares a device (segment 0), so that an agent may connect for it under `name`; with an owner, it is
-    /// attached to that owner's default domain.
+    /// attached to that owner's default domain. It is an ordinary function with ACS.
     pub async fn declare_device(
         &self,
         device: DeviceAddress,
         name: impl Into<String>,
         owner: Option<Owner>,
     ) -> Result<(), SdkError<DeclareError>> {
+        self.declare_device_as(device, name, owner, PciFunction::ISOLATED).await
+    }
+
+    /// The same of a device that is what `function` says, which decides its isolation group.
+    pub async fn declare_device_as(
+        &self,
+        device: DeviceAddress,
+        name: impl Into<String>,
+        owner: Option<Owner>,
+        function: PciFunction,
+    ) -> Result<(), SdkError<DeclareError>> {
+        let function = Some(function);
         let message: pb::DeclareDeviceRequest =
-            model::DeclareDevice { device, name: name.into(), owner, function: None }.into();
+            model::DeclareDevice { device, name: name.into(), owner, function }.into();
         self.core
             .unary_once(
                 message,

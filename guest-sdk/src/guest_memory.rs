@@ -11,6 +11,7 @@ use iommu_types::{Gpa, GpaRange, PAGE_SIZE_BYTES};
 
 use crate::TransportError;
 use crate::convert::bad_answer;
+use crate::page_runs::PageRuns;
 
 /// The pages of one virtual machine.
 #[derive(Debug, Default)]
@@ -18,59 +19,12 @@ pub(crate) struct GuestMemory {
     state: Mutex<State>,
 }
 
-/// All in pages, so that the end of the last one is a number too: first page to page count, without two that touch.
+/// All in pages: first page to page count.
 #[derive(Debug, Default)]
 struct State {
-    regions: Runs,
-    free: Runs,
+    regions: PageRuns,
+    free: PageRuns,
     taken: BTreeMap<u64, u64>,
-}
-
-/// Runs of pages: first to count. Those that touch are one.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Runs(BTreeMap<u64, u64>);
-
-impl Runs {
-    fn add(&mut self, mut first: u64, mut count: u64) {
-        if let Some((&before, &pages)) = self.0.range(..first).next_back()
-            && before + pages == first
-        {
-            self.0.remove(&before);
-            (first, count) = (before, count + pages);
-        }
-        if let Some(pages) = self.0.remove(&(first + count)) {
-            count += pages;
-        }
-        self.0.insert(first, count);
-    }
-
-    /// Without the pages from `first` on; those of them that are not there are no loss.
-    fn remove(&mut self, first: u64, count: u64) {
-        for (run, pages) in self.overlapping(first, count) {
-            self.0.remove(&run);
-            if run < first {
-                self.0.insert(run, first - run);
-            }
-            if run + pages > first + count {
-                self.0.insert(first + count, run + pages - (first + count));
-            }
-        }
-    }
-
-    /// The runs that have pages among those from `first` on.
-    fn overlapping(&self, first: u64, count: u64) -> Vec<(u64, u64)> {
-        let before = self.0.range(..first).next_back().filter(|(run, pages)| *run + *pages > first);
-        before
-            .into_iter()
-            .chain(self.0.range(first..first + count))
-            .map(|(run, pages)| (*run, *pages))
-            .collect()
-    }
-}
-
-/// The pages that lie wholly in a range of bytes.
-fn pages(range: GpaRange) -> (u64, u64) {
-    (range.base().page_number(), range.size_bytes() / PAGE_SIZE_BYTES)
 }
 
 /// The regions as the server lists them.
@@ -93,14 +47,9 @@ pub(crate) fn regions(listed: pb::ListMemoryResponse) -> Result<Vec<GpaRange>, T
 impl GuestMemory {
     /// These are the regions from now on.
     pub(crate) fn learn(&self, regions: &[GpaRange]) {
-        let mut known = Runs::default();
-        for (first, count) in regions.iter().copied().map(pages) {
-            // Twice the same page is one page, whatever the server says.
-            known.remove(first, count);
-            known.add(first, count);
-        }
+        let known = PageRuns::of(regions);
         let mut state = self.lock();
-        let mut free = Runs(known.0.clone());
+        let mut free = known.clone();
         for (&first, &count) in &state.taken {
             free.remove(first, count);
         }
@@ -111,7 +60,7 @@ impl GuestMemory {
     pub(crate) fn take(&self, size_bytes: u64) -> Option<GpaRange> {
         let count = size_bytes.div_ceil(PAGE_SIZE_BYTES);
         let mut state = self.lock();
-        let (&first, _) = state.free.0.iter().find(|(_, pages)| **pages >= count)?;
+        let (first, _) = state.free.iter().find(|(_, pages)| *pages >= count)?;
         state.free.remove(first, count);
         state.taken.insert(first, count);
         let range = GpaRange::new(Gpa::new(first * PAGE_SIZE_BYTES), count * PAGE_SIZE_BYTES);
@@ -120,7 +69,7 @@ impl GuestMemory {
 
     /// Gives back what was taken; the part that the hypervisor has not taken away meanwhile is free again.
     pub(crate) fn give_back(&self, range: GpaRange) {
-        let (first, count) = pages(range);
+        let (first, count) = (range.base().page_number(), range.pages_touched());
         let mut state = self.lock();
         if state.taken.remove(&first).is_none() {
             return;
@@ -152,7 +101,7 @@ mod tests {
     }
 
     fn free(memory: &GuestMemory) -> Vec<(u64, u64)> {
-        memory.lock().free.0.iter().map(|(first, count)| (*first, *count)).collect()
+        memory.lock().free.iter().collect()
     }
 
     #[test]

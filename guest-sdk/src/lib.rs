@@ -52,6 +52,8 @@ mod interrupts;
 mod mapping;
 mod memory;
 mod mmio;
+pub mod multiplexer;
+mod page_runs;
 mod requests;
 mod roles;
 mod sanitizer;

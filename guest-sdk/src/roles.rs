@@ -91,9 +91,7 @@ impl Connection {
     ) -> Result<Hypervisor, SdkError<SessionError>> {
         let role = WireRole::Hypervisor(pb::HypervisorRole {});
         let token = Bytes::copy_from_slice(&saved.resume_token);
-        let identity = Identity { name: name.into(), role: Role::Hypervisor };
-        let core = Core::open(self.endpoint, &self.credentials, self.deadline, identity, role, token).await?;
-        Ok(Hypervisor::new(core, saved.last_request_id))
+        Ok(Hypervisor::new(self.open_with(name, Role::Hypervisor, role, token).await?, saved.last_request_id))
     }
 
     /// Opens a session that may look and not touch.
@@ -118,8 +116,18 @@ impl Connection {
         role: Role,
         wire_role: WireRole,
     ) -> Result<Arc<Core>, SdkError<SessionError>> {
+        self.open_with(name, role, wire_role, Bytes::new()).await
+    }
+
+    async fn open_with(
+        self,
+        name: impl Into<String>,
+        role: Role,
+        wire_role: WireRole,
+        resume_token: Bytes,
+    ) -> Result<Arc<Core>, SdkError<SessionError>> {
         let identity = Identity { name: name.into(), role };
-        Core::open(self.endpoint, &self.credentials, self.deadline, identity, wire_role, Bytes::new()).await
+        Core::open(self.endpoint, &self.credentials, self.deadline, identity, wire_role, resume_token).await
     }
 }
 

@@ -108,6 +108,23 @@ async fn stand<F: Feed>(feed: &mut F) -> Result<(Streaming<F::Message>, Vec<F::I
     }
 }
 
+/// Whether a failure to subscribe again is worth another attempt.
+pub(crate) fn may_stand_again<E>(error: &SdkError<E>) -> bool {
+    matches!(
+        error,
+        SdkError::Transport(
+            TransportError::Deadline { .. }
+                | TransportError::Unreachable { .. }
+                | TransportError::Status { .. },
+        ) | SdkError::Call(
+            CallError::ShuttingDown(_)
+                | CallError::SessionRequired(_)
+                | CallError::CertificateExpired(_)
+                | CallError::CertificateRevoked(_)
+        )
+    )
+}
+
 /// The items of the next message; subscribes again for as long as that may help.
 async fn next<F: Feed>(
     feed: &mut F,
@@ -126,19 +143,7 @@ async fn next<F: Feed>(
                 *stream = again;
                 return Ok(feed.resumed().into_iter().chain(first).collect());
             }
-            Err(
-                SdkError::Transport(
-                    TransportError::Deadline { .. }
-                    | TransportError::Unreachable { .. }
-                    | TransportError::Status { .. },
-                )
-                | SdkError::Call(
-                    CallError::ShuttingDown(_)
-                    | CallError::SessionRequired(_)
-                    | CallError::CertificateExpired(_)
-                    | CallError::CertificateRevoked(_),
-                ),
-            ) => {}
+            Err(error) if may_stand_again(&error) => {}
             Err(error) => return Err(error),
         }
     }

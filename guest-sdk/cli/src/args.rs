@@ -1,5 +1,7 @@
 //! The command line: what can be asked, and how it is explained.
 
+mod hypervisor;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -7,6 +9,10 @@ use guest_sdk::DEFAULT_ENDPOINT;
 use iommu_types::{Access, AccessWidth, DeviceAddress, Owner, Pasid};
 
 use crate::pki_args::PkiCommand;
+
+pub(crate) use hypervisor::{
+    FunctionArgs, FunctionCommand, FunctionDescription, SessionArgs, VmArgs, VmCommand,
+};
 
 /// See and steer an IOMMU server.
 ///
@@ -64,6 +70,37 @@ pub(crate) enum Command {
         #[arg(long)]
         owner: Option<Owner>,
     },
+    /// What each owner uses of its limits, what is allowed, and how often each limit refused something.
+    ///
+    /// The names say the unit: a limit that ends in _bytes is in bytes, one that ends in _per_second is a rate, of which the last second is shown as used; all
+    /// others are counts.
+    ///
+    /// Example: iommuctl limits --owner vm:1
+    Limits {
+        /// Only of this owner.
+        #[arg(long)]
+        owner: Option<Owner>,
+    },
+    /// Virtual machines: create, list, destroy; give memory, take it back, move it. As a hypervisor.
+    ///
+    /// What a hypervisor has made lasts as long as its session, and a session outlives its last
+    /// command by the server's grace (5 s unless configured). So keep it in the background:
+    ///
+    ///     iommuctl vm keep &
+    ///     iommuctl vm create guest1
+    ///     iommuctl vm add-memory 1 0x100000 0x400000
+    ///     iommuctl function assign 00:03.0 1
+    ///
+    /// The session is in a file (--session), so that the next command goes on with it. `vm create`,
+    /// `vm keep` and `function declare` open one when there is none; that takes the name over, and
+    /// whatever another process has under it is reclaimed.
+    #[command(verbatim_doc_comment)]
+    Vm(VmArgs),
+    /// PCI functions: describe them, assign them to virtual machines by isolation group, release them. As a hypervisor.
+    ///
+    /// All functions of an isolation group go to one virtual machine, since they can reach each other around the IOMMU. For the session see
+    /// `iommuctl vm --help`.
+    Function(FunctionArgs),
     /// Mappings of a domain, in the order of their addresses.
     Mappings {
         /// The domain.
@@ -145,6 +182,8 @@ pub(crate) enum DeviceCommand {
         /// Owner to give it to; attached to that owner's default domain.
         #[arg(long)]
         owner: Option<Owner>,
+        #[command(flatten)]
+        function: FunctionDescription,
     },
     /// Detaches a device, ends its session and forgets it. Changes the server.
     Remove {

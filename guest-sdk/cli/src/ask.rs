@@ -1,7 +1,7 @@
 //! The commands that look and change nothing.
 
 use guest_sdk::{
-    AccessQuestion, CacheCounters, DeviceAddress, DeviceState, DomainId, FaultFilter, Iova, Operator,
+    AccessQuestion, CacheCounters, DeviceAddress, DeviceState, DomainId, FaultFilter, Iova, Operator, Owner,
     WalkStep,
 };
 use iommu_types::Outcome;
@@ -13,7 +13,7 @@ use crate::json::{self, hex};
 use crate::print::{Output, table};
 use crate::words::{self, or_dash};
 
-fn yes_no(value: bool) -> String {
+pub(crate) fn yes_no(value: bool) -> String {
     if value { "yes" } else { "no" }.to_owned()
 }
 
@@ -109,6 +109,27 @@ pub(crate) async fn status(operator: &Operator, out: Output) -> anyhow::Result<(
             topology.memory_bytes >> 20,
         )
     });
+    Ok(())
+}
+
+/// `limits`.
+pub(crate) async fn limits(operator: &Operator, out: Output, owner: Option<Owner>) -> anyhow::Result<()> {
+    let owners = operator.inspect().limits(owner).await?;
+    let lines = || owners.iter().flat_map(|of| of.limits.iter().map(move |limit| (of.owner, limit)));
+    let value = lines().map(|(owner, limit)| {
+        json!({
+            "owner": owner.to_string(),
+            "limit": limit.limit,
+            "used": limit.used,
+            "allowed": limit.allowed,
+            "refused_count": limit.refused_count,
+        })
+    });
+    let rows = lines().map(|(owner, limit)| {
+        let numbers = [limit.used, limit.allowed, limit.refused_count].map(|number| number.to_string());
+        [owner.to_string(), limit.limit.clone()].into_iter().chain(numbers).collect()
+    });
+    out.table(&value.collect(), &["owner", "limit", "used", "allowed", "refused"], rows.collect());
     Ok(())
 }
 

@@ -1,13 +1,29 @@
 //! What the SDK's values look like as JSON: addresses as hexadecimal strings (64 bits do not fit a JSON number), devices and owners as printed.
 
 use iommu_types::{
-    CacheState, Explanation, Fault, FaultRecord, Outcome, SanitizerReport, Step, Structure, Translation,
+    CacheState, Explanation, Fault, FaultRecord, FunctionKind, Outcome, PciFunction, SanitizerReport, Step,
+    Structure, Translation,
 };
 use serde_json::{Value, json};
 
 /// A number as a hexadecimal string.
 pub(crate) fn hex(number: u64) -> String {
     format!("{number:#x}")
+}
+
+/// What a PCI function is.
+pub(crate) fn function(function: PciFunction) -> Value {
+    let mut value = match function.kind {
+        FunctionKind::Endpoint => json!({ "kind": "endpoint" }),
+        FunctionKind::Bridge { secondary_bus, subordinate_bus } => {
+            json!({ "kind": "bridge", "secondary_bus": secondary_bus, "subordinate_bus": subordinate_bus })
+        }
+        FunctionKind::VirtualFunction { physical } => {
+            json!({ "kind": "virtual_function", "physical": physical.to_string() })
+        }
+    };
+    value["acs"] = json!(function.acs);
+    value
 }
 
 /// A fault record.

@@ -6,6 +6,7 @@
 mod args;
 mod ask;
 mod domains;
+mod function;
 mod json;
 mod memory;
 mod pki;
@@ -13,12 +14,15 @@ mod pki_args;
 mod print;
 mod reports;
 mod sanitizer;
+mod session;
 mod steer;
+mod vm;
 mod words;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use guest_sdk::errors::SessionError;
 use guest_sdk::{Connection, Credentials, Operator, SdkError, TransportError};
 
 use args::{Cli, Command};
@@ -57,32 +61,42 @@ async fn main() -> ExitCode {
             }
         };
     }
-    let credentials = Credentials::from_flags(cli.pki.clone(), cli.credential.clone(), cli.ca.clone());
-    let connection = Connection::to(&cli.server).credentials(credentials);
-    let operator = match connection.operator(&cli.name).await {
-        Ok(operator) => operator,
-        Err(error) => {
-            print::error(&error);
-            return ExitCode::from(match error {
-                SdkError::Refused(_) | SdkError::Call(_) => FAILED,
-                SdkError::Transport(TransportError::BadEndpoint(_)) => WRONG_USAGE,
-                SdkError::Transport(TransportError::Credential(_)) => FAILED,
-                SdkError::Transport(_) => UNREACHABLE,
-            });
-        }
-    };
-    match run(&operator, &cli).await {
+    match run(&cli).await {
         Ok(Ended::Done) => ExitCode::SUCCESS,
         Ok(Ended::WouldBeRefused) => ExitCode::from(WOULD_BE_REFUSED),
         Err(error) => {
             print::error(&format_args!("{error:#}"));
-            ExitCode::from(FAILED)
+            ExitCode::from(exit_code(&error))
         }
     }
 }
 
-async fn run(operator: &Operator, cli: &Cli) -> anyhow::Result<Ended> {
+/// What a failure is told with. Only opening a session ends with a session's error.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<SdkError<SessionError>>() {
+        Some(SdkError::Transport(TransportError::BadEndpoint(_))) => WRONG_USAGE,
+        Some(SdkError::Transport(TransportError::StateLost | TransportError::Credential(_))) => FAILED,
+        Some(SdkError::Transport(_)) => UNREACHABLE,
+        Some(SdkError::Refused(_) | SdkError::Call(_)) | None => FAILED,
+    }
+}
+
+/// Where a session is opened, in whatever role.
+fn connection(cli: &Cli) -> Connection {
+    let credentials = Credentials::from_flags(cli.pki.clone(), cli.credential.clone(), cli.ca.clone());
+    Connection::to(&cli.server).credentials(credentials)
+}
+
+async fn run(cli: &Cli) -> anyhow::Result<Ended> {
     let out = print::Output { json: cli.json };
+    match &cli.command {
+        Command::Vm(command) => vm::run(cli, out, command).await.map(|()| Ended::Done),
+        Command::Function(command) => function::run(cli, out, command).await.map(|()| Ended::Done),
+        _ => run_as_operator(&connection(cli).operator(&cli.name).await?, cli, out).await,
+    }
+}
+
+async fn run_as_operator(operator: &Operator, cli: &Cli, out: print::Output) -> anyhow::Result<Ended> {
     match &cli.command {
         Command::Status => ask::status(operator, out).await?,
         Command::Domains { domain, owner } => domains::run(operator, out, *domain, *owner).await?,
@@ -102,7 +116,8 @@ async fn run(operator: &Operator, cli: &Cli) -> anyhow::Result<Ended> {
         Command::Owner(command) => steer::owner(operator, out, command).await?,
         Command::Mmio(command) => steer::mmio(operator, out, command).await?,
         Command::Memory(command) => memory::run(operator, out, command).await?,
-        Command::Completion { .. } | Command::Pki(_) => {}
+        Command::Limits { owner } => ask::limits(operator, out, *owner).await?,
+        Command::Vm(_) | Command::Function(_) | Command::Completion { .. } | Command::Pki(_) => {}
     }
     Ok(Ended::Done)
 }

@@ -36,7 +36,7 @@ pub(crate) async fn run(operator: &Operator, out: Output, command: &MemoryComman
         }
         MemoryCommand::Write { owner, gpa, hex: text, input } => {
             let bytes = match (text, input) {
-                (Some(text), _) => from_hex(text)?,
+                (Some(text), _) => from_hex(text).context("--hex")?,
                 (None, Some(path)) => load(path)?,
                 (None, None) => bail!("give the bytes with --hex or --input"),
             };
@@ -73,15 +73,15 @@ fn load(path: &Path) -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn from_hex(text: &str) -> anyhow::Result<Vec<u8>> {
+pub(crate) fn from_hex(text: &str) -> anyhow::Result<Vec<u8>> {
     let digits: Vec<u8> = text.bytes().filter(|byte| !byte.is_ascii_whitespace() && *byte != b':').collect();
     if digits.len() % 2 == 1 {
-        bail!("--hex: an odd number of digits");
+        bail!("an odd number of digits");
     }
     digits
         .chunks(2)
         .map(|pair| {
-            let digit = |byte: u8| char::from(byte).to_digit(16).context("--hex: not a hexadecimal digit");
+            let digit = |byte: u8| char::from(byte).to_digit(16).context("not a hexadecimal digit");
             Ok((digit(pair[0])? << 4 | digit(pair[1])?) as u8)
         })
         .collect()

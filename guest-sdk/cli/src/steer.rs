@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::args::{DeviceCommand, MmioCommand, OwnerCommand, RegisterArgs};
 use crate::ask;
-use crate::json::hex;
+use crate::json::{self, hex};
 use crate::print::Output;
 
 /// `device …`.
@@ -13,10 +13,11 @@ pub(crate) async fn device(operator: &Operator, out: Output, command: &DeviceCom
     let admin = operator.admin();
     match command {
         DeviceCommand::List => ask::devices(operator, out).await,
-        DeviceCommand::Declare { device, device_name, owner } => {
-            admin.declare_device(*device, device_name, *owner).await?;
-            let value = json!({ "device": device.to_string(), "declared": true });
-            out.line(&value, || format!("declared {device} as {device_name}"));
+        DeviceCommand::Declare { device, device_name, owner, function } => {
+            let function = function.function();
+            admin.declare_device_as(*device, device_name, *owner, function).await?;
+            let value = json!({ "device": device.to_string(), "declared": true, "function": json::function(function) });
+            out.line(&value, || format!("declared {device} as {device_name}: {function}"));
             Ok(())
         }
         DeviceCommand::Remove { device } => {

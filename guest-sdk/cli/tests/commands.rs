@@ -1,5 +1,7 @@
 //! The commands about domains and the sanitizer, as processes against a scripted server: what they ask, print and exit with.
 
+mod support;
+
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -12,7 +14,6 @@ use iommu_types::{
 };
 use serde_json::Value;
 use tokio_stream::{Stream, StreamExt};
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 #[derive(Clone, Default)]
@@ -36,20 +37,11 @@ impl Fake {
 
     /// Runs `iommuctl` against this server: exit code, standard output, standard error.
     async fn run(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
-        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().expect("an address")).expect("a port");
-        let address = incoming.local_addr().expect("it is bound");
         let server = tonic::transport::Server::builder()
             .add_service(pb::session_service_server::SessionServiceServer::new(self.clone()))
             .add_service(pb::inspect_service_server::InspectServiceServer::new(self.clone()))
             .add_service(pb::sanitizer_service_server::SanitizerServiceServer::new(self.clone()));
-        let serving = tokio::spawn(server.serve_with_incoming(incoming));
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_iommuctl"));
-        command.args(arguments).arg("--server").arg(format!("http://{address}"));
-        let output = tokio::task::spawn_blocking(move || command.output().expect("it runs"));
-        let output = output.await.expect("no panic");
-        serving.abort();
-        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
-        (output.status.code(), text(output.stdout), text(output.stderr))
+        support::run(&support::serve(server), arguments, &[]).await
     }
 
     async fn json(&self, arguments: &[&str]) -> Value {
@@ -62,21 +54,7 @@ impl Fake {
 #[tonic::async_trait]
 impl pb::session_service_server::SessionService for Fake {
     async fn open(&self, _: Request<pb::OpenRequest>) -> Result<Response<pb::OpenResponse>, Status> {
-        let limits = pb::Limits {
-            message_bytes_max: 1 << 20,
-            batch_operations_max: 8,
-            batch_bytes_max: 1024,
-            request_window: 4,
-        };
-        let resume_token = bytes::Bytes::from_static(&[0; 16]);
-        let generation = 1;
-        Ok(Response::new(pb::OpenResponse {
-            schema_version: 1,
-            generation,
-            resume_token,
-            limits: Some(limits),
-            ..Default::default()
-        }))
+        Ok(Response::new(support::opened(false)))
     }
 }
 
@@ -103,12 +81,6 @@ impl pb::inspect_service_server::InspectService for Fake {
         &self,
         _: Request<pb::ListMappingsRequest>,
     ) -> Result<Response<pb::ListMappingsResponse>, Status> {
-        Err(Status::unimplemented("not asked here"))
-    }
-    async fn list_limits(
-        &self,
-        _: Request<pb::ListLimitsRequest>,
-    ) -> Result<Response<pb::ListLimitsResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
     }
     type DumpTablesStream = Replies<pb::DumpTablesResponse>;
@@ -145,6 +117,23 @@ impl pb::inspect_service_server::InspectService for Fake {
             ring: Some(pb::RingCounters { promotions: 31_415, ..Default::default() }),
             ..Default::default()
         }))
+    }
+    async fn list_limits(
+        &self,
+        request: Request<pb::ListLimitsRequest>,
+    ) -> Result<Response<pb::ListLimitsResponse>, Status> {
+        let limit = |name: &str, used, allowed, refused_count| pb::LimitState {
+            limit: name.to_owned(),
+            used,
+            allowed,
+            refused_count,
+        };
+        let limits = vec![limit("mapped_bytes", 8192, 65_536, 3), limit("domains", 1, 2, 0)];
+        let asked = request.into_inner().owner;
+        let owners = [Owner::Driver(1), Owner::Vm(2)].map(pb::Owner::from).into_iter();
+        let owners = owners.filter(|owner| asked.is_none_or(|asked| asked == *owner));
+        let owners = owners.map(|owner| pb::OwnerLimits { owner: Some(owner), limits: limits.clone() });
+        Ok(Response::new(pb::ListLimitsResponse { owners: owners.collect() }))
     }
     async fn explain(&self, _: Request<pb::ExplainRequest>) -> Result<Response<pb::ExplainResponse>, Status> {
         Err(Status::unimplemented("not asked here"))
@@ -351,4 +340,18 @@ async fn rings_and_partial_pages_are_shown() {
     let (_, out, _) = fake.run(&["iotlb"]).await;
     assert!(out.contains("64 to 1563") && out.contains("all"), "{out}");
     assert_eq!(fake.json(&["iotlb"]).await["entries"][1]["last_byte"], 1563);
+}
+
+#[tokio::test]
+async fn limits_are_shown_per_owner_with_what_they_refused() {
+    let fake = Fake::default();
+    let (code, out, err) = fake.run(&["limits"]).await;
+    assert_eq!(code, Some(0), "{err}");
+    let line = out.lines().find(|line| line.contains("vm:2") && line.contains("mapped_bytes"));
+    let words: Vec<&str> = line.expect("a line").split_whitespace().collect();
+    assert_eq!(words, ["vm:2", "mapped_bytes", "8192", "65536", "3"]);
+    let value = fake.json(&["limits", "--owner", "driver:1"]).await;
+    let limits = value.as_array().expect("a list");
+    assert_eq!((limits.len(), &limits[1]["limit"]), (2, &Value::from("domains")));
+    assert!(limits.iter().all(|limit| limit["owner"] == "driver:1"));
 }

@@ -14,7 +14,7 @@ use iommu_proto::limits::{HYPERCALL_BYTES_MAX, HYPERCALL_REFUSED_BYTES_MAX};
 use iommu_proto::model::HypercallAnswer;
 use iommu_proto::pb;
 use iommu_types::Owner;
-use iommu_types::errors::{CallError, InvalidField};
+use iommu_types::errors::InvalidField;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -24,7 +24,8 @@ use super::client;
 use crate::connection::{Core, may_retry};
 use crate::convert::bad_answer;
 use crate::error::of_status;
-use crate::{Never, SdkError, TransportError};
+use crate::subscription::may_stand_again;
+use crate::{Never, SdkError};
 
 /// Delay between attempts to serve again, beyond those of the call itself.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
@@ -133,8 +134,8 @@ impl Hypercall {
 }
 
 impl Hypercalls {
-    /// How many calls may be out at once, unanswered.
-    pub const IN_FLIGHT_MAX: usize = 64;
+    /// How many calls may be out at once, unanswered: several of each machine that a hypervisor may have, a page each.
+    pub const IN_FLIGHT_MAX: usize = 2048;
 
     pub(super) async fn begin(core: Arc<Core>) -> Result<Self, SdkError<Never>> {
         let stream = Some(open(&core).await?);
@@ -231,14 +232,7 @@ async fn again(core: &Core) -> Result<Stream, SdkError<Never>> {
     loop {
         tokio::time::sleep(RETRY_DELAY).await;
         match open(core).await {
-            Err(
-                SdkError::Transport(
-                    TransportError::Deadline { .. }
-                    | TransportError::Unreachable { .. }
-                    | TransportError::Status { .. },
-                )
-                | SdkError::Call(CallError::ShuttingDown(_) | CallError::SessionRequired(_)),
-            ) => {}
+            Err(error) if may_stand_again(&error) => {}
             ended => return ended,
         }
     }

@@ -1,0 +1,222 @@
+//! One device for many guests, shared in software: for a device that has no functions to assign, and for a guest without an IOMMU of its own.
+//!
+//! The hypervisor process drives the device as an ordinary driver of the host, with buffers of its own that stay mapped. Guests post batches of packets by
+//! hypercall ([`MultiplexedDevice`]); the multiplexer copies between their memory and its buffers, programs the device ([`Backend`]), and answers with
+//! how each packet ended. What that costs is the copy; what it gives is that a guest's memory is never open to the device, and the IOMMU holds one set of
+//! mappings, whatever guests do.
+//!
+//! Guests are hostile. Who asks comes from the server, not from the payload (I8). A range is checked against the memory that the guest has, and the server checks
+//! it again, page by page, when it is copied (I2). What waits is bounded per guest, and guests take turns (I7).
+//!
+//! ```no_run
+//! use guest_sdk::multiplexer::{Backend, MultiplexedDevice, Multiplexer};
+//! use guest_sdk::{Connection, Driver, Hypervisor};
+//!
+//! // In the hypervisor's process, with the driver of the device:
+//! # async fn share(hypervisor: Hypervisor, backend: impl Backend) -> Result<(), Box<dyn std::error::Error>> {
+//! let multiplexer = Multiplexer::new(hypervisor, backend);
+//! let counters = multiplexer.counters();
+//! let ended = multiplexer.run().await; // until the session ends
+//! println!("{} packets; {ended}", counters.total().packets);
+//! # Ok(())
+//! # }
+//! // In each guest:
+//! # async fn use_it(driver: Driver) -> Result<(), Box<dyn std::error::Error>> {
+//! let device = MultiplexedDevice::new(&driver);
+//! let packet = driver.allocate(4096).await?;
+//! packet.write(0, &b"hello"[..]).await?;
+//! let ended = device.transmit(&[packet.slice(0, 5)?]).await?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod backend;
+mod codec;
+mod counters;
+mod guest;
+mod guests;
+mod queues;
+
+use std::convert::Infallible;
+
+use crate::convert::bad_answer;
+use crate::{Hypercall, Hypercalls, Hypervisor, Never, SdkError};
+
+pub use backend::{Backend, DeviceFailure};
+pub use codec::{BATCH_BYTES_MAX, BadBatch, Batch, ENTRIES_MAX, Ended, Entry, Kind, PACKET_BYTES_MAX, Reply};
+pub use counters::{GuestCounters, MultiplexerCounters};
+pub use guest::{MultiplexError, MultiplexedDevice};
+pub use queues::WAITING_PER_GUEST_MAX;
+
+use guests::Guests;
+use queues::Queues;
+
+// Every guest's queue and the batch in hand are taken from the stream at once, so that no guest keeps another's calls from being taken.
+const _: () = assert!(VMS_MAX * WAITING_PER_GUEST_MAX < Hypercalls::IN_FLIGHT_MAX);
+/// Virtual machines that a hypervisor has at most, as the server allows.
+const VMS_MAX: usize = 256;
+
+/// Shares a device among the virtual machines of a hypervisor.
+#[derive(Debug)]
+#[must_use = "a multiplexer does nothing until it runs"]
+pub struct Multiplexer<B> {
+    hypervisor: Hypervisor,
+    backend: B,
+    counters: MultiplexerCounters,
+}
+
+/// A multiplexer whose guests' calls come to it.
+#[derive(Debug)]
+#[must_use = "a multiplexer does nothing until it runs"]
+pub struct Listening<B> {
+    calls: Hypercalls,
+    guests: Guests,
+    backend: B,
+    counters: MultiplexerCounters,
+}
+
+impl<B: Backend> Multiplexer<B> {
+    /// Shares the device behind `backend` among the virtual machines of `hypervisor`, whose hypercalls all come here.
+    pub fn new(hypervisor: Hypervisor, backend: B) -> Self {
+        Self { hypervisor, backend, counters: MultiplexerCounters::default() }
+    }
+
+    /// What was done, for whom; goes on counting while it runs.
+    pub fn counters(&self) -> MultiplexerCounters {
+        self.counters.clone()
+    }
+
+    /// Takes the hypercalls over. Guests that ask from now on are served once [`Listening::run`] is called.
+    pub async fn listen(self) -> Result<Listening<B>, SdkError<Never>> {
+        let Self { hypervisor, backend, counters } = self;
+        let calls = hypervisor.serve_hypercalls().await?;
+        Ok(Listening { calls, guests: Guests::new(hypervisor), backend, counters })
+    }
+
+    /// Serves until the stream of hypercalls ends, and gives why. Guests whose batches are not carried out then are told so.
+    pub async fn run(self) -> SdkError<Never> {
+        match self.listen().await {
+            Ok(listening) => listening.run().await,
+            Err(error) => error,
+        }
+    }
+}
+
+impl<B: Backend> Listening<B> {
+    /// Serves, as [`Multiplexer::run`] does.
+    pub async fn run(self) -> SdkError<Never> {
+        let Self { mut calls, guests, backend, counters } = self;
+        let queues = Queues::new();
+        let intake = async {
+            loop {
+                match calls.next().await {
+                    Some(Ok(call)) => admit(&queues, &counters, call),
+                    Some(Err(error)) => return error,
+                    None => return bad_answer("the stream of hypercalls has ended before").into(),
+                }
+            }
+        };
+        tokio::select! {
+            error = intake => error,
+            never = work(&queues, &counters, guests, backend) => match never {},
+        }
+    }
+}
+
+/// A batch and whom to answer.
+type Asked = (Batch, Hypercall);
+
+/// Puts a call into its guest's queue, or answers it at once.
+fn admit(queues: &Queues<Asked>, counters: &MultiplexerCounters, call: Hypercall) {
+    let guest = call.vm();
+    let (refused, call) = match Batch::decode(call.payload()) {
+        Err(bad) => {
+            tracing::debug!(vm = guest, %bad, "not a batch");
+            (Reply::Malformed, call)
+        }
+        Ok(batch) => match queues.push(guest, (batch, call)) {
+            Ok(()) => return,
+            Err((_, call)) => (Reply::Busy, call),
+        },
+    };
+    counters.of(guest, |counted| counted.refused += 1);
+    answer(call, &refused);
+}
+
+fn answer(call: Hypercall, reply: &Reply) {
+    call.answer(reply.encode()).expect("a reply fits a hypercall");
+}
+
+/// Carries out batch after batch, the guests in turn.
+async fn work(
+    queues: &Queues<Asked>,
+    counters: &MultiplexerCounters,
+    mut guests: Guests,
+    mut backend: impl Backend,
+) -> Infallible {
+    loop {
+        let (guest, (batch, call)) = queues.next().await;
+        let ended = carry_out(&mut guests, &mut backend, guest, batch.entries()).await;
+        counters.of(guest, |counted| counted.add(&ended));
+        answer(call, &Reply::Ended(ended));
+    }
+}
+
+/// Carries out a batch in its order: packets of one kind that follow each other go to the device together.
+async fn carry_out(
+    guests: &mut Guests,
+    backend: &mut impl Backend,
+    guest: u32,
+    entries: &[Entry],
+) -> Vec<Ended> {
+    let own = guests.own(guest, entries).await;
+    let asked: Vec<(Entry, Option<Ended>)> = entries.iter().copied().zip(own).collect();
+    let mut ended = Vec::with_capacity(entries.len());
+    for same in asked.chunk_by(|(one, _), (next, _)| one.kind == next.kind) {
+        let admitted: Vec<Entry> =
+            same.iter().filter(|(_, refused)| refused.is_none()).map(|(entry, _)| *entry).collect();
+        let done = match admitted.first().map(|entry| entry.kind) {
+            None => Vec::new(),
+            Some(Kind::Transmit) => transmit(guests, backend, guest, &admitted).await,
+            Some(Kind::Receive) => receive(guests, backend, guest, &admitted).await,
+        };
+        let mut done = done.into_iter();
+        ended.extend(
+            same.iter().map(|(_, refused)| refused.or_else(|| done.next()).unwrap_or(Ended::DeviceFailed)),
+        );
+    }
+    ended
+}
+
+async fn transmit(guests: &Guests, backend: &mut impl Backend, guest: u32, entries: &[Entry]) -> Vec<Ended> {
+    let read = guests.read(guest, entries).await;
+    let packets: Vec<_> = read.iter().filter_map(|read| read.as_ref().ok().cloned()).collect();
+    let mut sent = if packets.is_empty() { Vec::new() } else { backend.transmit(&packets).await }.into_iter();
+    let of = |read: Result<bytes::Bytes, Ended>| match read {
+        Err(ended) => ended,
+        Ok(packet) => match sent.next() {
+            Some(Ok(())) => Ended::Done { bytes: packet.len() as u32 },
+            failed => device_failed(failed.and_then(Result::err)),
+        },
+    };
+    read.into_iter().map(of).collect()
+}
+
+async fn receive(guests: &Guests, backend: &mut impl Backend, guest: u32, entries: &[Entry]) -> Vec<Ended> {
+    let sizes: Vec<u32> = entries.iter().map(|entry| entry.length()).collect();
+    let mut received = backend.receive(&sizes).await.into_iter();
+    let packets = entries.iter().map(|entry| match received.next() {
+        // What there is no room for is not the guest's.
+        Some(Ok(packet)) => Ok(packet.slice(..packet.len().min(entry.length() as usize))),
+        failed => Err(device_failed(failed.and_then(Result::err))),
+    });
+    let packets: Vec<Result<bytes::Bytes, Ended>> = packets.collect();
+    guests.write(guest, entries, packets).await
+}
+
+fn device_failed(failure: Option<DeviceFailure>) -> Ended {
+    let why =
+        failure.map_or_else(|| "it told nothing of the packet".to_owned(), |failure| failure.to_string());
+    tracing::debug!(%why, "packet failed in the device");
+    Ended::DeviceFailed
+}
