@@ -108,7 +108,8 @@ impl Stream {
         mut peer: Peer,
     ) -> Result<Self, End> {
         let broken = |message: String| End { reason: "CONNECTION".into(), message };
-        let untrusted = |error: CredentialError| End { reason: "CREDENTIAL".into(), message: error.to_string() };
+        let untrusted =
+            |error: CredentialError| End { reason: "CREDENTIAL".into(), message: error.to_string() };
         let dial = Dial::to(server, credentials, &connect.shown()).map_err(|bad| broken(bad.to_string()))?;
         let Dialled { channel, trouble } = dial.connect().await.map_err(|error| match error {
             DialError::Credential(error) => untrusted(error),
@@ -122,12 +123,9 @@ impl Stream {
         let (up, messages) = mpsc::channel(IN_FLIGHT_MAX);
         let first = pb::DeviceToServer { message: Some(Up::Hello(hello(connect))) };
         up.try_send(first).map_err(|_| broken("a new channel is full".into()))?;
-        let attached =
-            client.attach(ReceiverStream::new(messages)).await.map_err(refused)?;
+        let attached = client.attach(ReceiverStream::new(messages)).await.map_err(refused)?;
         let mut inbound = attached.into_inner();
-        let welcome = match inbound.message().await.map_err(refused)?
-            .and_then(|first| first.message)
-        {
+        let welcome = match inbound.message().await.map_err(refused)?.and_then(|first| first.message) {
             Some(Down::Welcome(welcome)) => welcome,
             other => return Err(broken(format!("Welcome was due, not {other:?}"))),
         };

@@ -47,7 +47,8 @@ impl Actor {
         let answer = tokio::time::timeout(DEADLINE, answer).await;
         let answer = answer.with_context(|| format!("{} did not answer {line} in time", self.name))?;
         let answer = answer.with_context(|| format!("{} is gone", self.name))??;
-        serde_json::from_str(&answer).with_context(|| format!("{} was asked {line} and said {answer}", self.name))
+        serde_json::from_str(&answer)
+            .with_context(|| format!("{} was asked {line} and said {answer}", self.name))
     }
 
     /// Asks a driver, hypervisor or operating system something that may be refused.
@@ -109,7 +110,13 @@ impl Actor {
     }
 
     /// Begins to write to addresses again and again.
-    pub(crate) async fn hammer(&self, iova: &[u64], size: u32, fill: u8, in_flight: usize) -> anyhow::Result<()> {
+    pub(crate) async fn hammer(
+        &self,
+        iova: &[u64],
+        size: u32,
+        fill: u8,
+        in_flight: usize,
+    ) -> anyhow::Result<()> {
         let iova = iova.iter().map(|iova| Address(*iova)).collect();
         self.tell(&Command::Hammer(Hammer { iova, size, fill, in_flight })).await.map(drop)
     }
@@ -149,7 +156,13 @@ impl Actor {
     }
 
     /// Looks for a canary.
-    pub(crate) async fn scan(&self, from: u64, to: u64, stride: u64, canary: &[u8]) -> anyhow::Result<Scanned> {
+    pub(crate) async fn scan(
+        &self,
+        from: u64,
+        to: u64,
+        stride: u64,
+        canary: &[u8],
+    ) -> anyhow::Result<Scanned> {
         let (from, to, stride) = (Address(from), Address(to), Address(stride));
         let scan = Scan { from, to, stride, size: 64, canary: Some(Hex(canary.to_vec())), write: None };
         match self.tell(&Command::Scan(scan)).await? {
@@ -180,7 +193,9 @@ pub(crate) fn start_own(server: &Server, own: &Path, identity: &Identity) -> any
     server.admit(identity)?;
     let name = identity.name.as_str();
     let mut arguments: Vec<String> =
-        ["act-in-matrix", "--server", server.endpoint(), "--role", role, "--name", name].map(String::from).into();
+        ["act-in-matrix", "--server", server.endpoint(), "--role", role, "--name", name]
+            .map(String::from)
+            .into();
     if let Some(owner) = owner {
         arguments.extend(["--owner".to_owned(), owner.to_string()]);
     }

@@ -33,15 +33,8 @@ const DEFERRAL: Deferral = Deferral { batch: 256, interval_ms: 250 };
 
 impl Column {
     /// All of them, in order.
-    pub(crate) const ALL: [Self; 7] = [
-        Self::None,
-        Self::Passthrough,
-        Self::Deferred,
-        Self::Strict,
-        Self::Byte,
-        Self::Bounce,
-        Self::Ring,
-    ];
+    pub(crate) const ALL: [Self; 7] =
+        [Self::None, Self::Passthrough, Self::Deferred, Self::Strict, Self::Byte, Self::Bounce, Self::Ring];
 
     /// Its name.
     pub(crate) const fn name(self) -> &'static str {

@@ -49,7 +49,12 @@ fn is_final(reason: &str) -> bool {
 }
 
 /// Strikes at what nobody mapped, and looks at the victim's page.
-pub(crate) async fn stray(site: &Site, iova: u64, victim: u64, evidence: &mut Evidence) -> anyhow::Result<()> {
+pub(crate) async fn stray(
+    site: &Site,
+    iova: u64,
+    victim: u64,
+    evidence: &mut Evidence,
+) -> anyhow::Result<()> {
     site.seed(victim, PAGE).await?;
     let refused = site.strike(iova).await?;
     evidence.told(refused);
@@ -61,7 +66,12 @@ pub(crate) async fn stray(site: &Site, iova: u64, victim: u64, evidence: &mut Ev
 
 /// Strikes beside a buffer: at `iova`, behind which `victim` lies on the buffer's page. When that lands, it is tried whether the next page
 /// can be reached too.
-pub(crate) async fn beside(site: &Site, iova: u64, victim: u64, next_page: (u64, u64)) -> anyhow::Result<Evidence> {
+pub(crate) async fn beside(
+    site: &Site,
+    iova: u64,
+    victim: u64,
+    next_page: (u64, u64),
+) -> anyhow::Result<Evidence> {
     let mut evidence = Evidence::default();
     site.seed(victim, BLOW.into()).await?;
     evidence.told(site.strike(iova).await?);
@@ -135,7 +145,9 @@ pub(crate) async fn race(
     let gone = now_unix_us();
     seed(site).await?;
     let then = site.rogue.hammered().await?.answered();
-    site.rogue.hammered_until("writes after it was let go", |counted| counted.answered() >= then + BLOWS).await?;
+    site.rogue
+        .hammered_until("writes after it was let go", |counted| counted.answered() >= then + BLOWS)
+        .await?;
     if is_intact(site).await? {
         let counted = site.rogue.stop_hammer().await?;
         evidence.told.extend(counted.refused.into_keys());
@@ -149,7 +161,9 @@ pub(crate) async fn race(
     site.rogue.hammered_until("a refusal", closed).await?;
     seed(site).await?;
     let then = site.rogue.hammered().await?.answered();
-    site.rogue.hammered_until("writes after the window", |counted| counted.answered() >= then + BLOWS).await?;
+    site.rogue
+        .hammered_until("writes after the window", |counted| counted.answered() >= then + BLOWS)
+        .await?;
     let is_closed = is_intact(site).await?;
     let counted = site.rogue.stop_hammer().await?;
     evidence.told.extend(counted.refused.into_keys());

@@ -75,9 +75,17 @@ impl Table {
             for column in Column::ALL {
                 let expected = cells.get(&(row.number, column));
                 let expected = expected.with_context(|| format!("row {} lacks {column}", row.number))?;
-                ensure!(!expected.because.is_empty() && !expected.held_by.is_empty(), "row {} is not argued", row.number);
+                ensure!(
+                    !expected.because.is_empty() && !expected.held_by.is_empty(),
+                    "row {} is not argued",
+                    row.number
+                );
                 let told = !expected.reasons.is_empty();
-                ensure!(told || expected.outcome != Outcome::Refused, "row {}, {column}: refused, and not told", row.number);
+                ensure!(
+                    told || expected.outcome != Outcome::Refused,
+                    "row {}, {column}: refused, and not told",
+                    row.number
+                );
             }
         }
         ensure!(cells.len() == ROWS.len() * Column::ALL.len(), "there are cells of no row");
@@ -103,10 +111,11 @@ mod tests {
         let table = Table::load().expect("the table is whole");
         for row in ROWS {
             let outcome = |column| table.cells[&(row.number, column)].outcome;
-            let ranks = [Column::Deferred, Column::Strict, Column::Byte].map(|column| match outcome(column) {
-                Outcome::Window => Outcome::Succeeds,
-                other => other,
-            });
+            let ranks =
+                [Column::Deferred, Column::Strict, Column::Byte].map(|column| match outcome(column) {
+                    Outcome::Window => Outcome::Succeeds,
+                    other => other,
+                });
             assert!(ranks.is_sorted_by(|a, b| a >= b), "row {}: {ranks:?}", row.number);
         }
     }

@@ -70,10 +70,8 @@ fn cell_of(cell: &Cell) -> String {
 
 fn lecture(outcomes: &Outcomes) -> String {
     let mut all = String::new();
-    for (usage, title) in [
-        ("R1", "R1: within one operating system"),
-        ("R2", "R2: between virtual machines"),
-    ] {
+    for (usage, title) in [("R1", "R1: within one operating system"), ("R2", "R2: between virtual machines")]
+    {
         let of_usage: Vec<&LectureResult> =
             outcomes.lecture.iter().filter(|result| result.lecture.usage == usage).collect();
         if of_usage.is_empty() {
@@ -108,12 +106,23 @@ fn violation(name: &str) -> &'static str {
 }
 
 fn legend() -> String {
-    let all =
-        [Outcome::Refused, Outcome::Deflected, Outcome::Page, Outcome::Window, Outcome::Succeeds, Outcome::None];
+    let all = [
+        Outcome::Refused,
+        Outcome::Deflected,
+        Outcome::Page,
+        Outcome::Window,
+        Outcome::Succeeds,
+        Outcome::None,
+    ];
     let items: String = all
         .iter()
         .map(|outcome| {
-            format!("<li class=\"{}\">{} {}</li>", class(*outcome), outcome.symbol(), escaped(outcome.meaning()))
+            format!(
+                "<li class=\"{}\">{} {}</li>",
+                class(*outcome),
+                outcome.symbol(),
+                escaped(outcome.meaning())
+            )
         })
         .collect();
     format!("<h2>The matrix</h2><ul class=\"legend\">{items}</ul>")
@@ -159,9 +168,13 @@ fn words(outcomes: &Outcomes) -> String {
             escaped(row.stake),
         );
         for (column, cell) in &result.cells {
-            let came = cell.seen.as_ref().map_or_else(|| cell.outcome().words().to_owned(), |seen| seen.in_short());
-            let notes = cell.seen.as_ref().map(|seen| seen.notes.join("; ")).filter(|notes| !notes.is_empty());
-            let notes = notes.map_or_else(String::new, |notes| format!(" <span class=\"quiet\">({})</span>", escaped(&notes)));
+            let came =
+                cell.seen.as_ref().map_or_else(|| cell.outcome().words().to_owned(), |seen| seen.in_short());
+            let notes =
+                cell.seen.as_ref().map(|seen| seen.notes.join("; ")).filter(|notes| !notes.is_empty());
+            let notes = notes.map_or_else(String::new, |notes| {
+                format!(" <span class=\"quiet\">({})</span>", escaped(&notes))
+            });
             all += &format!(
                 "<dt>{} {column}</dt><dd><b>{}</b>{notes}<br>{}</dd>",
                 cell.outcome().symbol(),
@@ -227,7 +240,10 @@ mod tests {
         outcomes.rows[4].cells[3].1.differs.push("otherwise".to_owned());
         assert!(!outcomes.passed());
         let page = page(&outcomes);
-        assert!(page.contains("NOT AS EXPECTED: otherwise") && page.contains("4\" class") | page.contains(" differs\""));
+        assert!(
+            page.contains("NOT AS EXPECTED: otherwise")
+                && page.contains("4\" class") | page.contains(" differs\"")
+        );
         assert!(page.contains("<details id=\"row5\" open>"));
     }
 }

@@ -43,10 +43,13 @@ impl Judge {
     ) -> anyhow::Result<BTreeSet<String>> {
         let asked = Instant::now();
         loop {
-            let new = self.records(device).await?.into_iter().filter(|record| {
-                record.sequence > mark.get(&record.owner).copied().unwrap_or_default()
-            });
-            let logged: BTreeSet<String> = new.map(|record| format!("{:#x}", record.fault.reason().0)).collect();
+            let new = self
+                .records(device)
+                .await?
+                .into_iter()
+                .filter(|record| record.sequence > mark.get(&record.owner).copied().unwrap_or_default());
+            let logged: BTreeSet<String> =
+                new.map(|record| format!("{:#x}", record.fault.reason().0)).collect();
             if due.is_subset(&logged) || asked.elapsed() > DEADLINE {
                 return Ok(logged);
             }

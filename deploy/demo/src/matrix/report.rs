@@ -49,7 +49,9 @@ fn brief(reason: &str) -> String {
 
 fn text(outcomes: &Outcomes) -> String {
     let mut text = String::new();
-    for (usage, title) in [("R1", "within one operating system (R1)"), ("R2", "between virtual machines (R2)")] {
+    for (usage, title) in
+        [("R1", "within one operating system (R1)"), ("R2", "between virtual machines (R2)")]
+    {
         let of_usage: Vec<&LectureResult> =
             outcomes.lecture.iter().filter(|result| result.lecture.usage == usage).collect();
         if of_usage.is_empty() {
@@ -67,20 +69,30 @@ fn text(outcomes: &Outcomes) -> String {
     header.extend(outcomes.columns.iter().map(|column| column.name()));
     let mut matrix = table(&header);
     for result in &outcomes.rows {
-        let mut line = vec![result.row.number.to_string(), format!("{}: {}", result.row.who, result.row.what)];
+        let mut line =
+            vec![result.row.number.to_string(), format!("{}: {}", result.row.who, result.row.what)];
         line.extend(result.cells.iter().map(|(_, cell)| short(cell)));
         matrix.add_row(line);
     }
     text += &format!("\n{matrix}\n");
-    let all =
-        [Outcome::Refused, Outcome::Deflected, Outcome::Page, Outcome::Window, Outcome::Succeeds, Outcome::None];
+    let all = [
+        Outcome::Refused,
+        Outcome::Deflected,
+        Outcome::Page,
+        Outcome::Window,
+        Outcome::Succeeds,
+        Outcome::None,
+    ];
     let legend: Vec<String> =
         all.iter().map(|outcome| format!("{} {}", outcome.symbol(), outcome.meaning())).collect();
     text += &wrapped("", &legend.join("; ")).join("\n");
     text += "\n";
     for (place, stake, cell) in outcomes.cells().filter(|(_, _, cell)| !cell.passed()) {
         text += &format!("\n!! {place}\n   expected  {}", expected_in_short(cell));
-        let came = cell.seen.as_ref().map_or_else(|| "nothing that can be judged".to_owned(), |seen| seen.in_short());
+        let came = cell
+            .seen
+            .as_ref()
+            .map_or_else(|| "nothing that can be judged".to_owned(), |seen| seen.in_short());
         text += &format!("\n   came      {came}");
         for differs in &cell.differs {
             text += &format!("\n   differs   {differs}");
@@ -90,8 +102,9 @@ fn text(outcomes: &Outcomes) -> String {
         }
         text += &format!("\n   at stake  {stake}\n");
     }
-    let (passed, count) =
-        outcomes.cells().fold((0, 0), |(passed, count), (_, _, cell)| (passed + u32::from(cell.passed()), count + 1));
+    let (passed, count) = outcomes
+        .cells()
+        .fold((0, 0), |(passed, count), (_, _, cell)| (passed + u32::from(cell.passed()), count + 1));
     text += &format!("\n{passed} of {count} cells as expected, in {:.1} s", outcomes.took.as_secs_f64());
     text
 }

@@ -154,7 +154,8 @@ async fn cell(stage: &Stage, attack: Attack, column: Column, expected: &Expected
     }
     let mut scene = stage.scene(column);
     let carried = tokio::time::timeout(CELL_DEADLINE, carry_out(&mut scene, attack)).await;
-    let carried = carried.unwrap_or_else(|_| Err(anyhow::anyhow!("it was not over within {CELL_DEADLINE:?}")));
+    let carried =
+        carried.unwrap_or_else(|_| Err(anyhow::anyhow!("it was not over within {CELL_DEADLINE:?}")));
     let ended = match &carried {
         Ok(_) => scene.end().await,
         Err(_) => recover(&mut scene).await,

@@ -29,6 +29,8 @@ const ARRIVALS: u64 = 0x3000_0000;
 const NEW: u64 = 0x3800_0000;
 /// Memory of the listener: as many pages as the IOTLB has entries, in pieces that no superpage fits.
 pub(crate) const PIECES: usize = 64;
+/// Pieces that the other one works with.
+pub(crate) const WORKING: usize = 4;
 pub(crate) const PIECE_BYTES: u64 = 1 << 20;
 
 /// Where the listener's piece lies. Pieces are apart, so that nothing is mapped by superpages, and spread so that every set of the IOTLB gets as many
@@ -98,7 +100,9 @@ impl Stage {
         let hypervisor = start(&server, "hv0", Role::Hypervisor)?;
         let machine = start(&server, "os0", Role::Bare)?;
         for ((vm, base), name) in [(GUEST_MEMORY, "guest1"), (VICTIM_MEMORY, "guest2")] {
-            hypervisor.request(Ask::CreateVm { number: vm, name: name.into(), limits: BTreeMap::new() }).await?;
+            hypervisor
+                .request(Ask::CreateVm { number: vm, name: name.into(), limits: BTreeMap::new() })
+                .await?;
             hypervisor.request(Ask::AddMemory { vm, gpa: Address(base), bytes: GUEST_BYTES }).await?;
         }
         let guests = [
@@ -108,7 +112,8 @@ impl Stage {
         for (device, name) in [("00:04.0", "vf-a"), ("00:05.0", "vf-b"), ("00:06.0", "vf-c")] {
             hypervisor.request(Ask::Declare { device: device.into(), name: name.into() }).await?;
         }
-        let devices = vec![("00:01.0".to_owned(), "bare-a".to_owned()), ("00:02.0".to_owned(), "bare-b".to_owned())];
+        let devices =
+            vec![("00:01.0".to_owned(), "bare-a".to_owned()), ("00:02.0".to_owned(), "bare-b".to_owned())];
         let segment = machine.request(Ask::Machine { bytes: 64 << 20, devices }).await?.value;
         let status = machine.request(Ask::Unit).await?;
         ensure!(status.further >> 31 == 0, "translation is on in the bare machine");
@@ -185,7 +190,9 @@ impl Stage {
         let listen = port.context("a free port")?.to_string();
         for _ in 0..2 {
             let arguments = ["--memory", "64MiB", "--listen", &listen].map(String::from).into();
-            let mut server = Server::start(&self.binaries, &ServerOptions { arguments, ..ServerOptions::default() }).await?;
+            let mut server =
+                Server::start(&self.binaries, &ServerOptions { arguments, ..ServerOptions::default() })
+                    .await?;
             let rogue = start_rogue(&mut server, &Connect::new("engine2", "00:03.0".parse()?)).await?;
             for address in [0, PAGE, 0x10_0000, 0xffff_f000] {
                 told.push(rogue.dma(Dma::write(address, vec![FILL; BLOW as usize])).await?.err());
@@ -263,13 +270,15 @@ impl Scene<'_> {
         Ok(self.stage.site(&actor, "vf-c", self.own.column, 0))
     }
 
-    /// Gives the attacker the memory with which it listens.
+    /// Gives both guests the memory with which one listens while the other one works.
     pub(crate) async fn listening_memory(&self) -> anyhow::Result<()> {
         let mut has = self.stage.has_listening_memory.lock().await;
         if !*has {
-            for n in 0..PIECES {
-                let add = Ask::AddMemory { vm: GUEST_MEMORY.0, gpa: Address(piece(n)), bytes: PIECE_BYTES };
-                self.hypervisor()?.request(add).await?;
+            for ((vm, _), pieces) in [(GUEST_MEMORY, PIECES), (VICTIM_MEMORY, WORKING)] {
+                for n in 0..pieces {
+                    let add = Ask::AddMemory { vm, gpa: Address(piece(n)), bytes: PIECE_BYTES };
+                    self.hypervisor()?.request(add).await?;
+                }
             }
             *has = true;
         }
@@ -284,4 +293,3 @@ impl Scene<'_> {
         Ok(())
     }
 }
-

@@ -116,7 +116,12 @@ impl Site {
     }
 
     /// Maps, where there is anything to map.
-    pub(crate) async fn try_map(&self, gpa: u64, bytes: u64, way: Way) -> anyhow::Result<Result<Mapping, Refused>> {
+    pub(crate) async fn try_map(
+        &self,
+        gpa: u64,
+        bytes: u64,
+        way: Way,
+    ) -> anyhow::Result<Result<Mapping, Refused>> {
         if self.is_bare() {
             return Ok(Ok(Mapping { iova: gpa, gpa, bytes, way }));
         }

@@ -183,8 +183,7 @@ impl Driver {
     ) -> Result<Reply, Refused> {
         let device = self.device(device)?;
         let driver = &self.driver;
-        let stream =
-            self.streams.entry(device.address()).or_insert_with(|| driver.dma_stream(&device));
+        let stream = self.streams.entry(device.address()).or_insert_with(|| driver.dma_stream(&device));
         let options = if end_of_burst { UnmapOptions::default() } else { UnmapOptions::WITHIN_BURST };
         let ticket = stream.unmap_with(&[(Iova::new(iova), bytes)], direction(way), options).await?;
         for unmapped in ticket.await? {

@@ -35,7 +35,9 @@ pub(crate) struct Options {
 pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
     let connection = Connection::to(&options.server);
     let mut actor = match (options.role.as_str(), options.owner) {
-        ("driver", Some(owner)) => Actor::Driver(driver::Driver::open(connection, &options.name, owner).await?),
+        ("driver", Some(owner)) => {
+            Actor::Driver(driver::Driver::open(connection, &options.name, owner).await?)
+        }
         ("hypervisor", None) => Actor::Hypervisor(connection.hypervisor(&options.name).await?),
         ("machine", None) => Actor::Machine(machine::System::open(connection, &options.name).await?),
         (role, owner) => bail!("role {role} with owner {owner:?}"),

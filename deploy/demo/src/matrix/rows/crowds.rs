@@ -10,7 +10,7 @@ use crate::matrix::act::language::{Ask, Way};
 use crate::matrix::column::Column;
 use crate::matrix::evidence::Evidence;
 use crate::matrix::outcome::Outcome;
-use crate::matrix::scene::{PIECE_BYTES, PIECES, Scene, piece};
+use crate::matrix::scene::{PIECE_BYTES, PIECES, Scene, WORKING, piece};
 use crate::matrix::site::{PAGE, Site};
 
 /// Row 29: a tenant with small limits maps, creates domains and sends DMA without end, and storms with faults; meanwhile another one works.
@@ -23,7 +23,8 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
     // The victim has one fault on record.
     let before = scene.judge.mark(scene.victim.connect.address).await?;
     scene.victim.begin().await?;
-    let refused = scene.victim.strike(0xdead_0000).await?.context("a stray write of the victim's device is refused")?;
+    let refused =
+        scene.victim.strike(0xdead_0000).await?.context("a stray write of the victim's device is refused")?;
 
     crowd.begin().await?;
     let gpa = crowd.allocate(1).await?;
@@ -62,80 +63,89 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
 }
 
 /// Row 30: a tenant fills the IOTLB with its own translations, lets another one work, and looks which of its own are gone. What it would time
-/// on a bus is noise over a wire, so the counters of the unit say it: a miss of the probe is an entry that the other one displaced.
+/// on a bus is noise over a wire, so the counters of the unit say it: a miss of the probe is an entry that somebody displaced.
 pub(super) async fn listens(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
-    const WORKING: u64 = 64;
     /// What the listener primes: as much as it can without displacing itself, which depends on its share.
     const SHARES: [usize; 7] =
         [PIECES, PIECES / 2, PIECES / 4, PIECES / 8, PIECES / 16, PIECES / 32, PIECES / 64];
     /// Passes after which a set holds nothing but what is primed: what was there before is displaced way by way.
-    const PASSES: u32 = 8;
-    let mut pages = Vec::new();
-    let worker = &mut scene.victim;
-    worker.begin().await?;
-    let gpa = worker.allocate(WORKING).await?;
-    for page in 0..WORKING {
-        pages.push(worker.map(gpa + page * PAGE, PAGE, Way::FromDevice).await?.iova);
-    }
+    const PASSES: u32 = 6;
     scene.listening_memory().await?;
+    scene.victim.begin().await?;
+    let worked = map_pieces(&scene.victim, WORKING, PIECE_BYTES).await?;
     scene.attacker.begin_roomy().await?;
-    let mut pieces = Vec::new();
-    for n in 0..PIECES {
-        let bytes = if scene.attacker.column == Column::Ring { PAGE } else { PIECE_BYTES };
-        pieces.push((scene.attacker.map(piece(n), bytes, Way::Both).await?.iova, bytes));
-    }
+    let bytes = if scene.attacker.column == Column::Ring { PAGE } else { PIECE_BYTES };
+    let pieces = map_pieces(&scene.attacker, PIECES, bytes).await?;
     let mut evidence = Evidence::default();
     for share in SHARES {
         let primed = &pieces[..share];
-        let mut own = 1;
         for _ in 0..PASSES {
-            own = misses_of(scene, primed).await?;
-            if own == 0 {
-                break;
+            for piece in primed {
+                read_all(&scene.attacker, *piece).await?;
             }
         }
-        if own > 0 && share > 1 {
+        // Pieces that stay when nobody works: only of those a miss says anything.
+        let (first, second) = (misses_of(scene, primed).await?, misses_of(scene, primed).await?);
+        let quiet: Vec<usize> = (0..share).filter(|&n| first[n] + second[n] == 0).collect();
+        if quiet.len() < (share / 8).max(1) {
             continue;
         }
-        for iova in &pages {
-            scene.victim.allowed(*iova).await?;
+        for piece in &worked {
+            read_all(&scene.victim, *piece).await?;
         }
-        let misses = misses_of(scene, primed).await?;
-        let entries = primed.iter().map(|(_, bytes)| bytes / PAGE).sum::<u64>();
+        let probed = misses_of(scene, primed).await?;
+        let heard: u64 = quiet.iter().map(|&n| probed[n]).sum();
         evidence.notes.push(format!(
-            "{entries} primed, {own} of them displaced by nobody else, {misses} displaced while the other one used {WORKING} pages"
+            "{} translations primed that stay by themselves; {heard} of them displaced while the other one used {}",
+            quiet.len() as u64 * bytes / PAGE,
+            WORKING as u64 * PIECE_BYTES / PAGE,
         ));
-        if misses > own {
+        if heard > 0 {
             evidence.reached(Outcome::Succeeds);
         } else {
             evidence.told(Some("NO_EVICTION"));
         }
         return Ok(evidence);
     }
-    bail!("no share of the cache stays its own")
+    bail!("no translation that is primed stays by itself")
 }
 
-/// Reads one word of every page.
-async fn read_all(site: &Site, pieces: &[(u64, u64)]) -> anyhow::Result<()> {
-    for (iova, bytes) in pieces {
-        let (from, to) = (Address(*iova), Address(iova + bytes - PAGE));
-        let scan = Scan { from, to, stride: Address(PAGE), size: 8, canary: None, write: None };
-        match site.rogue.tell(&Command::Scan(scan)).await? {
-            Answer::Scanned { tried, answered, .. } if tried == answered => {}
-            other => bail!("a probe was refused: {other:?}"),
-        }
+/// Maps so many pieces of the listening memory: addresses and sizes.
+async fn map_pieces(site: &Site, count: usize, bytes: u64) -> anyhow::Result<Vec<(u64, u64)>> {
+    let mut mapped = Vec::new();
+    for n in 0..count {
+        mapped.push((site.map(piece(n), bytes, Way::Both).await?.iova, bytes));
     }
-    Ok(())
+    Ok(mapped)
 }
 
-/// Misses of one probe of everything.
-async fn misses_of(scene: &Scene<'_>, pieces: &[(u64, u64)]) -> anyhow::Result<u64> {
-    let misses = async || {
-        let counters = scene.judge.counters().await?;
-        let rings = counters.ring.map_or(0, |ring| ring.walks);
-        anyhow::Ok(if scene.attacker.column == Column::Ring { rings } else { counters.iotlb.misses })
-    };
-    let before = misses().await?;
-    read_all(&scene.attacker, pieces).await?;
-    Ok(misses().await? - before)
+/// Reads one word of every page of a piece.
+async fn read_all(site: &Site, (iova, bytes): (u64, u64)) -> anyhow::Result<()> {
+    let (from, to) = (Address(iova), Address(iova + bytes - PAGE));
+    let scan = Scan { from, to, stride: Address(PAGE), size: 8, canary: None, write: None };
+    match site.rogue.tell(&Command::Scan(scan)).await? {
+        Answer::Scanned { tried, answered, .. } if tried == answered => Ok(()),
+        other => bail!("a probe was refused: {other:?}"),
+    }
+}
+
+/// Misses of one probe, piece by piece.
+async fn misses_of(scene: &Scene<'_>, pieces: &[(u64, u64)]) -> anyhow::Result<Vec<u64>> {
+    let mut all = Vec::new();
+    let mut before = misses(scene).await?;
+    for piece in pieces {
+        read_all(&scene.attacker, *piece).await?;
+        let after = misses(scene).await?;
+        all.push(after - before);
+        before = after;
+    }
+    Ok(all)
+}
+
+async fn misses(scene: &Scene<'_>) -> anyhow::Result<u64> {
+    let counters = scene.judge.counters().await?;
+    Ok(match scene.attacker.column {
+        Column::Ring => counters.ring.map_or(0, |ring| ring.walks),
+        _ => counters.iotlb.misses,
+    })
 }

@@ -138,5 +138,6 @@ pub(super) async fn between_unmap_and_flush(scene: &mut Scene<'_>) -> anyhow::Re
     site.unmap(&mapping, false).await?;
     let unmapped = Instant::now();
     let iova = mapping.iova;
-    late(site, &mapping, unmapped, Evidence::default(), async move |site: &Site| site.strike(iova).await).await
+    late(site, &mapping, unmapped, Evidence::default(), async move |site: &Site| site.strike(iova).await)
+        .await
 }

@@ -53,7 +53,9 @@ pub(super) async fn table_pages(scene: &mut Scene<'_>) -> anyhow::Result<Evidenc
         }
         stale = mappings.iter().map(|mapping| mapping.iova).collect();
         site.rogue.hammer(&stale, 64, FILL, 4).await?;
-        site.rogue.hammered_until("writes to live mappings", |counted| counted.succeeded >= 2 * PAGES).await?;
+        site.rogue
+            .hammered_until("writes to live mappings", |counted| counted.succeeded >= 2 * PAGES)
+            .await?;
         for mapping in &mappings {
             site.unmap(mapping, true).await?;
         }

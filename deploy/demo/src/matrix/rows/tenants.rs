@@ -38,7 +38,8 @@ pub(super) async fn scanned(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
     let around = 1024 * PAGE;
     let mut evidence = Evidence::default();
     for at in [mapping.iova, gpa, victim] {
-        let scanned = site.rogue.scan(at.saturating_sub(around), at.saturating_add(around), PAGE, SECRET).await?;
+        let scanned =
+            site.rogue.scan(at.saturating_sub(around), at.saturating_add(around), PAGE, SECRET).await?;
         evidence.told.extend(scanned.refused);
         if scanned.found {
             evidence.reached(Outcome::Succeeds);
@@ -79,6 +80,10 @@ pub(super) async fn moved_while_mapped(scene: &mut Scene<'_>) -> anyhow::Result<
     let seed = async |_: &Site| victim.seed(to_gpa, PAGE).await;
     let is_intact = async |_: &Site| victim.is_intact(to_gpa, PAGE).await;
     let mut evidence = race(&mut scene.attacker, &mapping, let_go, seed, is_intact).await?;
+    if evidence.reached.is_none() && evidence.told.is_empty() {
+        // The first move was refused, the second was not; the device was told nothing.
+        evidence.reached(Outcome::Deflected);
+    }
     evidence.told.extend(told);
     Ok(evidence)
 }
@@ -159,4 +164,3 @@ async fn release(rogue: &crate::matrix::actor::Actor) -> anyhow::Result<Vec<Stri
         other => bail!("{other:?}"),
     }
 }
-
