@@ -21,11 +21,13 @@ mod domain;
 mod fault_logs;
 mod frames;
 mod groups;
+mod identifiers;
 mod interrupts;
 mod iova;
 mod owner_memory;
 mod records;
 mod sanitizer;
+mod sequence_log;
 mod topology;
 
 pub use account::{OwnerAccount, OwnerLimits};
@@ -43,4 +45,5 @@ pub use sanitizer::{
     DriverCall, EventClock, GivenAddresses, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer,
     SanitizerBounds,
 };
+pub use sequence_log::SequenceLog;
 pub use topology::{DeviceEntry, OwnerEntry, Topology};
