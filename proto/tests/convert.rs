@@ -29,9 +29,13 @@ fn fault() -> TranslationFault {
 
 #[test]
 fn requests_arrive_as_they_are_sent() {
-    for role in
-        [SessionRole::Driver(Owner::Vm(1)), SessionRole::Bare, SessionRole::Observer, SessionRole::Operator, SessionRole::Hypervisor]
-    {
+    for role in [
+        SessionRole::Driver(Owner::Vm(1)),
+        SessionRole::Bare,
+        SessionRole::Observer,
+        SessionRole::Operator,
+        SessionRole::Hypervisor,
+    ] {
         let resume_token = Some(ResumeToken([7; 16]));
         check::<pb::OpenRequest, _>(Open { schema_version: 1, name: "net0".to_owned(), role, resume_token });
     }
