@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use guest_sdk::{
-    AccessQuestion, BareClient, Connection, Credentials, DeviceState, DomainState, Driver, FaultFilter, Inspect,
-    MappingState, Observer, Operator, OwnerState,
+    AccessQuestion, BareClient, Connection, Credentials, DeviceState, DomainState, Driver, FaultFilter,
+    Hypervisor, Inspect, MappingState, Observer, Operator, OwnerState,
 };
 use iommu_launch::{AgentOptions, Binaries, Process, Server, ServerOptions};
 use iommu_types::{Access, DeviceAddress, Explanation, FaultRecord, Identity, Iova, Owner, Role};
@@ -123,7 +123,8 @@ impl Stage {
     pub async fn start(arguments: &[&str]) -> Self {
         let mut all: Vec<String> = ["--memory", "64MiB"].map(String::from).into();
         all.extend(arguments.iter().map(|argument| (*argument).to_owned()));
-        let server = Server::start(binaries(), &ServerOptions { arguments: all, ..ServerOptions::default() }).await;
+        let server =
+            Server::start(binaries(), &ServerOptions { arguments: all, ..ServerOptions::default() }).await;
         let server = server.expect("the server starts");
         let watcher = connection(&server, server.endpoint(), "watcher", Role::Observer);
         let observer = watcher.observer("watcher").await.expect("an observer is admitted");
@@ -150,6 +151,19 @@ impl Stage {
         connection.operator("operator").await.expect("an operator is admitted")
     }
 
+    /// A hypervisor.
+    pub async fn hypervisor(&self, name: &str) -> Hypervisor {
+        let connection = connection(&self.server, self.server.endpoint(), name, Role::Hypervisor);
+        connection.hypervisor(name).await.expect("a hypervisor is admitted")
+    }
+
+    /// The driver of a virtual machine.
+    pub async fn guest(&self, name: &str, vm: u32) -> Driver {
+        let connection = connection(&self.server, self.server.endpoint(), name, Role::Driver(Owner::Vm(vm)));
+        let connection = connection.deadline(Duration::from_secs(8));
+        connection.driver(name, Owner::Vm(vm)).await.expect("the driver is admitted")
+    }
+
     /// A client of bare machines.
     pub async fn bare(&self, name: &str) -> BareClient {
         let connection = connection(&self.server, self.server.endpoint(), name, Role::Bare);
@@ -158,7 +172,8 @@ impl Stage {
 
     /// A device of the built-in configuration, played by this process; connected on return.
     pub async fn device(&self, number: u32) -> Device {
-        Device::attach(&self.server, self.server.endpoint(), &format!("engine{number}"), address(number)).await
+        Device::attach(&self.server, self.server.endpoint(), &format!("engine{number}"), address(number))
+            .await
     }
 
     /// A `dma-engine` process for a device of the built-in configuration; connected on return.
