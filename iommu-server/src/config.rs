@@ -257,7 +257,11 @@ impl Config {
             listen,
             listen_unix,
             pki,
-            unix_uids: if args.unix_uid.is_empty() { file.unix_uids.unwrap_or_default() } else { args.unix_uid },
+            unix_uids: if args.unix_uid.is_empty() {
+                file.unix_uids.unwrap_or_default()
+            } else {
+                args.unix_uid
+            },
             admin: admin(&pick(args.admin, file.admin, defaults.admin))?,
             memory_bytes: memory(&pick(args.memory, file.memory, defaults.memory))?,
             memory_file: args.memory_file.or(file.memory_file),

@@ -8,7 +8,10 @@ use std::sync::{Arc, OnceLock};
 
 use iommu_proto::errors::WireError;
 use iommu_types::DeviceAddress;
-use iommu_types::errors::{CertificateExpired, CertificateRevoked, ProtocolViolation, SessionFenced, ShuttingDown, StreamStalled, UnknownDevice};
+use iommu_types::errors::{
+    CertificateExpired, CertificateRevoked, ProtocolViolation, SessionFenced, ShuttingDown, StreamStalled,
+    UnknownDevice,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -57,7 +60,9 @@ impl Ending {
             Self::Stalled { stalled_ms } => StreamStalled { stalled_ms }.into_status(),
             Self::Violation { why } => ProtocolViolation { why }.into_status(),
             Self::Removed { device } => UnknownDevice { device }.into_status(),
-            Self::CertificateExpired { expired_unix_s } => CertificateExpired { expired_unix_s }.into_status(),
+            Self::CertificateExpired { expired_unix_s } => {
+                CertificateExpired { expired_unix_s }.into_status()
+            }
             Self::CertificateRevoked { serial } => CertificateRevoked { serial }.into_status(),
             Self::ShuttingDown => ShuttingDown {}.into_status(),
         }

@@ -16,8 +16,7 @@ use crate::tls::bootstrap::OBSERVER;
 pub async fn healthcheck(server: &str, credentials: &Credentials, timeout: Duration) -> Result<bool, String> {
     let observer = Identity { name: OBSERVER.to_owned(), role: Role::Observer };
     let ask = async {
-        let dial =
-            Dial::to(server, credentials, &observer).map_err(|error| format!("--server: {error}"))?;
+        let dial = Dial::to(server, credentials, &observer).map_err(|error| format!("--server: {error}"))?;
         let Dialled { channel, trouble } =
             dial.connect().await.map_err(|error| format!("{server}: {error}"))?;
         let request = HealthCheckRequest { service: String::new() };

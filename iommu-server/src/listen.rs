@@ -243,7 +243,11 @@ impl Door {
         let may = self.entrance.users.admit(uid);
         if !may {
             self.entrance.metrics.unix_peer_refused();
-            warn_limited!(uid, pid, "peer refused on a UNIX socket: its user may not connect; --unix-uid lets it in");
+            warn_limited!(
+                uid,
+                pid,
+                "peer refused on a UNIX socket: its user may not connect; --unix-uid lets it in"
+            );
         }
         may
     }

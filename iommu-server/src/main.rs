@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{CommandFactory, Parser};
+use iommu_proto::credentials::Credentials;
 use iommu_server::cli::{Cli, Command};
 use iommu_server::config::{Config, ConfigError};
 use iommu_server::drain::Drained;
 use iommu_server::host::{Host, StartError};
-use iommu_proto::credentials::Credentials;
 use iommu_server::server::{Server, ServerError};
 use iommu_server::{admin_http, healthcheck, telemetry};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -97,7 +97,9 @@ async fn run(config: Config) -> ExitCode {
     let server = match Server::start(config).await {
         Ok(server) => server,
         Err(ServerError::Bind(error)) => return fail(CANNOT_BIND, &error.to_string()),
-        Err(ServerError::Start(StartError::Tls(error))) => return fail(BAD_CONFIGURATION, &error.to_string()),
+        Err(ServerError::Start(StartError::Tls(error))) => {
+            return fail(BAD_CONFIGURATION, &error.to_string());
+        }
         Err(error) => return fail(BROKEN, &error.to_string()),
     };
     let admin_address = admin.as_ref().and_then(|listener| listener.local_addr().ok());

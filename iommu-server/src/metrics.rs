@@ -299,7 +299,12 @@ impl Collector for HostCollector {
         )?;
         if let Some(tls) = &host.tls {
             let left_s = tls.own_not_after_unix_s().saturating_sub(crate::telemetry::now_unix_ms() / 1000);
-            gauge(encoder, "tls_certificate_left_seconds", "Until the server's own certificate expires", left_s)?;
+            gauge(
+                encoder,
+                "tls_certificate_left_seconds",
+                "Until the server's own certificate expires",
+                left_s,
+            )?;
         }
         let sessions = host.watchdog.sessions().len() as u64;
         gauge(encoder, "device_sessions", "Device streams, ended ones included", sessions)?;

@@ -357,7 +357,9 @@ async fn a_reset_reaches_the_device_when_its_driver_is_reclaimed() {
     let (driver, mut agent, _, iova) = mapped(&server, 1).await;
     drop(driver);
     let Down::Reset(reset) = agent.receive().await.unwrap() else { panic!("no reset") };
-    assert!(agent.read(iova, 8).await.is_ok(), "what it held is taken away after the reset");
+    agent.send(Up::Dma(read_batch(&[iova], 8))).await;
+    let Down::Dma(answer) = agent.receive().await.unwrap() else { panic!("no completions") };
+    assert_eq!(answer.fault_reason, [0x1001], "what it had queued is stale until it says that it was reset");
     agent.send(Up::ResetDone(pb::ResetDone { tag: reset.tag })).await;
     eventually("nothing is mapped any more", async || agent.read(iova, 8).await.is_err()).await;
 }

@@ -19,6 +19,7 @@ async fn devices_are_declared_given_detached_and_removed() {
         device: Some(device(source)),
         name: name.to_owned(),
         owner,
+        function: None,
     };
     assert_eq!(refused(admin.declare_device(declare(ENGINE0, "x", None)).await), "DEVICE_EXISTS");
     assert_eq!(refused(admin.declare_device(declare(0x40, "x", Some(owner(77)))).await), "UNKNOWN_OWNER");
@@ -281,7 +282,8 @@ async fn unix_sockets_serve_and_a_stale_one_is_replaced() {
     let server = server_with(on_socket).await;
     assert!(server.listen.is_empty());
     let address = format!("unix:{}", path.display());
-    let served = iommu_server::healthcheck::healthcheck(&address, SOON).await;
+    let credentials = iommu_proto::credentials::Credentials::from_directory(directory.path());
+    let served = iommu_server::healthcheck::healthcheck(&address, &credentials, SOON).await;
     assert_eq!(served, Ok(true));
     let second = iommu_server::server::Server::start(config(on_socket)).await;
     assert!(second.is_err(), "a socket that answers is somebody's");

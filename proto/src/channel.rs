@@ -26,7 +26,9 @@ const _: () = assert!(crate::limits::MESSAGE_BYTES_MAX <= STREAM_WINDOW_BYTES as
 
 /// The endpoint is not one that can be connected to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the endpoint {endpoint:?} is not usable: {why}; write https://HOST:PORT, http://HOST:PORT (plaintext) or unix:///PATH")]
+#[error(
+    "the endpoint {endpoint:?} is not usable: {why}; write https://HOST:PORT, http://HOST:PORT (plaintext) or unix:///PATH"
+)]
 pub struct BadEndpoint {
     /// As given.
     pub endpoint: String,

@@ -14,7 +14,9 @@ const DIRECTORY_VARIABLE: &str = "IOMMU_PKI";
 
 /// There is no default directory for certificates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("neither IOMMU_PKI nor XDG_STATE_HOME nor HOME is set, so there is no default directory for certificates; give --pki DIR")]
+#[error(
+    "neither IOMMU_PKI nor XDG_STATE_HOME nor HOME is set, so there is no default directory for certificates; give --pki DIR"
+)]
 pub struct NoDirectory;
 
 /// Where certificates are unless said otherwise: `$IOMMU_PKI`, `$XDG_STATE_HOME/iommu/pki`, or `~/.local/state/iommu/pki`.
@@ -111,7 +113,9 @@ pub enum CredentialError {
         remedy: String,
     },
     /// There is no TLS at the other end.
-    #[error("the server does not speak TLS there ({why}); if it runs with --insecure-plaintext, write http:// instead of https://")]
+    #[error(
+        "the server does not speak TLS there ({why}); if it runs with --insecure-plaintext, write http:// instead of https://"
+    )]
     NotTls {
         /// What came instead.
         why: String,

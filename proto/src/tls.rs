@@ -66,7 +66,8 @@ fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
 impl TlsPeer {
     /// Reads the files, as they are now.
     fn config(&self, files: &Files) -> Result<ClientConfig, CredentialError> {
-        let unreadable = |path: &Path, why: String| CredentialError::Unreadable { path: path.to_owned(), why };
+        let unreadable =
+            |path: &Path, why: String| CredentialError::Unreadable { path: path.to_owned(), why };
         let mut roots = RootCertStore::empty();
         for root in certificates(&files.authority, &read(&files.authority, &self.identity)?)? {
             roots.add(root).map_err(|error| unreadable(&files.authority, error.to_string()))?;
@@ -119,7 +120,9 @@ struct Watch {
 
 impl Watch {
     fn look(&self, error: &io::Error) {
-        let Some(error) = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) else { return };
+        let Some(error) = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) else {
+            return;
+        };
         let refuse = |reason| refused(&self.files.credential, reason, &self.identity);
         let meant = match error {
             rustls::Error::AlertReceived(alert) => refuse(reason_of(*alert)),

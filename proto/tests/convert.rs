@@ -29,9 +29,13 @@ fn fault() -> TranslationFault {
 
 #[test]
 fn requests_arrive_as_they_are_sent() {
-    for role in
-        [SessionRole::Driver(Owner::Vm(1)), SessionRole::Bare, SessionRole::Observer, SessionRole::Operator]
-    {
+    for role in [
+        SessionRole::Driver(Owner::Vm(1)),
+        SessionRole::Bare,
+        SessionRole::Observer,
+        SessionRole::Operator,
+        SessionRole::Hypervisor,
+    ] {
         let resume_token = Some(ResumeToken([7; 16]));
         check::<pb::OpenRequest, _>(Open { schema_version: 1, name: "net0".to_owned(), role, resume_token });
     }
@@ -65,13 +69,14 @@ fn the_stream_of_a_device_arrives_as_it_is_sent() {
         dma_credits: 8,
         batch_operations_max: 128,
         batch_bytes_max: 1 << 20,
+        assignment_generation: Generation(3),
     };
     check::<pb::ServerToDevice, _>(ToDevice::Welcome(welcome));
     for write_value in [None, Some(0), Some(0xffff)] {
         let access = MmioAccess { bar: 5, offset: 0x1002, width: AccessWidth::Bytes2, write_value };
         check::<pb::ServerToDevice, _>(ToDevice::Mmio(MmioRequest { tag: 1, access }));
     }
-    check::<pb::ServerToDevice, _>(ToDevice::Reset { tag: 5 });
+    check::<pb::ServerToDevice, _>(ToDevice::Reset { tag: 5, assignment_generation: Generation(6) });
 }
 
 #[test]

@@ -32,6 +32,7 @@ fn batch(iova: &[u64], size_bytes: &[u32], kind: &[u8], payload: &[u8]) -> pb::D
         payload: Bytes::copy_from_slice(payload),
         pasid: None,
         address_type: 0,
+        assignment_generation: None,
     }
 }
 

@@ -94,8 +94,15 @@ samples! {
     StillMapped { gpa: Gpa::new(0x2000) };
     MemoryLeaving { gpa: Gpa::new(0x2000) };
     MemoryOverlaps { gpa: Gpa::new(0x2000) };
+    NotAHostDriver { owner: Owner::Vm(3) };
+    GroupInUse { device: device(), owner: Owner::Vm(3) };
+    NotAssignable { device: device(), why: "some text".to_owned() };
+    NoHypervisor {  };
+    HypercallRefused { why: "some text".to_owned() };
+    HypercallTimeout { waited_ms: 0x1234_5678_9abc };
     NotAllocated { gpa: Gpa::new(0x2000) };
     DomainInUse { domain_id: DomainId::new(7), device: device() };
+    OwnerInUse { owner: Owner::Driver(3), device: device() };
     LimitReached { limit: "some text".to_owned(), allowed: 0x1234_5678_9abc };
     NoMemory { address: 0x1234_5678_9abc };
     BadRegisterAccess { offset: 0x1234_5678_9abc, width_bytes: 70_000 };

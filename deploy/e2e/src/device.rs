@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use device_runtime::{Agent, Credentials, DeviceModel, Dma, DmaError, EndReason, MmioRefusal, Reconnect, Register};
+use device_runtime::{
+    Agent, Credentials, DeviceModel, Dma, DmaError, EndReason, MmioRefusal, Reconnect, Register,
+};
 use iommu_launch::Server;
 use iommu_types::{DeviceAddress, DmaFault, Identity, Role};
 use tokio::task::JoinHandle;

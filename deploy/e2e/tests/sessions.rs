@@ -256,9 +256,10 @@ async fn a_device_that_never_reads_its_stream_is_stalled_out() {
             .expect("a mapping");
         let other = stage.device(1).await;
 
-        let mut stream = RawStream::attach(&stage.server.unix_endpoint(), raw::envelope(Message::Hello(hello(0))))
-            .await
-            .expect("the stream opens");
+        let mut stream =
+            RawStream::attach(&stage.server.unix_endpoint(), raw::envelope(Message::Hello(hello(0))))
+                .await
+                .expect("the stream opens");
         assert!(matches!(stream.hear_device().await, Ok(pb::server_to_device::Message::Welcome(_))));
         for tag in 0..32 {
             let batch = pb::DmaBatch {
@@ -304,8 +305,14 @@ async fn a_second_agent_of_an_address_fences_the_first() {
         let first = stage.device(0).await;
         first.dma.write(mapping.iova(), &b"first"[..]).await.expect("the first one is the device");
         let dma = first.dma.clone();
-        let second =
-            Device::attach_with(&stage.server, stage.server.endpoint(), "engine0", address(0), Reconnect::STANDARD).await;
+        let second = Device::attach_with(
+            &stage.server,
+            stage.server.endpoint(),
+            "engine0",
+            address(0),
+            Reconnect::STANDARD,
+        )
+        .await;
         match first.ended().await {
             Err(EndReason::Fenced(fenced)) => assert_eq!(fenced.by_generation, 2),
             other => panic!("SESSION_FENCED was expected: {other:?}"),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use iommu_pki::{CREDENTIAL_DAYS, Directory, Overwrite, Validity};
+use iommu_pki::{CREDENTIAL_DAYS, Directory, Overwrite, PkiError, Validity};
 use iommu_types::{DeviceAddress, Identity, Role};
 use serde::Deserialize;
 
@@ -120,10 +120,11 @@ impl Server {
         if !directory.has_authority() || directory.has(identity)? {
             return Ok(());
         }
-        directory
-            .issue(identity, Validity::of_days(CREDENTIAL_DAYS)?, None, Overwrite::Never)
-            .with_context(|| format!("issue a certificate for {identity}"))?;
-        Ok(())
+        match directory.issue(identity, Validity::of_days(CREDENTIAL_DAYS)?, None, Overwrite::Never) {
+            // The server was quicker: it issues for peers that are declared at run time.
+            Ok(_) | Err(PkiError::Exists { .. }) => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("issue a certificate for {identity}")),
+        }
     }
 
     /// Its admin address, `host:port`.

@@ -221,8 +221,9 @@ async fn a_reset_fails_what_is_in_flight_and_queued_before_the_model_is_reset() 
     let batch = attached.batch().await;
     attached.mmio_read(1, 0x2000);
     let by_register = attached.batch().await;
+    assert_eq!(by_register.assignment_generation, Some(1), "as welcomed");
     attached.mmio_write(2, 0, 0);
-    attached.send(ToDevice::Reset { tag: 77 });
+    attached.send(ToDevice::Reset { tag: 77, assignment_generation: Generation(2) });
 
     assert_eq!(soon("the end of the read", read).await.unwrap(), Err(DmaError::Reset));
     let in_work = attached.mmio_answer().await;
@@ -238,6 +239,7 @@ async fn a_reset_fails_what_is_in_flight_and_queued_before_the_model_is_reset() 
     let after = async { dma.read(Iova::new(0x3000), 1).await };
     let serve = async {
         let batch = attached.batch().await;
+        assert_eq!(batch.assignment_generation, Some(2), "as the reset said");
         attached.complete(&batch, vec![5]);
     };
     let (read, ()) = soon("a read after the reset", async { tokio::join!(after, serve) }).await;
@@ -261,7 +263,7 @@ async fn a_batch_that_waited_for_credit_through_a_reset_is_never_sent() {
     let batch = attached.batch().await;
     let waiting = read(0x2000);
     tokio::task::yield_now().await;
-    attached.send(ToDevice::Reset { tag: 1 });
+    attached.send(ToDevice::Reset { tag: 1, assignment_generation: Generation(2) });
     assert_eq!(attached.next().await, Some(FromDevice::ResetDone { tag: 1 }));
     attached.complete(&batch, vec![0]);
     for read in [in_flight, waiting] {

@@ -86,6 +86,8 @@ pub(crate) enum Subject {
         #[command(flatten)]
         terms: Terms,
     },
+    /// For a peer that has virtual machines.
+    Hypervisor(Plain),
     /// For a client of bare machines.
     Bare(Plain),
     /// For one who may look.
@@ -118,6 +120,7 @@ impl Subject {
         match self {
             Self::Device { device, name, .. } => identity(name, Role::Device(*device)),
             Self::Driver { owner, name, .. } => identity(name, Role::Driver(*owner)),
+            Self::Hypervisor(plain) => identity(&plain.peer, Role::Hypervisor),
             Self::Bare(plain) => identity(&plain.peer, Role::Bare),
             Self::Observer(plain) => identity(&plain.peer, Role::Observer),
             Self::Operator(plain) => identity(&plain.peer, Role::Operator),
@@ -127,7 +130,9 @@ impl Subject {
     pub(crate) fn terms(&self) -> &Terms {
         match self {
             Self::Device { terms, .. } | Self::Driver { terms, .. } | Self::Server { terms, .. } => terms,
-            Self::Bare(plain) | Self::Observer(plain) | Self::Operator(plain) => &plain.terms,
+            Self::Hypervisor(plain) | Self::Bare(plain) | Self::Observer(plain) | Self::Operator(plain) => {
+                &plain.terms
+            }
         }
     }
 }
@@ -143,6 +148,12 @@ pub(crate) enum Whose {
     Driver {
         /// Which.
         owner: Owner,
+    },
+    /// Those of a hypervisor.
+    Hypervisor {
+        /// Which.
+        #[arg(value_name = "NAME")]
+        peer: String,
     },
     /// Those of a client of bare machines.
     Bare {
@@ -175,6 +186,7 @@ impl Whose {
         match self {
             Self::Device { device } => identity.role == Role::Device(*device),
             Self::Driver { owner } => identity.role == Role::Driver(*owner),
+            Self::Hypervisor { peer } => identity.role == Role::Hypervisor && identity.name == *peer,
             Self::Bare { peer } => identity.role == Role::Bare && identity.name == *peer,
             Self::Observer { peer } => identity.role == Role::Observer && identity.name == *peer,
             Self::Operator { peer } => identity.role == Role::Operator && identity.name == *peer,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use iommu_proto::model::{self, RequestHeader};
 use iommu_proto::pb;
-use iommu_types::errors::{AssignError, DeclareError, ReleaseError, RemoveFunctionError};
+use iommu_types::errors::{AssignError, DeclareError, ReleaseError, RemoveDeviceError};
 use iommu_types::{DeviceAddress, PciFunction};
 
 use super::{Client, FunctionState, Hypervisor, HypervisorCore, client};
@@ -53,7 +53,7 @@ impl Hypervisor {
     }
 
     /// Forgets a function that this hypervisor declared and that is assigned to nobody.
-    pub async fn remove_function(&self, device: DeviceAddress) -> Result<(), SdkError<RemoveFunctionError>> {
+    pub async fn remove_function(&self, device: DeviceAddress) -> Result<(), SdkError<RemoveDeviceError>> {
         let message = |header: RequestHeader| -> pb::RemoveFunctionRequest {
             model::RemoveFunction { header, device }.into()
         };

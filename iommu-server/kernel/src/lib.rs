@@ -20,6 +20,7 @@ mod contexts;
 mod domain;
 mod fault_logs;
 mod frames;
+mod groups;
 mod interrupts;
 mod iova;
 mod owner_memory;

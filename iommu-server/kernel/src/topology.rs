@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 
 use iommu_types::errors::{
-    DeclareError, DetachError, DeviceExists, InvalidField, LimitReached, NotAttached, UnknownDevice,
-    UnknownOwner,
+    AssignError, DeclareError, DetachError, DeviceExists, DomainInUse, InvalidField, LimitReached,
+    NotAttached, OwnerInUse, RemoveDeviceError, RemoveOwnerError, UnknownDevice, UnknownOwner,
 };
 use iommu_types::{DeviceAddress, DomainId, Owner, PciFunction};
+
+use crate::groups::{check_declared, check_removed};
 
 /// A declared device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,12 +18,12 @@ pub struct DeviceEntry {
     pub address: DeviceAddress,
     /// What people call it.
     pub name: String,
+    /// What it is, and how well it is kept apart.
+    pub function: PciFunction,
     /// Who it is assigned to.
     pub owner: Option<Owner>,
     /// The domain it translates through, when it is attached.
     pub domain_id: Option<DomainId>,
-    /// What it is, and what it is kept from.
-    pub function: PciFunction,
     /// The hypervisor that declared it, by name; `None` when the configuration or an operator did.
     pub declared_by: Option<String>,
 }
@@ -29,7 +31,7 @@ pub struct DeviceEntry {
 impl DeviceEntry {
     /// An ordinary function with ACS, attached to nothing.
     pub fn new(address: DeviceAddress, name: String, owner: Option<Owner>) -> Self {
-        Self { address, name, owner, domain_id: None, function: PciFunction::ISOLATED, declared_by: None }
+        Self { address, name, function: PciFunction::ISOLATED, owner, domain_id: None, declared_by: None }
     }
 }
 
@@ -71,7 +73,35 @@ impl Topology {
         self.owners.insert(entry.owner, entry);
         Ok(())
     }
-    /// Declares a device. Its owner, when it has one, must be declared; it is attached to nothing yet.
+    /// Removes an owner that has no devices.
+    pub fn remove_owner(&mut self, owner: Owner) -> Result<OwnerEntry, RemoveOwnerError> {
+        self.owner(owner)?;
+        if let Some(device) = self.devices.values().find(|entry| entry.owner == Some(owner)) {
+            return Err(OwnerInUse { owner, device: device.address }.into());
+        }
+        Ok(self.owners.remove(&owner).expect("it was just found"))
+    }
+    /// Assigns a device that is attached to nothing to an owner, or to nobody. Whether its [group](Self::group_of) allows it is the caller's to
+    /// ask: a group changes hands one by one.
+    pub fn set_owner(&mut self, address: DeviceAddress, owner: Option<Owner>) -> Result<(), AssignError> {
+        if let Some(owner) = owner {
+            self.owner(owner)?;
+        }
+        let entry = self.devices.get_mut(&address).ok_or(UnknownDevice { device: address })?;
+        if entry.function.is_bridge() && owner.is_some() {
+            let why = "is a bridge, and a bridge is never assigned".to_owned();
+            return Err(InvalidField { field: "device".to_owned(), why }.into());
+        }
+        if let Some(domain_id) = entry.domain_id {
+            return Err(DomainInUse { domain_id, device: address }.into());
+        }
+        entry.owner = owner;
+        Ok(())
+    }
+    pub(crate) fn all(&self) -> &BTreeMap<DeviceAddress, DeviceEntry> {
+        &self.devices
+    }
+    /// Declares a device. Its owner, when it has one, must be declared, and what it is must fit what is there; it is attached to nothing yet.
     pub fn declare_device(&mut self, entry: DeviceEntry) -> Result<(), DeclareError> {
         assert!(entry.domain_id.is_none(), "a device is declared first and attached then");
         if self.devices.contains_key(&entry.address) {
@@ -80,35 +110,21 @@ impl Topology {
         if let Some(owner) = entry.owner {
             self.owner(owner)?;
         }
+        check_declared(&self.devices, &entry)?;
         check_room("devices", self.devices.len(), self.devices_max)?;
         self.devices.insert(entry.address, entry);
         Ok(())
     }
-    /// Removes a device. It must be detached.
-    pub fn remove_device(&mut self, address: DeviceAddress) -> Result<DeviceEntry, UnknownDevice> {
-        let entry = self.devices.remove(&address).ok_or(UnknownDevice { device: address })?;
-        assert!(entry.domain_id.is_none(), "a device is detached before it is removed");
-        Ok(entry)
+    /// Whether a device may go: no virtual function is one of its, and nothing lies below it. To be asked before it is detached.
+    pub fn check_removable(&self, address: DeviceAddress) -> Result<(), RemoveDeviceError> {
+        Ok(check_removed(&self.devices, self.device(address)?)?)
     }
-    /// Forgets an owner, to whom nothing may be assigned.
-    pub fn remove_owner(&mut self, owner: Owner) {
-        assert!(self.devices_of(owner).is_empty(), "an owner is forgotten after its devices were released");
-        self.owners.remove(&owner);
-    }
-    /// Assigns a device that is attached to nothing to somebody, or to nobody.
-    pub fn set_owner(&mut self, address: DeviceAddress, owner: Option<Owner>) -> Result<(), UnknownDevice> {
-        let entry = self.devices.get_mut(&address).ok_or(UnknownDevice { device: address })?;
-        assert!(entry.domain_id.is_none(), "a device is detached before it changes hands");
-        entry.owner = owner;
-        Ok(())
-    }
-    /// Whether nothing depends on a device.
-    pub fn may_remove(&self, _address: DeviceAddress) -> Result<(), InvalidField> {
-        Ok(())
-    }
-    /// The isolation group of a device.
-    pub fn group_of(&self, address: DeviceAddress) -> Result<Vec<DeviceAddress>, UnknownDevice> {
-        self.device(address).map(|entry| vec![entry.address])
+    /// Removes a device that no other refers to. It must be detached.
+    pub fn remove_device(&mut self, address: DeviceAddress) -> Result<DeviceEntry, RemoveDeviceError> {
+        self.check_removable(address)?;
+        let is_attached = self.device(address)?.domain_id.is_some();
+        assert!(!is_attached, "a device is detached before it is removed");
+        Ok(self.devices.remove(&address).expect("it was just found"))
     }
     /// The device at an address.
     pub fn device(&self, address: DeviceAddress) -> Result<&DeviceEntry, UnknownDevice> {
@@ -150,6 +166,7 @@ impl Topology {
     ) -> Result<(), UnknownDevice> {
         let entry = self.devices.get_mut(&address).ok_or(UnknownDevice { device: address })?;
         assert!(entry.domain_id.is_none(), "I5: {address} is detached before it is attached again");
+        assert!(!entry.function.is_bridge(), "{address} is a bridge, and a bridge is never assigned");
         entry.owner = Some(owner);
         entry.domain_id = Some(domain);
         Ok(())

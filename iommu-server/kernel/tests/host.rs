@@ -177,7 +177,8 @@ fn device(bus: u8) -> DeviceAddress {
 }
 
 fn entry(bus: u8, owner: Option<Owner>) -> DeviceEntry {
-    DeviceEntry { address: device(bus), name: format!("dev{bus}"), owner, domain_id: None }
+    let function = PciFunction::ENDPOINT;
+    DeviceEntry::new(device(bus), format!("dev{bus}"), owner)
 }
 
 #[test]

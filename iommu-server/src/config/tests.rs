@@ -56,7 +56,8 @@ fn certificates_are_needed_on_tcp_and_nowhere_else() {
     let unix = |args: &mut ServeArgs| args.listen_unix = vec!["/tmp/x".into()];
     let anywhere = |args: &mut ServeArgs| args.listen = vec!["0.0.0.0:1".parse().unwrap()];
     let pki = |change: &dyn Fn(&mut ServeArgs), plaintext| {
-        let mut args = ServeArgs { pki: Some("/pki".into()), insecure_plaintext: plaintext, ..ServeArgs::default() };
+        let mut args =
+            ServeArgs { pki: Some("/pki".into()), insecure_plaintext: plaintext, ..ServeArgs::default() };
         change(&mut args);
         Config::from_args(args).unwrap().pki
     };

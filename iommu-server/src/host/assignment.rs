@@ -10,7 +10,7 @@ use iommu_kernel::DeviceEntry;
 use iommu_proto::model::FunctionState;
 use iommu_types::errors::{
     AssignError, AttachError, DeclareError, GroupInUse, NotAssignable, NotAttached, NotYours, ReleaseError,
-    RemoveFunctionError, UnknownDevice,
+    RemoveDeviceError, UnknownDevice,
 };
 use iommu_types::{DeviceAddress, FunctionKind, Generation, Owner, PciFunction, RequestId, Role};
 
@@ -49,7 +49,7 @@ impl Host {
         self: &Arc<Self>,
         hypervisor: &HypervisorState,
         address: DeviceAddress,
-    ) -> Result<(), RemoveFunctionError> {
+    ) -> Result<(), RemoveDeviceError> {
         {
             let topology = self.topology.read();
             let entry = topology.device(address)?;
@@ -59,9 +59,9 @@ impl Host {
             if let Some(owner) = entry.owner {
                 return Err(GroupInUse { device: address, owner }.into());
             }
-            topology.may_remove(address)?;
+            topology.check_removable(address)?;
         }
-        Ok(self.remove_device(address).await?)
+        self.remove_device(address).await
     }
 
     /// Forgets the functions that a hypervisor declared; virtual functions before their physical ones.
@@ -208,7 +208,8 @@ impl Host {
         }
         self.detach_locked(&device, by).await;
         self.leave_owner(&device, owner).await;
-        self.topology.write().set_owner(address, None)?;
+        let unowned = self.topology.write().set_owner(address, None);
+        unowned.expect("a declared device that was just detached changes hands");
         Ok(())
     }
 }

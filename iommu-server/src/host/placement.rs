@@ -8,11 +8,10 @@ use std::sync::Arc;
 use iommu_kernel::{DeviceEntry, Domain, Topology};
 use iommu_types::errors::{
     AttachError, CreateDomainError, DestroyDomainError, DetachError, DmaLimitsError, DomainInUse,
-    LimitReached, NotAttached, NotYours, UnknownDevice,
+    LimitReached, NotAttached, NotYours, RemoveDeviceError, UnknownDevice,
 };
 use iommu_types::{
-    DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId,
-    Role,
+    DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId, Role,
 };
 
 use super::Host;
@@ -346,9 +345,9 @@ impl Host {
     }
 
     /// Forgets a device: session, attachment, interrupts, default domain.
-    pub async fn remove_device(self: &Arc<Self>, address: DeviceAddress) -> Result<(), UnknownDevice> {
+    pub async fn remove_device(self: &Arc<Self>, address: DeviceAddress) -> Result<(), RemoveDeviceError> {
         let device = self.devices.get(address)?;
-        self.topology.read().device(address)?;
+        self.topology.read().check_removable(address)?;
         device.remove();
         let _placement = device.placement.lock().await;
         self.still_declared(&device)?;

@@ -19,6 +19,7 @@ use super::hypervisors::HypervisorState;
 use super::memory::limit_of;
 use super::owners::OwnerState;
 use crate::bounds;
+use crate::telemetry;
 
 impl Host {
     /// Gives a virtual machine memory, open at once in its direct maps.
@@ -167,7 +168,7 @@ impl Host {
         for slot in self.domains.list(|slot| slot.owner == owner.owner) {
             let revoke = |domain: &mut Domain| {
                 let before = domain.counters().mappings;
-                let pending = domain.revoke_memory(&self.kernel, range);
+                let pending = domain.revoke_memory(&self.kernel, range, telemetry::now());
                 (before - domain.counters().mappings, Some(pending))
             };
             if let Ok((count, pending)) = slot.unmap_with(&self.kernel, revoke) {

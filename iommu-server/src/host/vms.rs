@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use iommu_kernel::{OwnerEntry, OwnerLimits};
 use iommu_proto::model::TenantLimits;
-use iommu_types::{Owner, Role};
 use iommu_types::errors::{
     CreateVmError, DeclareError, DestroyVmError, InvalidField, NotYours, UnknownOwner,
 };
+use iommu_types::{Owner, Role};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
@@ -95,7 +95,8 @@ impl Host {
         let made = hypervisor.add_vm(number).and_then(|()| self.kernel.account_with(owner, limits));
         let account = made.inspect_err(|_| {
             hypervisor.remove_vm(number);
-            self.topology.write().remove_owner(owner);
+            let removed = self.topology.write().remove_owner(owner);
+            removed.expect("it was just declared, and nobody has heard of it");
         })?;
         let state = OwnerState::new(&self.kernel, account, name, asked).of_hypervisor(hypervisor);
         let name = state.name.clone();
@@ -146,7 +147,10 @@ impl Host {
         self.reports.forget(owner.owner);
         self.peer_goes(&owner.name, Role::Driver(owner.owner)).await;
         self.owners.remove(owner.owner);
-        self.topology.write().remove_owner(owner.owner);
+        let removed = self.topology.write().remove_owner(owner.owner);
+        if let Err(reason) = removed {
+            tracing::error!(owner = %owner.owner, %reason, "owner not forgotten");
+        }
         self.kernel.forget_account(owner.owner);
         hypervisor.remove_vm(number);
         tracing::info!(owner = %owner.owner, hypervisor = %hypervisor.name, reason = why, "virtual machine destroyed");

@@ -15,8 +15,7 @@ pub const OPERATOR: &str = "iommuctl";
 pub const OBSERVER: &str = "observer";
 /// The bare-machine client for whom a certificate is made where the configuration admits any.
 pub const BARE: &str = "bare";
-
-/// The hypervisor for whom a certificate is made where the configuration admits any: the name that `iommuctl` takes.
+/// The hypervisor for whom a certificate is made where the configuration admits any.
 pub const HYPERVISOR: &str = "hv0";
 
 fn named(names: &Names, any: &str, role: Role) -> Vec<Identity> {
@@ -26,14 +25,14 @@ fn named(names: &Names, any: &str, role: Role) -> Vec<Identity> {
 
 /// Every peer that the configuration knows.
 fn peers(config: &Config) -> Vec<Identity> {
-    let devices = config.devices.iter().map(|device| Identity {
-        name: device.name.clone(),
-        role: Role::Device(device.address),
-    });
-    let drivers = config.drivers.iter().map(|driver| Identity {
-        name: driver.name.clone(),
-        role: Role::Driver(driver.owner),
-    });
+    let devices = config
+        .devices
+        .iter()
+        .map(|device| Identity { name: device.name.clone(), role: Role::Device(device.address) });
+    let drivers = config
+        .drivers
+        .iter()
+        .map(|driver| Identity { name: driver.name.clone(), role: Role::Driver(driver.owner) });
     let mut peers: Vec<Identity> = devices.chain(drivers).collect();
     peers.extend(named(&config.operators, OPERATOR, Role::Operator));
     peers.extend(named(&config.observers, OBSERVER, Role::Observer));

@@ -27,7 +27,9 @@ use self::metrics::TlsMetrics;
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// Something about the directory or a file.
-    #[error("--pki: {0}\n  remedy: give a directory that this user owns and nobody else writes; it is filled at the first start")]
+    #[error(
+        "--pki: {0}\n  remedy: give a directory that this user owns and nobody else writes; it is filled at the first start"
+    )]
     Pki(#[from] PkiError),
     /// A file that is needed is not there.
     #[error("--pki: there is no {}\n  remedy: {remedy}", path.display())]

@@ -20,4 +20,4 @@ pub use directory::{AUTHORITY, AUTHORITY_KEY, Directory, Issued, Overwrite, REVO
 pub use errors::PkiError;
 pub use index::IssuedRecord;
 pub use peer::{ParseSerialError, PeerCertificate, Serial, UnfitCertificate, Usage, not_after_unix_s};
-pub use revocation::{Revoked, Revocations};
+pub use revocation::{Revocations, Revoked};

@@ -134,6 +134,7 @@ table! {
     HypercallTimeout { waited_ms } DeadlineExceeded "HYPERCALL_TIMEOUT" => none();
     NotAllocated { gpa } NotFound "NOT_ALLOCATED" => resource("buffer", gpa);
     DomainInUse { domain_id, device } FailedPrecondition "DOMAIN_IN_USE" => precondition("DOMAIN_IN_USE", device);
+    OwnerInUse { owner, device } FailedPrecondition "OWNER_IN_USE" => precondition("OWNER_IN_USE", device);
     LimitReached { limit, allowed } ResourceExhausted "LIMIT_REACHED" => quota(limit);
     NoMemory { address } OutOfRange "NO_MEMORY" => bad_request("address");
     BadRegisterAccess { offset, width_bytes } InvalidArgument "BAD_REGISTER_ACCESS" => bad_request("offset");

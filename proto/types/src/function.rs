@@ -35,6 +35,15 @@ pub struct PciFunction {
 impl PciFunction {
     /// An ordinary function that is isolated from its neighbours.
     pub const ISOLATED: Self = Self { kind: FunctionKind::Endpoint, acs: true };
+
+    /// Whether it is a bridge.
+    pub const fn is_bridge(&self) -> bool {
+        matches!(self.kind, FunctionKind::Bridge { .. })
+    }
+    /// Whether it is a virtual function.
+    pub const fn is_virtual(&self) -> bool {
+        matches!(self.kind, FunctionKind::VirtualFunction { .. })
+    }
 }
 
 impl fmt::Display for PciFunction {

@@ -127,7 +127,9 @@ impl Identity {
             ("observer", None) => Role::Observer,
             ("operator", None) => Role::Operator,
             ("hypervisor", None) => Role::Hypervisor,
-            ("bare" | "observer" | "operator" | "hypervisor", Some(_)) => return Err(bad("its path is too long")),
+            ("bare" | "observer" | "operator" | "hypervisor", Some(_)) => {
+                return Err(bad("its path is too long"));
+            }
             _ => return Err(bad("it names no role")),
         };
         Ok(Self { name: name.to_owned(), role })

@@ -20,10 +20,15 @@ fn uris_and_files_are_those_that_people_write() {
             "device-0000-00-01.0.pem",
         ),
         (identity("guest3", Role::Driver(Owner::Vm(3))), "driver/guest3/vm-3", "driver-vm-3.pem"),
-        (identity("driver0", Role::Driver(Owner::Driver(0))), "driver/driver0/driver-0", "driver-driver-0.pem"),
+        (
+            identity("driver0", Role::Driver(Owner::Driver(0))),
+            "driver/driver0/driver-0",
+            "driver-driver-0.pem",
+        ),
         (identity("iommuctl", Role::Operator), "operator/iommuctl", "operator-iommuctl.pem"),
         (identity("a.b_C-1", Role::Observer), "observer/a.b_C-1", "observer-a.b_C-1.pem"),
         (identity("bare", Role::Bare), "bare/bare", "bare-bare.pem"),
+        (identity("hv0", Role::Hypervisor), "hypervisor/hv0", "hypervisor-hv0.pem"),
     ];
     for (identity, path, file) in rows {
         let uri = format!("spiffe://iommu/{path}");
@@ -95,6 +100,7 @@ fn roles() -> impl Strategy<Value = Role> {
         Just(Role::Bare),
         Just(Role::Observer),
         Just(Role::Operator),
+        Just(Role::Hypervisor),
     ]
 }
 

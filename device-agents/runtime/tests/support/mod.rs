@@ -104,6 +104,7 @@ impl Attached {
             dma_credits,
             batch_operations_max: 256,
             batch_bytes_max: 1 << 20,
+            assignment_generation: Generation(1),
         }));
     }
 

@@ -100,7 +100,9 @@ impl Domain {
         if let Some(iova) = self.overlapped(kernel, request.iova) {
             return Err(RangeOverlaps { iova }.into());
         }
-        if !self.iovas.take_exact(first, pages) {
+        // The addresses of a direct map are the memory's own, and nobody hands them out.
+        let is_chosen = kind != MappingRecord::KIND_DIRECT;
+        if is_chosen && !self.iovas.take_exact(first, pages) {
             // Nothing is mapped there, so an unmap of it is not finished.
             return Err(RangeOverlaps { iova: request.iova.base() }.into());
         }
@@ -115,7 +117,11 @@ impl Domain {
             gpa: request.gpa.get(),
             request_id: request.request_id.0,
         };
-        let index = self.grant(kernel, &record).inspect_err(|_| self.iovas.free_exact(first, pages))?;
+        let index = self.grant(kernel, &record).inspect_err(|_| {
+            if is_chosen {
+                self.iovas.free_exact(first, pages);
+            }
+        })?;
         self.ranges.insert(first, RangeMapping { pages, record: index, is_fixed: true });
         Ok(record)
     }
@@ -133,7 +139,8 @@ impl Domain {
         }
         let interrupts = Iova::new(INTERRUPT_PAGES.0 * PAGE_SIZE_BYTES);
         let after_interrupts = Iova::new(INTERRUPT_PAGES.1 * PAGE_SIZE_BYTES);
-        if iova.base() == Iova::new(0) {
+        // A direct map has page 0 where the owner has memory there.
+        if iova.base() == Iova::new(0) && !self.is_passthrough() {
             return Err(ReservedRange { iova: iova.base() }.into());
         }
         if iova.base() < after_interrupts && iova.last() >= interrupts {

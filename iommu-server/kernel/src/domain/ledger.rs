@@ -49,9 +49,7 @@ impl Ledger {
         after.map(|(iova, record)| (Iova::new(*iova).page_number(), RecordIndex(*record)))
     }
     /// Takes all of them out.
-    pub(super) fn take_all(&mut self) -> impl Iterator<Item = (Iova, RecordIndex)> {
-        std::mem::take(&mut self.mappings)
-            .into_iter()
-            .map(|(iova, record)| (Iova::new(iova), RecordIndex(record)))
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = RecordIndex> + use<> {
+        std::mem::take(&mut self.mappings).into_iter().map(|(_, record)| RecordIndex(record))
     }
 }

@@ -156,7 +156,11 @@ impl Domain {
         for (first, mapping) in std::mem::take(&mut self.ranges) {
             let RangeMapping { pages, record, is_fixed } = mapping;
             let size_bytes = kernel.records.records().get(record).1.size_bytes;
-            let iova = if is_fixed { IovaUse::Fixed } else { IovaUse::Allocated(0) };
+            let iova = match is_fixed {
+                true if self.is_passthrough() => IovaUse::Own,
+                true => IovaUse::Fixed,
+                false => IovaUse::Allocated(0),
+            };
             self.revoke(kernel, Revoked { first, pages, record, size_bytes, iova }, &mut remains);
         }
         for (first, record) in self.tables.slots_from(0, usize::MAX) {
@@ -178,7 +182,7 @@ impl Domain {
     }
     /// Revokes what the mode has opened by its own rules.
     fn revoke_open(&mut self, kernel: &Kernel, remains: &mut Remains) {
-        for (_, record) in self.ledger.take_all().collect::<Vec<_>>() {
+        for record in self.ledger.take_all() {
             let size_bytes = kernel.records.records().get(record).1.size_bytes;
             self.revoke_record(kernel, record, size_bytes, remains);
         }

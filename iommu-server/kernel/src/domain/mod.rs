@@ -28,6 +28,7 @@ mod identity;
 mod ledger;
 mod lifecycle;
 mod request;
+mod revoke;
 mod ring;
 mod scatter;
 mod sync;

@@ -38,6 +38,16 @@ pub(super) struct Group {
     block: Option<(u64, u64)>,
 }
 
+impl Group {
+    pub(super) fn elements(&self) -> &[(Iova, RecordIndex)] {
+        &self.elements
+    }
+    /// First address and size of each segment, and the direction.
+    pub(super) fn as_told(&self) -> (impl Iterator<Item = (Iova, u64)>, Direction) {
+        (self.segments.iter().map(|segment| (segment.iova, segment.size_bytes)), self.direction)
+    }
+}
+
 /// A scatter-gather mapping to remove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaUnmapSg {
@@ -295,7 +305,7 @@ impl Domain {
             None => NotMapped { iova }.into(),
         }
     }
-    fn revoke_elements(
+    pub(super) fn revoke_elements(
         &mut self,
         kernel: &Kernel,
         group: &Group,
@@ -326,6 +336,17 @@ impl Domain {
             segment.iova <= range.base() && range.last().get() <= last
         };
         group.segments.iter().any(holds).then_some(&*group.elements)
+    }
+    /// Takes out every group of which an element is meant, by address.
+    pub(super) fn take_groups_with(&mut self, is_meant: impl Fn(RecordIndex) -> bool) -> Vec<Group> {
+        let is_meant = |group: &Group| group.elements.iter().any(|(_, record)| is_meant(*record));
+        let mut meant = Vec::new();
+        self.groups.retain(|_, groups| {
+            meant.extend(groups.extract_if(.., |group| is_meant(group)));
+            !groups.is_empty()
+        });
+        meant.sort_by_key(|group: &Group| group.elements[0].0);
+        meant
     }
     /// Revokes every group whose elements lie in a block; those of the others are found by what they are made of.
     pub(super) fn revoke_groups(&mut self, kernel: &Kernel, remains: &mut Remains) {

@@ -11,6 +11,7 @@
 
 mod frames;
 mod slots;
+mod split;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};

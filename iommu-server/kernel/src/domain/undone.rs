@@ -119,8 +119,10 @@ pub(super) struct FreedIova {
 pub(super) enum IovaUse {
     /// The allocator handed them out; they go back to the free addresses of this client.
     Allocated(u8),
-    /// The client chose them, or they are those of the memory.
+    /// The client chose them.
     Fixed,
+    /// They are the memory's own, and nobody hands them out.
+    Own,
     /// They are freed with something else: an element of a scatter-gather mapping.
     Kept,
 }
@@ -213,7 +215,7 @@ impl Domain {
         let Revoked { first, pages, record, size_bytes, iova } = mapping;
         self.revoke_record(kernel, record, size_bytes, remains);
         self.tables.unmap(kernel.memory(), first, pages, &mut remains.frames);
-        if iova != IovaUse::Kept {
+        if !matches!(iova, IovaUse::Kept | IovaUse::Own) {
             remains.iovas.push(FreedIova { first, pages, iova });
         }
         note_range(&mut self.invalidated, first, pages);
@@ -292,7 +294,7 @@ impl Domain {
             match iova {
                 IovaUse::Allocated(client) => self.iovas.free(first, pages, client),
                 IovaUse::Fixed => self.iovas.free_exact(first, pages),
-                IovaUse::Kept => unreachable!("kept addresses are not noted"),
+                IovaUse::Own | IovaUse::Kept => unreachable!("these addresses are not noted"),
             }
         }
         for frame in remains.frames.drain(..).flat_map(FrameRun::iter) {

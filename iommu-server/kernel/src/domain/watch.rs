@@ -165,6 +165,15 @@ impl Domain {
             }
         });
     }
+    /// Mappings were revoked, because their memory was taken back.
+    pub(super) fn tell_revoked(&self, revoked: &[(IovaRange, Direction, MappingKind)], now: Tick) {
+        let Some(handle) = &self.sanitizer else { return };
+        let mut sanitizer = handle.lock();
+        for (range, direction, kind) in revoked {
+            let at = Moment { at_us: now.0, order: handle.clock.tick() };
+            sanitizer.revoked(at, *range, *direction, *kind);
+        }
+    }
     /// Everything was unmapped at once.
     pub(super) fn tell_all_unmapped(&self, now: Tick) {
         let Some(handle) = &self.sanitizer else { return };

@@ -30,6 +30,8 @@ struct Forgotten {
     latest_death: u64,
     first: u64,
     last: u64,
+    /// Whether one of them was revoked and not unmapped by its driver.
+    any_revoked: bool,
 }
 
 #[derive(Debug)]
@@ -56,10 +58,12 @@ impl Graveyard {
     }
     /// Takes a mapping that has died.
     pub(super) fn bury(&mut self, mapping: Mapping) {
-        let shape = shape(&mapping);
+        let (mut mapping, shape) = (mapping, shape(&mapping));
         if let Some(earlier) = self.by_shape.remove(&shape) {
             self.by_death.remove(&earlier);
-            self.dead.remove(shape.0, shape.1, earlier);
+            let replaced = self.dead.remove(shape.0, shape.1, earlier);
+            let owed = replaced.map_or(0, |replaced| replaced.unmaps_owed);
+            mapping.unmaps_owed = mapping.unmaps_owed.saturating_add(owed);
         } else if self.by_shape.len() >= self.capacity {
             self.forget_earliest();
         }
@@ -74,11 +78,13 @@ impl Graveyard {
         let Some(mapping) = self.dead.remove(shape.0, shape.1, number) else { return };
         let died = mapping.died.unwrap_or(u64::MAX);
         let (first, last) = (mapping.first(), mapping.last());
-        let all = self.forgotten.unwrap_or(Forgotten { latest_death: died, first, last });
+        let any_revoked = mapping.is_revoked();
+        let all = self.forgotten.unwrap_or(Forgotten { latest_death: died, first, last, any_revoked });
         self.forgotten = Some(Forgotten {
             latest_death: all.latest_death.max(died),
             first: all.first.min(first),
             last: all.last.max(last),
+            any_revoked: all.any_revoked || any_revoked,
         });
     }
     /// The dead that cover the address.
@@ -92,6 +98,20 @@ impl Graveyard {
     /// The latest to die of those that began at the address.
     pub(super) fn at_base(&self, base: u64) -> Option<&Mapping> {
         self.covering(base).filter(|mapping| mapping.first() == base).max_by_key(|m| (m.died, m.number))
+    }
+    /// The driver unmaps what begins at the address and is not there. Whether it may: a mapping was revoked there, and this is the first
+    /// unmap of it; or perhaps one that was forgotten.
+    pub(super) fn forgive_at(&mut self, base: u64) -> bool {
+        let revoked = self.covering(base).filter(|mapping| mapping.first() == base && mapping.is_revoked());
+        let Some(revoked) = revoked.max_by_key(|mapping| (mapping.died, mapping.number)).copied() else {
+            let perhaps = self.forgotten.is_some_and(|all| all.any_revoked) && self.may_have_covered(base);
+            return perhaps && self.at_base(base).is_none();
+        };
+        let number = self.by_shape[&shape(&revoked)];
+        self.dead.remove(revoked.first(), revoked.last(), number);
+        let forgiven = revoked.with_unmaps_owed(revoked.unmaps_owed - 1);
+        self.dead.insert(revoked.first(), revoked.last(), number, forgiven);
+        true
     }
     /// Whether a mapping that was forgotten may have been alive at that order or later.
     pub(super) fn may_have_lived(&self, order: u64) -> bool {
@@ -136,7 +156,8 @@ mod tests {
         }
         let sizes = (graveyard.dead.iter().count(), graveyard.by_shape.len(), graveyard.by_death.len());
         assert_eq!(sizes, (3, 3, 3));
-        let forgotten = Forgotten { latest_death: 100, first: 0x1000, last: (100 << 12) + 0xff };
+        let forgotten =
+            Forgotten { latest_death: 100, first: 0x1000, last: (100 << 12) + 0xff, any_revoked: false };
         assert_eq!(graveyard.forgotten, Some(forgotten));
         assert!(graveyard.may_have_lived(100) && !graveyard.may_have_lived(101));
     }

@@ -189,6 +189,8 @@ pub(super) fn verdict(
     let by_mapping = |mapping: &Mapping| supplied.within(mapping.first(), mapping.last());
     Some(match place {
         Place::Legitimate(_) | Place::Unjudged => return None,
+        // Its memory was taken back, of which neither driver nor device knows.
+        Place::UseAfterUnmap(mapping) | Place::DoubtfulUse(mapping) if mapping.is_revoked() => return None,
         // A mapping that was forgotten may have begun here, and then this is no further piece.
         Place::Overrun(mapping) if is_doubtful_piece(mapping, dead, asked) => {
             (ReportClass::Overrun, None, Blame::Unknown)

@@ -55,6 +55,8 @@ pub(super) struct Mapping {
     pub(super) kind: MappingKind,
     /// Order of its death.
     pub(super) died: Option<u64>,
+    /// How often one like it died by force, because its memory was taken back, and was not unmapped by its driver since.
+    pub(super) unmaps_owed: u32,
     pub(super) life: MappingLife,
     /// Bytes of memory that lie behind each other from the first.
     memory_bytes: u64,
@@ -73,11 +75,19 @@ impl Mapping {
             born_by,
             death: None,
         };
-        Self { number, kind, died: None, life, memory_bytes: range.size_bytes() }
+        Self { number, kind, died: None, unmaps_owed: 0, life, memory_bytes: range.size_bytes() }
     }
     /// The same, where only so many bytes lie behind each other in memory.
     pub(super) fn with_memory(self, memory_bytes: u64) -> Self {
         Self { memory_bytes, ..self }
+    }
+    /// The same, with so many unmaps owed.
+    pub(super) fn with_unmaps_owed(self, unmaps_owed: u32) -> Self {
+        Self { unmaps_owed, ..self }
+    }
+    /// Whether it is gone without its driver having done anything.
+    pub(super) fn is_revoked(&self) -> bool {
+        self.unmaps_owed > 0
     }
     /// First address.
     pub(super) fn first(&self) -> u64 {

@@ -25,6 +25,8 @@ impl Sanitizer {
     pub fn refused_unmap(&mut self, call: DriverCall, iova: Iova, error: &DmaUnmapError) {
         let here = self.mapping_at(iova);
         let (class, mapping) = match error {
+            // It was taken from the driver, who does as it should.
+            DmaUnmapError::NotMapped(_) if self.dead.forgive_at(iova.get()) => return,
             DmaUnmapError::NotMapped(_) => match self.dead.at_base(iova.get()).copied() {
                 Some(dead) => (ReportClass::DoubleUnmap, Some(dead)),
                 // An address inside a mapping, or in no mapping at all.
@@ -70,6 +72,9 @@ impl Sanitizer {
             // To dma-debug, a mapping of another function is not there.
             DmaSyncError::NotMapped(_) | DmaSyncError::WrongFunction(_) => {
                 let dead = self.dead.covering(iova.get()).max_by_key(|m| (m.died, m.number)).copied();
+                if here.is_none() && dead.is_some_and(|dead| dead.is_revoked()) {
+                    return;
+                }
                 (ReportClass::SyncOfUnmapped, here.or(dead))
             }
             DmaSyncError::OutsideMapping(_) => (ReportClass::SyncOutside, here),

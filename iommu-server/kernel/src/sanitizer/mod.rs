@@ -189,24 +189,29 @@ impl Sanitizer {
         let meant = |mapping: &&Mapping| mapping.life.direction == direction && mapping.kind == kind;
         let found = self.live.exactly(first, last).filter(meant).min_by_key(|mapping| mapping.number);
         let Some(mapping) = found.copied() else { return };
-        self.live.remove(&mapping);
-        let mut mapping = mapping;
-        mapping.died = Some(call.at.order);
-        mapping.life.death = Some((call.at.at_us, call.request_id));
-        self.devices.mapping_died(&mapping);
-        self.dead.bury(mapping);
+        self.bury(mapping, call.at, call.request_id);
+    }
+    /// A mapping was revoked, because its memory was taken back; by nobody's request. As [`unmapped`](Self::unmapped), but that the driver may
+    /// unmap it still, and that a DMA to it is nobody's fault.
+    pub fn revoked(&mut self, at: Moment, range: IovaRange, direction: Direction, kind: MappingKind) {
+        let (first, last) = (range.base().get(), range.last().get());
+        let meant = |mapping: &&Mapping| mapping.life.direction == direction && mapping.kind == kind;
+        let found = self.live.exactly(first, last).filter(meant).min_by_key(|mapping| mapping.number);
+        let Some(mapping) = found.copied() else { return };
+        self.bury(mapping.with_unmaps_owed(1), at, RequestId(0));
     }
     /// Every mapping was unmapped at once, by nobody's request.
     pub fn unmapped_all(&mut self, at: Moment) {
         let mut all: Vec<Mapping> = self.live.iter().copied().collect();
         all.sort_unstable_by_key(|mapping| mapping.number);
-        for mut mapping in all {
-            self.live.remove(&mapping);
-            mapping.died = Some(at.order);
-            mapping.life.death = Some((at.at_us, RequestId(0)));
-            self.devices.mapping_died(&mapping);
-            self.dead.bury(mapping);
-        }
+        all.into_iter().for_each(|mapping| self.bury(mapping, at, RequestId(0)));
+    }
+    fn bury(&mut self, mut mapping: Mapping, at: Moment, by: RequestId) {
+        self.live.remove(&mapping);
+        mapping.died = Some(at.order);
+        mapping.life.death = Some((at.at_us, by));
+        self.devices.mapping_died(&mapping);
+        self.dead.bury(mapping);
     }
     /// Takes out the reports that were not taken, oldest first. The next report is a new one, even when it equals the last of these.
     pub fn drain_reports(&mut self) -> Vec<SanitizerReport> {

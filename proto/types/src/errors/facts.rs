@@ -260,6 +260,13 @@ facts! {
         /// A device that is attached.
         device: DeviceAddress,
     } = "domain {domain_id} is in use by {device}; detach it first";
+    /// A device is still assigned to the owner.
+    OwnerInUse {
+        /// The owner.
+        owner: Owner,
+        /// A device that is assigned to it.
+        device: DeviceAddress,
+    } = "{owner} still has {device}; assign it to somebody else or to nobody first";
     /// A limit is reached. The name of the limit is stable.
     LimitReached {
         /// Name of the limit, such as `domains_per_owner`.

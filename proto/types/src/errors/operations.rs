@@ -53,12 +53,17 @@ macro_rules! for_each_operation {
             CreateVmError { InvalidField, LimitReached }
             /// Why a virtual machine was not destroyed.
             DestroyVmError { UnknownOwner, NotYours }
-            /// Why a function was not forgotten.
-            RemoveFunctionError { UnknownDevice, NotYours, GroupInUse, InvalidField }
-            /// Why a function was not assigned.
-            AssignError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, NotAssignable, GroupInUse, OutOfMemory, LimitReached }
-            /// Why a function was not released.
+            /// Why a device was not removed.
+            RemoveDeviceError { InvalidField, UnknownDevice, NotYours, GroupInUse }
+            /// Why a device was not assigned.
+            AssignError {
+                InvalidField, UnknownDevice, UnknownDomain, UnknownOwner, NotYours, NotAssignable, GroupInUse, DomainInUse, OutOfMemory,
+                LimitReached,
+            }
+            /// Why a device was not released.
             ReleaseError { UnknownDevice, NotYours, NotAttached }
+            /// Why an owner was not removed.
+            RemoveOwnerError { UnknownOwner, NotYours, OwnerInUse }
             /// Why a hypercall has no answer.
             HypercallError { InvalidField, NoHypervisor, HypercallRefused, HypercallTimeout, LimitReached }
             /// Why memory was not read or written.
