@@ -121,7 +121,7 @@ impl Driver {
     /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
     /// use guest_sdk::{Connection, Direction, Owner};
     ///
-    /// let driver = Connection::to("http://127.0.0.1:7450").driver("guest1", Owner::Vm(1)).await?;
+    /// let driver = Connection::to("https://127.0.0.1:7450").driver("guest1", Owner::Vm(1)).await?;
     /// for region in driver.memory_regions().await? {
     ///     println!("{region}");
     /// }

@@ -86,8 +86,8 @@ pub const DEVICE_PORTS_MAX: u16 = 1024;
 
 /// Owners declared at once.
 pub const OWNERS_MAX: u32 = 1024;
-/// Domains of all owners together: DomainId has 16 bits, 0 is reserved in caching mode.
-pub const DOMAINS_MAX: u16 = 16_384;
+/// Domains of all owners together: DomainId has 16 bits, 0 is reserved in caching mode; as many for each partition of the IOTLB.
+pub const DOMAINS_MAX: u16 = 65_520;
 /// Domains of one owner, default domains of its devices included.
 pub const DOMAINS_PER_OWNER_MAX: u32 = 2048;
 /// Live mappings of one owner: one record of 64 bytes each.
@@ -164,8 +164,11 @@ pub const BARE_CLIENTS_MAX: usize = 64;
 
 // ---- the managed unit
 
-/// Sets of four ways in the IOTLB: 16,384 translations.
-pub const IOTLB_SETS: u32 = 4096;
+/// Sets of four ways in the IOTLB: 65,536 translations, 4,096 for each partition.
+pub const IOTLB_SETS: u32 = 16_384;
+/// Partitions of the IOTLB. Each owner gets the one with the fewest owners, so that up to so many never displace each other's translations.
+pub const IOTLB_PARTITIONS: u16 = 16;
+const _: () = assert!(DOMAINS_MAX / IOTLB_PARTITIONS >= DOMAINS_PER_OWNER_MAX as u16);
 /// Sets of four ways in the context cache (all devices that fit the ports) and in the paging-structure cache.
 pub const OTHER_CACHE_SETS: u32 = 1024;
 

@@ -134,7 +134,7 @@ async fn i8_over_tls_a_peer_claims_nothing_else_than_its_certificate_says() {
     ];
     for (certified, name, role) in cases {
         let channel = stage.connect(certified).await;
-        let refusal = open(&channel, open_request(name, role.clone())).await.expect_err("refused");
+        let refusal = open(&channel, open_request(name, role)).await.expect_err("refused");
         assert_eq!(reason(&refusal), "IDENTITY_REFUSED", "{certified} as {name} {role:?}");
         assert!(refusal.message().contains(&certified.to_string()), "it says for whom: {refusal:?}");
     }

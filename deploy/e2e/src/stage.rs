@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use guest_sdk::{
     AccessQuestion, BareClient, Connection, Credentials, DeviceState, DomainState, Driver, FaultFilter,
-    Inspect, MappingState, Observer, Operator, OwnerState,
+    Hypervisor, Inspect, MappingState, Observer, Operator, OwnerState,
 };
 use iommu_launch::{AgentOptions, Binaries, Process, Server, ServerOptions};
 use iommu_types::{Access, DeviceAddress, Explanation, FaultRecord, Identity, Iova, Owner, Role};
@@ -149,6 +149,19 @@ impl Stage {
     pub async fn operator(&self) -> Operator {
         let connection = connection(&self.server, self.server.endpoint(), "operator", Role::Operator);
         connection.operator("operator").await.expect("an operator is admitted")
+    }
+
+    /// A hypervisor.
+    pub async fn hypervisor(&self, name: &str) -> Hypervisor {
+        let connection = connection(&self.server, self.server.endpoint(), name, Role::Hypervisor);
+        connection.hypervisor(name).await.expect("a hypervisor is admitted")
+    }
+
+    /// The driver of a virtual machine.
+    pub async fn guest(&self, name: &str, vm: u32) -> Driver {
+        let connection = connection(&self.server, self.server.endpoint(), name, Role::Driver(Owner::Vm(vm)));
+        let connection = connection.deadline(Duration::from_secs(8));
+        connection.driver(name, Owner::Vm(vm)).await.expect("the driver is admitted")
     }
 
     /// A client of bare machines.

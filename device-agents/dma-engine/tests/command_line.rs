@@ -19,7 +19,7 @@ fn exit_codes_and_words_are_as_the_help_says() {
         (
             &[agent.as_slice(), &["--server", "host:1"]].concat(),
             64,
-            "write http://ADDRESS:PORT or unix:///PATH",
+            "write https://HOST:PORT, http://HOST:PORT (plaintext) or unix:///PATH",
         ),
         (&[agent.as_slice(), &["--log", "a=b=c"]].concat(), 64, "--log"),
         (

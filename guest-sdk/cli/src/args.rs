@@ -72,7 +72,7 @@ pub(crate) enum Command {
     },
     /// What each owner uses of its limits, what is allowed, and how often each limit refused something.
     ///
-    /// The names say the unit: a limit that ends in _bytes is in bytes, one that ends in _per_second is a rate, of which the last second is shown as used; all
+    /// The names say the unit: one with _bytes in it is in bytes, one that ends in _per_second is a rate, of which the last second is shown as used; all
     /// others are counts.
     ///
     /// Example: iommuctl limits --owner vm:1

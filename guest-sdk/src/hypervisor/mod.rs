@@ -43,7 +43,7 @@ pub(crate) fn client(channel: Channel) -> Client {
 /// use guest_sdk::{Connection, Gpa, GpaRange, Revocation, VmOptions};
 ///
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
-/// let hypervisor = Connection::to("http://127.0.0.1:7450").hypervisor("hv0").await?;
+/// let hypervisor = Connection::to("https://127.0.0.1:7450").hypervisor("hv0").await?;
 /// let vm = hypervisor.create_vm(VmOptions::new("guest1")).await?;
 /// vm.add_memory(GpaRange::new(Gpa::new(0x10_0000), 1 << 20)?).await?;
 /// vm.assign("00:03.0".parse()?).await?;

@@ -1,6 +1,6 @@
 //! What each owner holds, compared with what it may hold (I7).
 //!
-//! One account per declared owner, shared by its memory, its domains and its interrupts. Counters are atomics: the
+//! One account per owner, shared by its memory, its domains and its interrupts. Counters are atomics: the
 //! owner's objects are locked one by one, the account is not locked at all. A charge that would go over its limit changes
 //! nothing and names the limit.
 
@@ -10,7 +10,7 @@ use iommu_types::Owner;
 use iommu_types::errors::LimitReached;
 
 /// Limits of one owner.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OwnerLimits {
     /// `domains_per_owner`: domains at once.
     pub domains: u32,
@@ -18,7 +18,7 @@ pub struct OwnerLimits {
     pub mappings: u64,
     /// `mapped_bytes_per_owner`: bytes mapped at once; a byte mapped twice counts twice.
     pub mapped_bytes: u64,
-    /// `memory_bytes_per_owner`: bytes of buffers. Half of it bounds the page tables of the owner's domains
+    /// `memory_bytes_per_owner`: bytes of memory. Half of it bounds the page tables of the owner's domains
     /// (`table_bytes_per_owner`), so that sparse mappings cannot use up the memory of others.
     pub memory_bytes: u64,
     /// `interrupts_per_owner`: interrupt remapping entries.
@@ -81,6 +81,8 @@ impl Counter {
 pub struct OwnerAccount {
     owner: Owner,
     tag: u32,
+    partition: u16,
+    limits: OwnerLimits,
     pub(crate) domains: Counter,
     pub(crate) mappings: Counter,
     pub(crate) mapped: Counter,
@@ -90,10 +92,12 @@ pub struct OwnerAccount {
 }
 
 impl OwnerAccount {
-    pub(crate) fn new(owner: Owner, tag: u32, limits: OwnerLimits) -> Self {
+    pub(crate) fn new(owner: Owner, tag: u32, partition: u16, limits: OwnerLimits) -> Self {
         Self {
             owner,
             tag,
+            partition,
+            limits,
             domains: Counter::new("domains_per_owner", limits.domains.into()),
             mappings: Counter::new("mappings_per_owner", limits.mappings),
             mapped: Counter::new("mapped_bytes_per_owner", limits.mapped_bytes),
@@ -114,6 +118,19 @@ impl OwnerAccount {
     /// The owner's number in the frame array, in mapping records and as the destination of its interrupts: 2 and up.
     pub fn tag(&self) -> u32 {
         self.tag
+    }
+    /// The partition of the IOTLB that its domains are in.
+    pub fn iotlb_partition(&self) -> u16 {
+        self.partition
+    }
+    /// What it may hold.
+    pub fn limits(&self) -> OwnerLimits {
+        self.limits
+    }
+    /// Whether it holds nothing at all, nothing included that is on its way out.
+    pub fn is_empty(&self) -> bool {
+        let Self { domains, mappings, mapped, memory, tables, interrupts, .. } = self;
+        [domains, mappings, mapped, memory, tables, interrupts].iter().all(|counter| counter.used() == 0)
     }
     /// Domains that exist, those included whose destruction is not finished.
     pub fn domains(&self) -> u64 {

@@ -18,6 +18,7 @@ use iommu_types::{DomainId, Hpa, InvalidCapabilities, Invalidation, Owner, PAGE_
 use crate::account::{OwnerAccount, OwnerLimits};
 use crate::contexts::ContextTables;
 use crate::frames::{FrameAllocator, FrameRun};
+use crate::identifiers::{DomainIds, OwnerTags};
 use crate::interrupts::{self, InterruptEntries};
 use crate::records::RecordPool;
 
@@ -33,9 +34,9 @@ const FIRST_OWNER_TAG: u32 = 2;
 pub struct KernelConfig {
     /// The managed unit's caches and ports.
     pub unit: UnitConfig,
-    /// Domains at once, over all owners.
+    /// Domains at once, over all owners; each partition of the IOTLB has its share, of one at least.
     pub domains_max: u16,
-    /// What each owner may hold.
+    /// What each owner may hold that has no limits of its own.
     pub owner: OwnerLimits,
     /// Fault records kept per owner.
     pub fault_records_per_owner: u32,
@@ -63,13 +64,28 @@ pub struct Kernel {
     pub(crate) contexts: ContextTables,
     pub(crate) interrupts: InterruptEntries,
     domain_ids: Mutex<DomainIds>,
-    accounts: Mutex<BTreeMap<Owner, Arc<OwnerAccount>>>,
+    accounts: Mutex<Accounts>,
 }
 
-#[derive(Default)]
-struct DomainIds {
-    handed_out: u16,
-    returned: Vec<DomainId>,
+/// The accounts of owners that are there.
+struct Accounts {
+    by_owner: BTreeMap<Owner, Arc<OwnerAccount>>,
+    tags: OwnerTags,
+    partitions: u16,
+}
+
+impl Accounts {
+    /// Opens an account in the partition of the IOTLB that the fewest owners have.
+    fn open(&mut self, owner: Owner, limits: OwnerLimits) -> Result<Arc<OwnerAccount>, LimitReached> {
+        let tag = self.tags.take()?;
+        let owners_in = |partition: &u16| {
+            self.by_owner.values().filter(|account| account.iotlb_partition() == *partition).count()
+        };
+        let partition = (0..self.partitions).min_by_key(owners_in).expect("there is a partition");
+        let account = Arc::new(OwnerAccount::new(owner, tag, partition, limits));
+        self.by_owner.insert(owner, Arc::clone(&account));
+        Ok(account)
+    }
 }
 
 /// The managed unit needs no event messages: its fault log is read by `FaultLogs::collect`.
@@ -93,8 +109,12 @@ impl Kernel {
             records: RecordPool::new(records),
             contexts: ContextTables::new(layout.root_table),
             interrupts: InterruptEntries::new(layout.interrupt_table, extended_mode),
-            domain_ids: Mutex::default(),
-            accounts: Mutex::default(),
+            domain_ids: Mutex::new(DomainIds::new(config.domains_max, config.unit.iotlb_partitions)),
+            accounts: Mutex::new(Accounts {
+                by_owner: BTreeMap::new(),
+                tags: OwnerTags::new(FIRST_OWNER_TAG),
+                partitions: config.unit.iotlb_partitions,
+            }),
             memory,
             unit,
             config,
@@ -139,44 +159,41 @@ impl Kernel {
     pub fn free_records(&self) -> u64 {
         self.records.free_count()
     }
-    /// The account of an owner that is new, with limits of its own.
-    pub fn account_with(&self, owner: Owner, limits: OwnerLimits) -> Result<Arc<OwnerAccount>, LimitReached> {
-        let mut accounts = self.accounts();
-        let tag = FIRST_OWNER_TAG + accounts.len() as u32;
-        let account = Arc::new(OwnerAccount::new(owner, tag, limits));
-        accounts.insert(owner, Arc::clone(&account));
-        Ok(account)
-    }
-    /// Forgets an account.
-    pub fn forget_account(&self, _owner: Owner) {}
-    /// The account of an owner: made at the first call, the same at every later one.
+    /// The account of an owner: made at the first call, with the limits that each owner has, and the same at every later one.
     pub fn account(&self, owner: Owner) -> Arc<OwnerAccount> {
         let mut accounts = self.accounts();
-        let tag = FIRST_OWNER_TAG + accounts.len() as u32;
-        let account = || Arc::new(OwnerAccount::new(owner, tag, self.config.owner));
-        Arc::clone(accounts.entry(owner).or_insert_with(account))
+        if let Some(account) = accounts.by_owner.get(&owner) {
+            return Arc::clone(account);
+        }
+        accounts.open(owner, self.config.owner).expect("owners without limits of their own are few")
     }
-    fn accounts(&self) -> MutexGuard<'_, BTreeMap<Owner, Arc<OwnerAccount>>> {
+    /// Opens an account with limits of its own. The owner has none yet. Tags run out after 4 billion owners.
+    pub fn account_with(&self, owner: Owner, limits: OwnerLimits) -> Result<Arc<OwnerAccount>, LimitReached> {
+        let is_new = !self.accounts().by_owner.contains_key(&owner);
+        assert!(is_new, "{owner} is forgotten before it gets another account");
+        self.accounts().open(owner, limits)
+    }
+    /// Closes the account of an owner that is gone and holds nothing. Its tag is never used again.
+    pub fn forget_account(&self, owner: Owner) {
+        let account = self.accounts().by_owner.get(&owner).map(Arc::clone);
+        let Some(account) = account else { return };
+        assert!(account.is_empty(), "{owner} is forgotten when it holds nothing: {account:?}");
+        self.accounts().by_owner.remove(&owner);
+        self.interrupts.forget(owner);
+    }
+    fn accounts(&self) -> MutexGuard<'_, Accounts> {
         self.accounts.lock().expect("nothing panics while it holds the accounts")
     }
-    /// An identifier that no domain has. 0 is never used (VT-d 5.10 §9.3 reserves it when CM=1).
-    pub(crate) fn take_domain_id(&self) -> Result<DomainId, LimitReached> {
-        let mut ids = self.domain_ids.lock().expect("nothing panics while it holds the identifiers");
-        if let Some(id) = ids.returned.pop() {
-            return Ok(id);
-        }
-        if ids.handed_out == self.config.domains_max {
-            return Err(LimitReached {
-                limit: "domains".to_owned(),
-                allowed: self.config.domains_max.into(),
-            });
-        }
-        ids.handed_out += 1;
-        Ok(DomainId::new(ids.handed_out))
+    /// An identifier that no domain has, in the owner's partition of the IOTLB.
+    pub(crate) fn take_domain_id(&self, account: &OwnerAccount) -> Result<DomainId, LimitReached> {
+        self.domain_ids().take(account.iotlb_partition())
     }
     /// Takes an identifier back. Everything cached under it must be flushed and drained.
     pub(crate) fn return_domain_id(&self, id: DomainId) {
-        self.domain_ids.lock().expect("nothing panics while it holds the identifiers").returned.push(id);
+        self.domain_ids().put(id);
+    }
+    fn domain_ids(&self) -> MutexGuard<'_, DomainIds> {
+        self.domain_ids.lock().expect("nothing panics while it holds the identifiers")
     }
 }
 

@@ -3,11 +3,12 @@
 //! One bounded log per owner and one for devices of nobody, each with its own count of what was overwritten: one
 //! tenant cannot hide another's evidence (I7). The unit's few recording registers are emptied at every collection.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use iommu_types::{DeviceAddress, FaultRecord, Owner};
 
 use crate::boot::Kernel;
+use crate::sequence_log::SequenceLog;
 use crate::topology::Topology;
 
 /// The logs of all owners.
@@ -15,19 +16,7 @@ use crate::topology::Topology;
 pub struct FaultLogs {
     records_per_owner: u32,
     /// Declared owners are bounded, and so are the logs.
-    logs: BTreeMap<Option<Owner>, Log>,
-}
-
-#[derive(Debug, Default)]
-struct Log {
-    records: VecDeque<FaultRecord>,
-    latest: u64,
-}
-
-impl Log {
-    fn oldest(&self) -> u64 {
-        self.latest - self.records.len() as u64 + 1
-    }
+    logs: BTreeMap<Option<Owner>, SequenceLog<FaultRecord>>,
 }
 
 impl FaultLogs {
@@ -62,35 +51,27 @@ impl FaultLogs {
         owners
     }
     fn append(&mut self, record: FaultRecord) {
-        let log = self.logs.entry(record.owner).or_default();
-        log.latest += 1;
-        if log.records.len() >= self.records_per_owner as usize {
-            log.records.pop_front();
-        }
-        log.records.push_back(FaultRecord { sequence: log.latest, ..record });
+        let empty = || SequenceLog::new(self.records_per_owner as usize);
+        let log = self.logs.entry(record.owner).or_insert_with(empty);
+        log.append(|sequence| FaultRecord { sequence, ..record });
+    }
+    /// Forgets the records of an owner that is gone, so that the next one of that number does not see them. Devices that it had leave nothing
+    /// behind with their next owner: a record is of whoever had the device when it was [collected](Self::collect), so it is to be collected before
+    /// a device changes hands.
+    pub fn forget(&mut self, owner: Owner) {
+        self.logs.remove(&Some(owner));
     }
     /// Records after `after` (sequence numbers of that owner's log), oldest first, with how many between were overwritten.
     pub fn after(&self, owner: Option<Owner>, after: u64, limit: usize) -> (Vec<FaultRecord>, u64) {
-        let Some(log) = self.logs.get(&owner) else {
-            return (Vec::new(), 0);
-        };
-        let oldest = log.oldest();
-        let overwritten = (oldest - 1).saturating_sub(after);
-        let skip = after.saturating_add(1).saturating_sub(oldest);
-        let skip = usize::try_from(skip).unwrap_or(usize::MAX);
-        (log.records.iter().skip(skip).take(limit).copied().collect(), overwritten)
+        self.logs.get(&owner).map_or_else(Default::default, |log| log.after(after, limit))
     }
     /// Sequence number of the latest record; 0 when there was none.
     pub fn latest(&self, owner: Option<Owner>) -> u64 {
-        self.logs.get(&owner).map_or(0, |log| log.latest)
+        self.logs.get(&owner).map_or(0, SequenceLog::latest)
     }
     /// How many records of an owner were overwritten by later ones of the same owner.
     pub fn overwritten(&self, owner: Option<Owner>) -> u64 {
-        self.logs.get(&owner).map_or(0, |log| log.oldest() - 1)
-    }
-    /// Forgets the log of an owner that is no more.
-    pub fn forget(&mut self, owner: Owner) {
-        self.logs.remove(&Some(owner));
+        self.logs.get(&owner).map_or(0, SequenceLog::overwritten)
     }
     /// Whoever has a log.
     pub fn owners(&self) -> Vec<Option<Owner>> {
@@ -140,5 +121,20 @@ mod tests {
         assert_eq!((logs.latest(noisy), logs.overwritten(noisy)), (10, 7));
         assert_eq!((logs.latest(victim), logs.overwritten(victim)), (1, 0));
         assert_eq!(logs.owners(), [victim, noisy]);
+    }
+
+    #[test]
+    fn an_owner_that_is_gone_leaves_no_records_to_the_next_of_its_number() {
+        let mut logs = FaultLogs::new(3);
+        let (gone, other) = (Owner::Vm(1), Owner::Vm(2));
+        for owner in [gone, other, gone] {
+            logs.append(record(Some(owner)));
+        }
+        logs.forget(gone);
+        assert_eq!(logs.owners(), [Some(other)]);
+        assert_eq!((logs.after(Some(gone), 0, 10), logs.latest(Some(gone))), ((vec![], 0), 0));
+        logs.append(record(Some(gone)));
+        assert_eq!(logs.latest(Some(gone)), 1, "it begins anew");
+        assert_eq!(logs.latest(Some(other)), 1);
     }
 }

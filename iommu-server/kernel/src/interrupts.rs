@@ -59,6 +59,10 @@ impl InterruptEntries {
     fn lock(&self) -> MutexGuard<'_, Taken> {
         self.taken.lock().expect("nothing panics while it holds the interrupt table")
     }
+    /// Forgets an owner that is gone and has no entries.
+    pub(crate) fn forget(&self, owner: Owner) {
+        self.lock().forget(owner);
+    }
 }
 
 impl Taken {
@@ -80,6 +84,10 @@ impl Taken {
         self.vectors.entry(owner).or_default()[usize::from(vector / 64)] |= 1 << (vector % 64);
         self.entries.insert(index, Entry { source, owner, vector });
         Ok((index, vector))
+    }
+    /// Forgets the vectors of an owner that has no entries.
+    fn forget(&mut self, owner: Owner) {
+        self.vectors.remove(&owner);
     }
     fn give_back(&mut self, index: u16) -> Entry {
         let entry = self.entries.remove(&index).expect("an entry is given back once");

@@ -12,7 +12,10 @@
 //! **Architecture invariants held here:** I1 (an unmap is answered only after [`Domain::finish_unmap`], which takes the
 //! proof of a drain), I2 (entries point only at frames that the owner's memory map resolves to), I5 (attach asserts that
 //! the context entry is not present), I7 (every count has a limit, per owner), and of I9 the pins: a frame is pinned
-//! before an entry to it is written and unpinned after flush and drain; memory with pins is not freed.
+//! before an entry to it is written and unpinned after flush and drain; memory with pins is not freed, and does not leave its owner.
+//!
+//! **Memory that changes hands** goes in steps, with one lock at a time: [`OwnerMemory::begin_leaving`], [`Domain::revoke_memory`] in each domain of the
+//! owner and its drain, [`OwnerMemory::finish_leaving`], [`Left::transfer`] or [`Left::free`], [`OwnerMemory::receive`].
 
 mod account;
 mod boot;
@@ -21,11 +24,13 @@ mod domain;
 mod fault_logs;
 mod frames;
 mod groups;
+mod identifiers;
 mod interrupts;
 mod iova;
 mod owner_memory;
 mod records;
 mod sanitizer;
+mod sequence_log;
 mod topology;
 
 pub use account::{LimitUsage, OwnerAccount, OwnerLimits};
@@ -42,4 +47,5 @@ pub use sanitizer::{
     DriverCall, EventClock, GivenAddresses, MappingKind, Moment, NewMapping, RegisterWrite, Sanitizer,
     SanitizerBounds,
 };
+pub use sequence_log::SequenceLog;
 pub use topology::{DeviceEntry, OwnerEntry, Topology};

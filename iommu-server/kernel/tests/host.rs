@@ -177,7 +177,6 @@ fn device(bus: u8) -> DeviceAddress {
 }
 
 fn entry(bus: u8, owner: Option<Owner>) -> DeviceEntry {
-    let function = PciFunction::ENDPOINT;
     DeviceEntry::new(device(bus), format!("dev{bus}"), owner)
 }
 

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use iommu_kernel::DeviceEntry;
 use iommu_proto::model::FunctionState;
 use iommu_types::errors::{
-    AssignError, AttachError, DeclareError, GroupInUse, NotAssignable, NotAttached, NotYours, ReleaseError,
+    AssignError, DeclareError, GroupInUse, LimitReached, NotAssignable, NotAttached, NotYours, ReleaseError,
     RemoveDeviceError, UnknownDevice,
 };
 use iommu_types::{DeviceAddress, FunctionKind, Generation, Owner, PciFunction, RequestId, Role};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
+use crate::bounds;
 
 fn not_yours(device: DeviceAddress) -> NotYours {
     NotYours { object: device.to_string() }
@@ -139,10 +140,16 @@ impl Host {
         vm: u32,
         by: RequestId,
     ) -> Result<Vec<DeviceAddress>, AssignError> {
-        // One at a time: two groups of one call never interleave with those of another.
-        let _in_turn = self.assignments.lock().await;
+        // One at a time of a hypervisor, and never beside the end of one of its virtual machines.
+        let _in_turn = hypervisor.moves.lock().await;
         let owner = self.vm_of(hypervisor, vm)?;
         let group = self.group_to_assign(hypervisor, address)?;
+        let has = self.topology.read().devices_of(owner.owner);
+        let more = group.iter().filter(|entry| !has.contains(&entry.address)).count();
+        if has.len() + more > bounds::FUNCTIONS_PER_OWNER_MAX {
+            let allowed = bounds::FUNCTIONS_PER_OWNER_MAX as u64;
+            return Err(LimitReached { limit: "functions_per_owner".to_owned(), allowed }.into());
+        }
         // All are released before any is given: two owners never have a part each.
         for entry in &group {
             if let Some(former) = entry.owner.filter(|former| *former != owner.owner) {
@@ -152,11 +159,11 @@ impl Host {
         let mut given = Vec::new();
         for entry in &group {
             let device = self.devices.get(entry.address)?;
-            if let Err(error) = self.give(&device, &owner, None, by).await {
+            if let Err(error) = self.give_unowned(&device, &owner, by).await {
                 for address in given {
                     let _gone = self.release(address, owner.owner, by).await;
                 }
-                return Err(attach_error(error));
+                return Err(error);
             }
             given.push(entry.address);
         }
@@ -171,7 +178,7 @@ impl Host {
         address: DeviceAddress,
         by: RequestId,
     ) -> Result<Vec<DeviceAddress>, ReleaseError> {
-        let _in_turn = self.assignments.lock().await;
+        let _in_turn = hypervisor.moves.lock().await;
         let assigned = {
             let topology = self.topology.read();
             let named = topology.device(address)?;
@@ -220,16 +227,5 @@ fn released(error: ReleaseError) -> AssignError {
         ReleaseError::NotYours(error) => error.into(),
         // Somebody else released it meanwhile; the caller looks again.
         ReleaseError::NotAttached(error) => UnknownDevice { device: error.device }.into(),
-    }
-}
-
-fn attach_error(error: AttachError) -> AssignError {
-    match error {
-        AttachError::UnknownDevice(error) => error.into(),
-        AttachError::UnknownDomain(error) => error.into(),
-        AttachError::UnknownOwner(error) => error.into(),
-        AttachError::NotYours(error) => error.into(),
-        AttachError::OutOfMemory(error) => error.into(),
-        AttachError::LimitReached(error) => error.into(),
     }
 }

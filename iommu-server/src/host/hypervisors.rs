@@ -21,14 +21,17 @@ pub struct HypervisorState {
     pub seat: Seat,
     /// What its virtual machines ask of it.
     pub hypercalls: Hypercalls,
+    /// Held while functions change hands, and while a virtual machine ends.
+    pub moves: tokio::sync::Mutex<()>,
     /// Its virtual machines, by number.
     vms: Mutex<BTreeSet<u32>>,
 }
 
 impl HypervisorState {
     fn new(name: &str) -> Arc<Self> {
-        let (seat, hypercalls, vms) = (Seat::new(), Hypercalls::default(), Mutex::default());
-        Arc::new(Self { name: name.to_owned(), seat, hypercalls, vms })
+        let (seat, hypercalls) = (Seat::new(), Hypercalls::default());
+        let (moves, vms) = (tokio::sync::Mutex::default(), Mutex::default());
+        Arc::new(Self { name: name.to_owned(), seat, hypercalls, moves, vms })
     }
     /// Whether it owns a virtual machine.
     pub fn owns(&self, owner: Owner) -> bool {
@@ -47,8 +50,10 @@ impl HypervisorState {
         vms.insert(number);
         Ok(())
     }
-    pub(super) fn remove_vm(&self, number: u32) {
-        self.vms.lock().remove(&number);
+    pub(super) fn remove_vm(&self, owner: Owner) {
+        if let Owner::Vm(number) = owner {
+            self.vms.lock().remove(&number);
+        }
     }
 }
 

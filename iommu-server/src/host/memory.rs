@@ -37,9 +37,11 @@ impl Host {
             // Nobody allocates meanwhile, so that no buffer is missed.
             let memory = owner.memory.read();
             let mut domain = self.kernel.create_domain(&owner.account, options)?;
-            let buffers = if domain.is_passthrough() { memory.buffers() } else { Vec::new() };
-            let mut open = |buffer| domain.open_direct(&self.kernel, &memory, buffer);
-            match buffers.into_iter().try_for_each(&mut open) {
+            let opened = match domain.is_passthrough() {
+                true => domain.open_missing(&self.kernel, &memory),
+                false => Ok(()),
+            };
+            match opened {
                 Ok(()) => return Ok(self.domains.insert(domain, None)),
                 Err(error) => (domain, error),
             }

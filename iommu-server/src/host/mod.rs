@@ -66,8 +66,6 @@ pub struct Host {
     pub devices: Devices,
     /// Domains.
     pub domains: Domains,
-    /// Held while the functions of a group change hands.
-    pub assignments: tokio::sync::Mutex<()>,
     /// Bare machines and their clients.
     pub machines: Machines,
     /// Fault logs.
@@ -118,7 +116,7 @@ fn kernel_config(config: &Config) -> KernelConfig {
         iotlb: geometry(bounds::IOTLB_SETS),
         context_cache: geometry(bounds::OTHER_CACHE_SETS),
         paging_structure_cache: geometry(bounds::OTHER_CACHE_SETS),
-        iotlb_partitions: 1,
+        iotlb_partitions: bounds::IOTLB_PARTITIONS,
         ports_max: bounds::DEVICE_PORTS_MAX,
         byte_extents: true,
     };
@@ -157,7 +155,6 @@ impl Host {
             hypervisors: Hypervisors::default(),
             devices: Devices::default(),
             domains: Domains::new(Arc::clone(&reports)),
-            assignments: tokio::sync::Mutex::default(),
             machines: Machines::default(),
             faults: FaultHub::default(),
             reports,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use dashmap::DashMap;
 use iommu_kernel::{Kernel, OwnerAccount, OwnerMemory};
@@ -36,6 +37,8 @@ pub struct OwnerState {
     pub seat: Seat,
     /// What it may do in a second and have at once, beside what its account counts.
     pub bounds: OwnerBounds,
+    /// Set when the owner is being destroyed: no device is attached for it and no memory given to it any more.
+    pub is_leaving: AtomicBool,
     /// Whose virtual machine it is; `None` for a driver of the host.
     pub hypervisor: Option<Arc<HypervisorState>>,
 }
@@ -66,6 +69,7 @@ impl OwnerState {
             interrupts,
             seat,
             bounds: OwnerBounds::new(limits),
+            is_leaving: AtomicBool::new(false),
             hypervisor: None,
         }
     }
@@ -82,6 +86,10 @@ impl OwnerState {
             refused_count: usage.refused,
         });
         of_account.chain(self.bounds.state()).collect()
+    }
+    /// Refuses when the owner is being destroyed.
+    pub fn still_there(&self) -> Result<(), UnknownOwner> {
+        if self.is_leaving.load(Ordering::Acquire) { Err(UnknownOwner { owner: self.owner }) } else { Ok(()) }
     }
     /// Whether it is a virtual machine: it has the memory that its hypervisor gives it.
     pub fn is_vm(&self) -> bool {

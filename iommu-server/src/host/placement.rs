@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use iommu_kernel::{DeviceEntry, Domain, Topology};
 use iommu_types::errors::{
-    AttachError, CreateDomainError, DestroyDomainError, DetachError, DmaLimitsError, DomainInUse,
-    LimitReached, NotAttached, NotYours, RemoveDeviceError, UnknownDevice,
+    AssignError, AttachError, CreateDomainError, DestroyDomainError, DetachError, DmaLimitsError,
+    DomainInUse, GroupInUse, LimitReached, NotAttached, NotYours, RemoveDeviceError, UnknownDevice,
 };
 use iommu_types::{
     DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId, Role,
@@ -67,6 +67,21 @@ impl Host {
     ) -> Result<DomainId, AttachError> {
         let _placement = device.placement.lock().await;
         self.give_locked(device, owner, domain_id, by).await
+    }
+
+    /// The same for a device that must still be nobody's, or the owner's already.
+    pub async fn give_unowned(
+        self: &Arc<Self>,
+        device: &Arc<DeviceState>,
+        owner: &Arc<OwnerState>,
+        by: RequestId,
+    ) -> Result<(), AssignError> {
+        let _placement = device.placement.lock().await;
+        let now = self.topology.read().device(device.address)?.owner;
+        if let Some(now) = now.filter(|now| *now != owner.owner) {
+            return Err(GroupInUse { device: device.address, owner: now }.into());
+        }
+        self.give_locked(device, owner, None, by).await.map(drop).map_err(AssignError::from)
     }
 
     /// The same for a device that the owner already has: it may have been given to another while this call waited.
@@ -162,6 +177,8 @@ impl Host {
     ) -> Result<(), AttachError> {
         let mut topology = self.topology.write();
         topology.device(device.address)?;
+        // Whoever destroys an owner says so first, and looks under this lock what it has then.
+        owner.still_there()?;
         let limits = self.limits_in(&topology, target.id, Some(device));
         target.with(|domain| {
             self.kernel.attach(device.address.source_id, domain)?;

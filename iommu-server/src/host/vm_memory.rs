@@ -31,8 +31,9 @@ impl Host {
     ) -> Result<(), AddMemoryError> {
         let owner = self.vm_of(hypervisor, vm)?;
         let _steady = owner.direct_maps.lock().await;
+        owner.still_there()?;
         owner.memory.write().add_at(&self.kernel, range)?;
-        if let Err(error) = self.open_in_direct_maps(&owner, range) {
+        if let Err(error) = self.open_in_direct_maps(&owner) {
             // Nobody was told of it, but its driver may have looked and mapped it.
             let leaving = owner.memory.write().begin_leaving(&self.kernel, range);
             if let Ok(leaving) = leaving {
@@ -44,9 +45,10 @@ impl Host {
         Ok(())
     }
 
-    fn open_in_direct_maps(&self, owner: &OwnerState, range: GpaRange) -> Result<(), AddMemoryError> {
+    /// Opens what is not open where all memory of the owner is.
+    fn open_in_direct_maps(&self, owner: &OwnerState) -> Result<(), AddMemoryError> {
         let memory = owner.memory.read();
-        let open = |domain: &mut Domain| domain.open_direct(&self.kernel, &memory, range);
+        let open = |domain: &mut Domain| domain.open_missing(&self.kernel, &memory);
         let opened = self.passthrough_domains(owner.owner).iter().try_for_each(|slot| {
             // A domain that is gone needs no memory.
             slot.with(open).unwrap_or(Ok(()))
@@ -55,6 +57,13 @@ impl Host {
             MapError::OutOfMemory(error) => error.into(),
             other => limit_of(other).into(),
         })
+    }
+
+    /// The same for memory that its owner has in any case: a device that finds it closed meets a fault, which is recorded.
+    fn open_again_in_direct_maps(&self, owner: &OwnerState) {
+        if let Err(reason) = self.open_in_direct_maps(owner) {
+            tracing::error!(owner = %owner.owner, %reason, "memory not open in a direct map");
+        }
     }
 
     /// Takes memory back from a virtual machine, wiped; returns how many mappings were revoked.
@@ -67,6 +76,7 @@ impl Host {
     ) -> Result<u64, TakeMemoryError> {
         let owner = self.vm_of(hypervisor, vm)?;
         let _steady = owner.direct_maps.lock().await;
+        owner.still_there()?;
         let leaving = owner.memory.write().begin_leaving(&self.kernel, range)?;
         let (left, revoked) = self.leave(&owner, leaving, how).await?;
         left.free();
@@ -88,15 +98,14 @@ impl Host {
         let (first, second) = if ask.from_vm < ask.to_vm { (&from, &to) } else { (&to, &from) };
         let _steady = first.direct_maps.lock().await;
         let _too = second.direct_maps.lock().await;
+        from.still_there()?;
+        to.still_there()?;
         let room = to.memory.write().make_room(ask.to).map_err(no_room)?;
         let leaving = from.memory.write().begin_leaving(&self.kernel, ask.from)?;
         let (left, revoked) = self.leave(&from, leaving, ask.how).await?;
         let arrived = left.transfer(room);
         to.memory.write().receive(arrived);
-        if let Err(reason) = self.open_in_direct_maps(&to, ask.to) {
-            // The memory is its new owner's; a device of it that wants it meets a fault, which is recorded.
-            tracing::error!(owner = %to.owner, range = %ask.to, %reason, "memory not open in a direct map");
-        }
+        self.open_again_in_direct_maps(&to);
         Ok(revoked)
     }
 
@@ -121,7 +130,10 @@ impl Host {
         }
         // Where nothing is in use, what is left to revoke are direct maps.
         let revoked = self.revoke(owner, range).await;
-        Ok((self.finish(owner, leaving)?, revoked))
+        let left = self.finish(owner, leaving);
+        // A piece of a direct map that could not be cut was closed whole.
+        self.open_again_in_direct_maps(owner);
+        Ok((left?, revoked))
     }
 
     fn finish(&self, owner: &OwnerState, leaving: Leaving) -> Result<iommu_kernel::Left, TakeMemoryError> {

@@ -5,6 +5,7 @@
 //! wiped (I9).
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use iommu_kernel::{OwnerEntry, OwnerLimits};
 use iommu_proto::model::TenantLimits;
@@ -94,7 +95,7 @@ impl Host {
         let owner = Owner::Vm(number);
         let made = hypervisor.add_vm(number).and_then(|()| self.kernel.account_with(owner, limits));
         let account = made.inspect_err(|_| {
-            hypervisor.remove_vm(number);
+            hypervisor.remove_vm(owner);
             let removed = self.topology.write().remove_owner(owner);
             removed.expect("it was just declared, and nobody has heard of it");
         })?;
@@ -126,11 +127,12 @@ impl Host {
         number: u32,
         why: &str,
     ) -> Result<(), DestroyVmError> {
+        let _in_turn = hypervisor.moves.lock().await;
         let owner = self.vm_of(hypervisor, number)?;
-        if !end_for_good(self, &owner, why).await {
-            // Another call destroys it, or did.
-            return Err(UnknownOwner { owner: owner.owner }.into());
-        }
+        owner.is_leaving.store(true, Ordering::Release);
+        end_for_good(self, &owner, why).await;
+        // What of its memory is on the move arrives, or stays, before it is taken back. Not before: calls of its driver wait for this lock too.
+        let _steady = owner.direct_maps.lock().await;
         let devices = self.topology.read().devices_of(owner.owner);
         for device in devices {
             if let Err(reason) = self.release(device, owner.owner, OPERATOR).await {
@@ -142,19 +144,27 @@ impl Host {
         }
         self.wait_for_mappings(&owner).await;
         owner.memory.write().free_all(&self.kernel);
-        self.faults.collect(self);
+        while !owner.account.is_empty() {
+            // A call that was refused a moment ago is giving back what it had begun to take.
+            tokio::time::sleep(bounds::RECLAIM_TICK).await;
+        }
+        self.forget_vm(hypervisor, &owner).await;
+        tracing::info!(owner = %owner.owner, hypervisor = %hypervisor.name, reason = why, "virtual machine destroyed");
+        Ok(())
+    }
+
+    /// Forgets a virtual machine that holds nothing; its number and name are free from the last line on.
+    async fn forget_vm(&self, hypervisor: &HypervisorState, owner: &OwnerState) {
         self.faults.forget(owner.owner);
         self.reports.forget(owner.owner);
         self.peer_goes(&owner.name, Role::Driver(owner.owner)).await;
+        self.kernel.forget_account(owner.owner);
         self.owners.remove(owner.owner);
+        hypervisor.remove_vm(owner.owner);
         let removed = self.topology.write().remove_owner(owner.owner);
         if let Err(reason) = removed {
             tracing::error!(owner = %owner.owner, %reason, "owner not forgotten");
         }
-        self.kernel.forget_account(owner.owner);
-        hypervisor.remove_vm(number);
-        tracing::info!(owner = %owner.owner, hypervisor = %hypervisor.name, reason = why, "virtual machine destroyed");
-        Ok(())
     }
 
     /// Takes back everything that a hypervisor holds: its virtual machines, and the functions that it declared.

@@ -192,12 +192,10 @@ pub async fn quarantine(host: Arc<Host>, tenant: Tenant) -> bool {
     ended
 }
 
-/// Ends an owner's session and reclaims what it holds, and lets nobody take its seat again. `false` when another call did so before.
-pub async fn end_for_good(host: &Arc<Host>, owner: &Arc<OwnerState>, why: &str) -> bool {
+/// Ends an owner's session and reclaims what it holds, and lets nobody take its seat again.
+pub async fn end_for_good(host: &Arc<Host>, owner: &Arc<OwnerState>, why: &str) {
     let mut seated = owner.seat.seated.lock().await;
-    if std::mem::replace(&mut seated.is_gone, true) {
-        return false;
-    }
+    seated.is_gone = true;
     seated.generation += 1;
     owner.seat.fence(seated.generation);
     seated.session = None;
@@ -205,7 +203,6 @@ pub async fn end_for_good(host: &Arc<Host>, owner: &Arc<OwnerState>, why: &str) 
         tenancy.close().await;
     }
     host.reclaim_owner(owner, why).await;
-    true
 }
 
 async fn reclaim(host: &Arc<Host>, tenant: &Tenant, seated: &mut Seated, why: &str) {

@@ -1,8 +1,8 @@
 //! The authority: one key that signs what every peer and every server shows.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use std::{fmt, iter};
 
 use iommu_types::Identity;
 use rcgen::{
@@ -159,7 +159,7 @@ impl Authority {
     pub fn issue_server(&self, hosts: &[String], validity: Validity) -> Result<Credential, PkiError> {
         let local = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
         let mut names = Vec::new();
-        for host in iter::chain(&local, hosts) {
+        for host in local.iter().chain(hosts) {
             let name = match host.parse::<IpAddr>() {
                 Ok(address) => SanType::IpAddress(address),
                 Err(_) if is_host(host) => SanType::DnsName(host.as_str().try_into()?),

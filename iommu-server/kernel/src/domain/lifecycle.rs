@@ -34,7 +34,7 @@ impl Kernel {
         options.check()?;
         let levels = levels(self.unit().capabilities(), options.width_bits)?;
         account.domains.charge(1)?;
-        let id = self.take_domain_id().inspect_err(|_| account.domains.refund(1))?;
+        let id = self.take_domain_id(account).inspect_err(|_| account.domains.refund(1))?;
         let (tables, mode) = self.make_mode(account, options, levels).map_err(|shortage| {
             self.return_domain_id(id);
             account.domains.refund(1);

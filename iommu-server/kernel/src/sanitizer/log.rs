@@ -4,16 +4,15 @@
 //! it was seen, and where in the mapping, is that of the first, so that a device that goes on and on leaves one line and
 //! pushes nothing else out. Where no mapping is concerned, the address belongs to what is compared.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use iommu_types::{Iova, ReportClass, SanitizerReport, SeenAccess};
 
+use crate::sequence_log::SequenceLog;
+
 #[derive(Debug)]
 pub(super) struct Log {
-    capacity: usize,
-    reports: VecDeque<SanitizerReport>,
-    latest: u64,
-    overwritten: u64,
+    reports: SequenceLog<SanitizerReport>,
     counts: BTreeMap<ReportClass, u64>,
 }
 
@@ -27,48 +26,33 @@ fn compared(report: &SanitizerReport) -> SanitizerReport {
 
 impl Log {
     pub(super) fn new(capacity: usize) -> Self {
-        Self {
-            capacity: capacity.max(1),
-            reports: VecDeque::new(),
-            latest: 0,
-            overwritten: 0,
-            counts: BTreeMap::new(),
-        }
+        Self { reports: SequenceLog::new(capacity), counts: BTreeMap::new() }
     }
     /// Adds a report. Its `repeats` say how many further ones it stands for already.
     pub(super) fn append(&mut self, report: SanitizerReport) {
         let count = self.counts.entry(report.class).or_default();
         *count = count.saturating_add(1 + u64::from(report.repeats));
-        if let Some(last) = self.reports.back_mut()
+        if let Some(last) = self.reports.last_mut()
             && compared(last) == compared(&report)
         {
             last.repeats = last.repeats.saturating_add(1).saturating_add(report.repeats);
             return;
         }
-        if self.reports.len() >= self.capacity {
-            self.reports.pop_front();
-            self.overwritten += 1;
-        }
-        self.latest += 1;
-        self.reports.push_back(SanitizerReport { sequence: self.latest, ..report });
+        self.reports.append(|sequence| SanitizerReport { sequence, ..report });
     }
-    /// Reports after a sequence number, oldest first, with how many between were overwritten.
+    /// Reports after a sequence number, oldest first, with how many between were overwritten or taken out.
     pub(super) fn after(&self, after: u64, limit: usize) -> (Vec<SanitizerReport>, u64) {
-        // What was taken out is not lost.
-        let before_oldest = self.latest - self.reports.len() as u64;
-        let overwritten = before_oldest.saturating_sub(after);
-        let skip = usize::try_from(after.saturating_sub(before_oldest)).unwrap_or(usize::MAX);
-        (self.reports.iter().skip(skip).take(limit).copied().collect(), overwritten)
+        self.reports.after(after, limit)
     }
     /// Takes out what is there.
     pub(super) fn drain(&mut self) -> Vec<SanitizerReport> {
-        self.reports.drain(..).collect()
+        self.reports.drain()
     }
     pub(super) fn latest(&self) -> u64 {
-        self.latest
+        self.reports.latest()
     }
     pub(super) fn overwritten(&self) -> u64 {
-        self.overwritten
+        self.reports.overwritten()
     }
     pub(super) fn counts(&self) -> &BTreeMap<ReportClass, u64> {
         &self.counts

@@ -107,3 +107,16 @@ macro_rules! operations {
 }
 
 for_each_operation!(operations);
+
+impl From<AttachError> for AssignError {
+    fn from(error: AttachError) -> Self {
+        match error {
+            AttachError::UnknownDevice(error) => error.into(),
+            AttachError::UnknownDomain(error) => error.into(),
+            AttachError::UnknownOwner(error) => error.into(),
+            AttachError::NotYours(error) => error.into(),
+            AttachError::OutOfMemory(error) => error.into(),
+            AttachError::LimitReached(error) => error.into(),
+        }
+    }
+}
