@@ -18,7 +18,7 @@ pub enum Attack {
     AlreadyTranslated,
     /// 1,024 batches of 64 writes to --iova, twice as many in flight as there are credits
     Flood,
-    /// Say Hello as --name at another function of the same device, and then as nobody's device
+    /// With the certificate of --name, say Hello at another function of the same device, and then under another name
     Spoof,
     /// Queue a write to --iova, wait for a line on standard input (reset or reassign the device meanwhile), and send it late
     LateDma,
@@ -88,9 +88,9 @@ impl Attack {
                 })),
             ],
             Self::Spoof => {
-                let mut other = aim.connect.clone();
+                let mut other = aim.connect.shown_as(&aim.connect);
                 other.address.source_id = iommu_types::SourceId::new(other.address.source_id.get() ^ 1);
-                let nobody = Connect { name: "nobody".to_owned(), ..aim.connect.clone() };
+                let nobody = Connect { name: "nobody".to_owned(), ..aim.connect.shown_as(&aim.connect) };
                 vec![Tell(Command::Connect(other)), Tell(Command::Connect(nobody))]
             }
             Self::LateDma => vec![

@@ -1,8 +1,12 @@
 //! What came of the matrix, for people at a terminal and for programs.
 #![expect(clippy::print_stdout, reason = "printing is what this module is for")]
 
+use std::collections::BTreeSet;
+
+use comfy_table::{ColumnConstraint, Table, Width};
 use serde_json::{Value, json};
 
+use super::column::Column;
 use super::outcome::{Outcome, milliseconds};
 use super::run::{Cell, LectureResult, Outcomes};
 use crate::report::{table, wrapped};
@@ -20,10 +24,10 @@ pub(crate) fn close(json: bool, outcomes: &Outcomes) -> anyhow::Result<bool> {
 /// A cell in a few characters.
 fn short(cell: &Cell) -> String {
     let outcome = cell.outcome();
-    let mut words = outcome.symbol().to_owned();
+    let mut words = if cell.passed() { outcome.symbol().to_owned() } else { "!!".to_owned() };
     let detail = match (&cell.seen, outcome) {
         (Some(seen), Outcome::Window) => seen.window_us.map(|us| format!("{} ms", us / 1000)),
-        (Some(seen), Outcome::Refused) => seen.reasons.iter().next_back().map(|reason| brief(reason)),
+        (Some(seen), Outcome::Refused) => Some(brief(&seen.reasons)),
         (_, Outcome::Page) => Some("page".to_owned()),
         (_, Outcome::Deflected) => Some("shadow".to_owned()),
         (_, Outcome::Succeeds) => Some("lands".to_owned()),
@@ -32,19 +36,46 @@ fn short(cell: &Cell) -> String {
     if let Some(detail) = detail {
         words += &format!(" {detail}");
     }
-    if !cell.passed() {
-        words += " !!";
-    }
     words
 }
 
-/// The longest reasons, shortened.
-fn brief(reason: &str) -> String {
-    match reason.split_once(':') {
-        Some((_, _)) => "limit".to_owned(),
-        None if reason.starts_with("0x") => reason.to_owned(),
-        None => reason.to_lowercase().split('_').next().unwrap_or_default().to_owned(),
+/// The reason that says most, shortened: a code of the unit or of the device's session, a limit, or the first word of an error.
+fn brief(reasons: &BTreeSet<String>) -> String {
+    if reasons.iter().any(|reason| reason.starts_with("LIMIT_REACHED")) {
+        return "limit".to_owned();
     }
+    let code = reasons.iter().find(|reason| reason.starts_with("0x"));
+    match code.or_else(|| reasons.first()).map(String::as_str) {
+        Some("IDENTITY_REFUSED") => "name".to_owned(),
+        Some("STILL_MAPPED") => "pinned".to_owned(),
+        Some("NO_EVICTION") => "silent".to_owned(),
+        Some(reason) => reason.to_owned(),
+        None => String::new(),
+    }
+}
+
+/// Columns of a terminal that a number, an attack and a cell take, margins included: 110 with seven modes.
+const WIDTHS: (u16, u16, u16) = (4, 26, 10);
+
+fn matrix(outcomes: &Outcomes) -> Table {
+    let mut header = vec!["#", "what is done"];
+    // As much of a name as a cell is wide.
+    header.extend(outcomes.columns.iter().map(|column| match column {
+        Column::Passthrough => "passthr.",
+        other => other.name(),
+    }));
+    let mut matrix = table(&header);
+    let (number, attack, cell) = WIDTHS;
+    let widths = [number, attack].into_iter().chain(std::iter::repeat(cell));
+    matrix.set_constraints(
+        widths.take(header.len()).map(|width| ColumnConstraint::Absolute(Width::Fixed(width))),
+    );
+    for result in &outcomes.rows {
+        let mut line = vec![result.row.number.to_string(), result.row.what.to_owned()];
+        line.extend(result.cells.iter().map(|(_, cell)| short(cell)));
+        matrix.add_row(line);
+    }
+    matrix
 }
 
 fn text(outcomes: &Outcomes) -> String {
@@ -65,16 +96,7 @@ fn text(outcomes: &Outcomes) -> String {
         }
         text += &format!("\n{lecture}\n");
     }
-    let mut header = vec!["#", "who, and what"];
-    header.extend(outcomes.columns.iter().map(|column| column.name()));
-    let mut matrix = table(&header);
-    for result in &outcomes.rows {
-        let mut line =
-            vec![result.row.number.to_string(), format!("{}: {}", result.row.who, result.row.what)];
-        line.extend(result.cells.iter().map(|(_, cell)| short(cell)));
-        matrix.add_row(line);
-    }
-    text += &format!("\n{matrix}\n");
+    text += &format!("\n{}\n", matrix(outcomes));
     let all = [
         Outcome::Refused,
         Outcome::Deflected,

@@ -30,7 +30,7 @@ const NEW: u64 = 0x3800_0000;
 /// Memory of the listener: as many pages as the IOTLB has entries, in pieces that no superpage fits.
 pub(crate) const PIECES: usize = 64;
 /// Pieces that the other one works with.
-pub(crate) const WORKING: usize = 4;
+pub(crate) const WORKING: usize = 32;
 pub(crate) const PIECE_BYTES: u64 = 1 << 20;
 
 /// Where the listener's piece lies. Pieces are apart, so that nothing is mapped by superpages, and spread so that every set of the IOTLB gets as many

@@ -71,7 +71,7 @@ pub(super) async fn listens(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
     /// Passes after which a set holds nothing but what is primed: what was there before is displaced way by way.
     const PASSES: u32 = 6;
     scene.listening_memory().await?;
-    scene.victim.begin().await?;
+    scene.victim.begin_roomy().await?;
     let worked = map_pieces(&scene.victim, WORKING, PIECE_BYTES).await?;
     scene.attacker.begin_roomy().await?;
     let bytes = if scene.attacker.column == Column::Ring { PAGE } else { PIECE_BYTES };
@@ -90,6 +90,13 @@ pub(super) async fn listens(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
         if quiet.len() < (share / 8).max(1) {
             continue;
         }
+        // Silence proves something only where there is no room for both: more did not stay, so this is half of the share at least, and the other one uses twice as
+        // much. A ring has one entry, whatever is primed.
+        let is_ring = scene.attacker.column == Column::Ring;
+        ensure!(
+            is_ring || (share < PIECES && 2 * share <= WORKING),
+            "{share} pieces stay in the cache, so silence would prove nothing: prime more"
+        );
         for piece in &worked {
             read_all(&scene.victim, *piece).await?;
         }
