@@ -70,7 +70,7 @@ fn judge(host: &Host, path: &str, connection: Option<&ConnectionHandle>) -> Resu
     let connection = connection.ok_or_else(|| internal("a request came over no connection"))?;
     let Needs::Session(roles) = needs else { return Ok(Admitted::default()) };
     let caller = caller(connection, roles)?;
-    let place = caller.session.owner().map(|owner| place(owner)).transpose()?;
+    let place = caller.session.owner().map(place).transpose()?;
     Ok(Admitted { caller: Some(caller), place })
 }
 

@@ -5,6 +5,7 @@ use rogue::language::{Answer, Behave, Claim, Command, Dma, Obedience};
 use rogue::text::Address;
 
 use crate::matrix::act::language::{Ask, Way};
+use crate::matrix::column::Column;
 use crate::matrix::evidence::{Evidence, race};
 use crate::matrix::outcome::Outcome;
 use crate::matrix::scene::{GUEST_MEMORY, Scene, VICTIM_MEMORY};
@@ -153,7 +154,19 @@ pub(super) async fn late_dma(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> 
         evidence.reached(Outcome::Succeeds);
     }
     heir.end().await?;
-    hypervisor.request(Ask::Assign { device, vm: GUEST_MEMORY.0 }).await?;
+    let back = Ask::Assign { device, vm: GUEST_MEMORY.0 };
+    if scene.attacker.column == Column::Strict {
+        // Once, since the server waits for it: a reset that is never answered, and the device goes on.
+        rogue.tell(&Command::Behave(Behave { resets: Obedience::Hold, ..Behave::default() })).await?;
+        hypervisor.request(back).await?;
+        for generation in [Claim::Current, Claim::Told, Claim::Absent] {
+            evidence.told(rogue.dma(Dma { later: false, generation, ..later.clone() }).await?.err());
+        }
+        rogue.tell(&Command::Behave(Behave::default())).await?;
+        rogue.connect(&scene.attacker.connect).await?;
+    } else {
+        hypervisor.request(back).await?;
+    }
     Ok(evidence)
 }
 
