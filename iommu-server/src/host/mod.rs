@@ -31,7 +31,7 @@ use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, T
 use iommu_proto::model::TenantLimits;
 use iommu_types::errors::{DeclareError, LimitReached, UnknownOwner};
 use iommu_types::{Capabilities, Identity, Owner, Role};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use self::devices::{DeviceState, Devices, Home};
 use self::domains::Domains;
@@ -66,6 +66,8 @@ pub struct Host {
     pub devices: Devices,
     /// Domains.
     pub domains: Domains,
+    /// Number of the latest virtual machine. Locked inside of the topology.
+    last_vm: Mutex<u32>,
     /// Bare machines and their clients.
     pub machines: Machines,
     /// Fault logs.
@@ -155,6 +157,7 @@ impl Host {
             hypervisors: Hypervisors::default(),
             devices: Devices::default(),
             domains: Domains::new(Arc::clone(&reports)),
+            last_vm: Mutex::default(),
             machines: Machines::default(),
             faults: FaultHub::default(),
             reports,

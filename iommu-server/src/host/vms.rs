@@ -83,11 +83,17 @@ impl Host {
         let limits = limits(&self.kernel.config().owner, asked)?;
         let number = {
             let mut topology = self.topology.write();
+            let mut last = self.last_vm.lock();
             let free = |number: &u32| topology.owner(Owner::Vm(*number)).is_err();
             let number = match number {
                 Some(number) => number,
-                None => (1..=u32::MAX).find(free).expect("owners are fewer than numbers"),
+                // Upwards, so that what still means an earlier machine by its number does not mean another one soon.
+                None => {
+                    let upwards = (last.wrapping_add(1).max(1)..=u32::MAX).chain(1..=u32::MAX);
+                    upwards.into_iter().find(free).expect("owners are fewer than numbers")
+                }
             };
+            *last = number;
             let entry = OwnerEntry { owner: Owner::Vm(number), name: name.clone() };
             topology.declare_owner(entry).map_err(declare_error)?;
             number
