@@ -49,6 +49,7 @@ pub async fn open(host: &Arc<Host>, connection: &ConnectionHandle, open: Open) -
         return refuse(SessionExists {}.into());
     }
     connection.must_be_certified(&identity(&open)).map_err(WireError::into_status)?;
+    host.certificate_holds(connection)?;
     let Some(tenant) = tenant(host, &open).map_err(WireError::into_status)? else {
         return open_without_tenancy(host, connection, open).map_err(WireError::into_status);
     };

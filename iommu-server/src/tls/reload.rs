@@ -42,7 +42,7 @@ impl Tls {
     }
 
     /// Why a connection with this certificate must end now.
-    fn verdict(&self, certificate: &PeerCertificate, now_unix_s: u64) -> Option<Ending> {
+    pub(crate) fn verdict(&self, certificate: &PeerCertificate, now_unix_s: u64) -> Option<Ending> {
         if now_unix_s > certificate.not_after_unix_s {
             return Some(Ending::CertificateExpired { expired_unix_s: certificate.not_after_unix_s });
         }

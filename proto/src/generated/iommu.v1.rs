@@ -3407,7 +3407,8 @@ pub mod admin_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Gives a device to an owner and attaches it to a domain of that owner. A device that is attached is detached first (invalidated and drained).
-        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner).
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner), NOT_ASSIGNABLE (a bridge), GROUP_IN_USE (another owner has
+        /// a function of its isolation group).
         pub async fn attach_to_owner(
             &mut self,
             request: impl tonic::IntoRequest<super::AttachToOwnerRequest>,
@@ -3569,7 +3570,8 @@ pub mod admin_service_server {
             tonic::Status,
         >;
         /// Gives a device to an owner and attaches it to a domain of that owner. A device that is attached is detached first (invalidated and drained).
-        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner).
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner), NOT_ASSIGNABLE (a bridge), GROUP_IN_USE (another owner has
+        /// a function of its isolation group).
         async fn attach_to_owner(
             &self,
             request: tonic::Request<super::AttachToOwnerRequest>,
