@@ -7,5 +7,7 @@ pub mod bare;
 pub mod device;
 pub mod http;
 pub mod link;
+pub mod random;
 pub mod raw;
+pub mod raw_device;
 pub mod stage;
