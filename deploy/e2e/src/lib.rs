@@ -5,6 +5,7 @@
 
 pub mod bare;
 pub mod device;
+pub mod guests;
 pub mod http;
 pub mod link;
 pub mod random;

@@ -1,5 +1,7 @@
 //! Peers that say what no well-behaved client says: bytes chosen by hand, under any method.
 
+use std::path::PathBuf;
+
 use bytes::{Buf, BufMut, Bytes};
 use iommu_launch::Server;
 use iommu_proto::channel::Dial;
@@ -56,12 +58,31 @@ pub async fn connect(endpoint: &str) -> Channel {
     configured(endpoint).connect().await.expect("the server accepts connections")
 }
 
-/// A connection of its own over mutual TLS, with the certificate of this identity, which gets one if it has none. Without a session.
+/// Where a server listens over TLS, and where certificates lie.
+#[derive(Clone, Debug)]
+pub struct Door {
+    endpoint: String,
+    pki: PathBuf,
+}
+
+impl Door {
+    /// Of a server, open to this identity, which gets a certificate if it has none.
+    pub fn to(server: &Server, identity: &Identity) -> Self {
+        server.admit(identity).expect("certificates can be issued");
+        Self { endpoint: server.endpoint().to_owned(), pki: server.pki() }
+    }
+
+    /// A connection of its own, with the certificate of this identity. Without a session.
+    pub async fn connect(&self, identity: &Identity) -> Channel {
+        let credentials = Credentials::from_directory(&self.pki);
+        let dial = Dial::to(&self.endpoint, &credentials, identity).expect("an endpoint");
+        dial.connect().await.expect("the server accepts connections").channel
+    }
+}
+
+/// A connection of its own over mutual TLS, with the certificate of this identity. Without a session.
 pub async fn connect_as(server: &Server, identity: &Identity) -> Channel {
-    server.admit(identity).expect("certificates can be issued");
-    let credentials = Credentials::from_directory(server.pki());
-    let dial = Dial::to(server.endpoint(), &credentials, identity).expect("an endpoint");
-    dial.connect().await.expect("the server accepts connections").channel
+    Door::to(server, identity).connect(identity).await
 }
 
 fn configured(endpoint: &str) -> Endpoint {

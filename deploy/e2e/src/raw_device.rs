@@ -8,7 +8,7 @@ use iommu_proto::pb::server_to_device::Message as Down;
 use iommu_types::{DeviceAddress, Identity, Role};
 use tonic::Status;
 
-use crate::raw::{ATTACH, RawStream, connect_as, envelope};
+use crate::raw::{ATTACH, Door, RawStream, envelope};
 
 /// Not present: the device is attached to nothing.
 pub const NO_CONTEXT: u32 = 0x2;
@@ -44,6 +44,11 @@ pub fn hello_as(name: &str, address: DeviceAddress) -> Up {
     })
 }
 
+/// Who a device is.
+pub fn identity(name: &str, address: DeviceAddress) -> Identity {
+    Identity { name: name.to_owned(), role: Role::Device(address) }
+}
+
 /// Reads of `size_bytes` at these addresses.
 pub fn reads(iova: &[u64], size_bytes: u32) -> pb::DmaBatch {
     pb::DmaBatch { iova: iova.to_vec(), size_bytes: vec![size_bytes], ..pb::DmaBatch::default() }
@@ -72,17 +77,13 @@ pub struct RawDevice {
 impl RawDevice {
     /// Connects as who it is, and says so.
     pub async fn attach(server: &Server, name: &str, address: DeviceAddress) -> Result<Self, Status> {
-        Self::claim(server, (name, address), (name, address)).await
+        let identity = identity(name, address);
+        Self::claim(&Door::to(server, &identity), &identity, (name, address)).await
     }
 
-    /// Connects as one device, and says to be another.
-    pub async fn claim(
-        server: &Server,
-        own: (&str, DeviceAddress),
-        claimed: (&str, DeviceAddress),
-    ) -> Result<Self, Status> {
-        let identity = Identity { name: own.0.to_owned(), role: Role::Device(own.1) };
-        let channel = connect_as(server, &identity).await;
+    /// Connects as who its certificate says, and says to be this one.
+    pub async fn claim(door: &Door, own: &Identity, claimed: (&str, DeviceAddress)) -> Result<Self, Status> {
+        let channel = door.connect(own).await;
         let first = envelope(hello_as(claimed.0, claimed.1));
         let mut stream = RawStream::open(&channel, ATTACH, first).await?;
         match stream.hear_device().await? {
