@@ -5,7 +5,10 @@
 
 pub mod bare;
 pub mod device;
+pub mod guests;
 pub mod http;
 pub mod link;
+pub mod random;
 pub mod raw;
+pub mod raw_device;
 pub mod stage;

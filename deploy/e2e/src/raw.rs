@@ -1,8 +1,14 @@
 //! Peers that say what no well-behaved client says: bytes chosen by hand, under any method.
 
+use std::path::PathBuf;
+
 use bytes::{Buf, BufMut, Bytes};
+use iommu_launch::Server;
+use iommu_proto::channel::Dial;
+use iommu_proto::credentials::Credentials;
 use iommu_proto::errors::reason_of;
 use iommu_proto::pb;
+use iommu_types::Identity;
 use prost::Message;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -52,6 +58,33 @@ pub async fn connect(endpoint: &str) -> Channel {
     configured(endpoint).connect().await.expect("the server accepts connections")
 }
 
+/// Where a server listens over TLS, and where certificates lie.
+#[derive(Clone, Debug)]
+pub struct Door {
+    endpoint: String,
+    pki: PathBuf,
+}
+
+impl Door {
+    /// Of a server, open to this identity, which gets a certificate if it has none.
+    pub fn to(server: &Server, identity: &Identity) -> Self {
+        server.admit(identity).expect("certificates can be issued");
+        Self { endpoint: server.endpoint().to_owned(), pki: server.pki() }
+    }
+
+    /// A connection of its own, with the certificate of this identity. Without a session.
+    pub async fn connect(&self, identity: &Identity) -> Channel {
+        let credentials = Credentials::from_directory(&self.pki);
+        let dial = Dial::to(&self.endpoint, &credentials, identity).expect("an endpoint");
+        dial.connect().await.expect("the server accepts connections").channel
+    }
+}
+
+/// A connection of its own over mutual TLS, with the certificate of this identity. Without a session.
+pub async fn connect_as(server: &Server, identity: &Identity) -> Channel {
+    Door::to(server, identity).connect(identity).await
+}
+
 fn configured(endpoint: &str) -> Endpoint {
     Endpoint::from_shared(endpoint.to_owned()).expect("an endpoint")
 }
@@ -62,6 +95,14 @@ pub async fn call(channel: &Channel, method: &str, message: impl Into<Bytes>) ->
     grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
     let path = PathAndQuery::try_from(method).expect("a method is a path");
     grpc.unary(Request::new(message.into()), path, BytesCodec).await.map(tonic::Response::into_inner)
+}
+
+/// Calls a method of any kind with an empty message; `Err` when it is refused before there is an answer.
+pub async fn knock(channel: &Channel, service: &str, method: &str) -> Result<(), Status> {
+    let mut grpc = Grpc::new(channel.clone());
+    grpc.ready().await.map_err(|error| Status::from_error(Box::new(error)))?;
+    let path = PathAndQuery::try_from(format!("/{service}/{method}")).expect("a method is a path");
+    grpc.server_streaming(Request::new(Bytes::new()), path, BytesCodec).await.map(drop)
 }
 
 /// Calls a unary method and reads its answer.

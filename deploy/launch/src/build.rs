@@ -40,6 +40,13 @@ fn build(caller: Option<&str>) -> anyhow::Result<Binaries> {
     let profile = own_profile()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
+    // What cargo tells a test of its own package is not for the next cargo: a build script that reads one of these (ring's does) would run
+    // again, and everything above it be compiled again, each time that the two take turns.
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(is_of_a_package) {
+            command.env_remove(name);
+        }
+    }
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
     command.args([
         "build",
@@ -80,6 +87,12 @@ fn build(caller: Option<&str>) -> anyhow::Result<Binaries> {
         iommuctl: find("iommuctl")?,
         caller: caller.map(find).transpose()?,
     })
+}
+
+/// Whether cargo sets this variable for the package that it runs something of.
+fn is_of_a_package(variable: &str) -> bool {
+    let prefixes = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_", "CARGO_PRIMARY_"];
+    prefixes.iter().any(|prefix| variable.starts_with(prefix))
 }
 
 /// The profile that this program was built in, from the directory that cargo put it into.
