@@ -280,13 +280,10 @@ pub(crate) fn may_retry(status: &Status) -> bool {
     }
 }
 
-/// Whether the server does not know the token any more: it has reclaimed the session, or was started anew. Name and role were good
-/// before, so a refused identity says the same.
+/// Whether the server does not know the token any more: it has reclaimed the session, or was started anew. An identity that is refused says
+/// nothing about the token, which the server has not looked at then.
 fn is_forgotten(error: &SdkError<SessionError>) -> bool {
-    matches!(
-        error,
-        SdkError::Refused(SessionError::IdentityRefused(_)) | SdkError::Call(CallError::BadResumeToken(_))
-    )
+    matches!(error, SdkError::Refused(SessionError::BadResumeToken(_)))
 }
 
 /// Whether what the session held is there again when it is opened with its token. Who holds nothing opens afresh.

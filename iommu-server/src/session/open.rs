@@ -7,7 +7,9 @@ use std::sync::Arc;
 use iommu_proto::errors::WireError;
 use iommu_proto::limits;
 use iommu_proto::model::{Open, ResumeToken, SessionRole};
-use iommu_types::errors::{IdentityRefused, LimitReached, SessionError, SessionExists, ShuttingDown};
+use iommu_types::errors::{
+    BadResumeToken, IdentityRefused, LimitReached, SessionError, SessionExists, ShuttingDown,
+};
 use iommu_types::{Identity, Owner};
 use tonic::Status;
 
@@ -17,6 +19,9 @@ use crate::ending::{EndSignal, Ending};
 use crate::host::Host;
 use crate::host::owners::OwnerState;
 use crate::machine::BareClient;
+
+/// Bytes of a resume token that a refusal repeats.
+const TOKEN_BYTES_SHOWN: usize = 4;
 
 /// A session that stands.
 #[derive(Debug)]
@@ -37,6 +42,12 @@ fn fresh_token() -> Result<ResumeToken, Status> {
         Ok(length) if length == token.len() => Ok(ResumeToken(token)),
         _ => Err(crate::services::internal("the system gave no random bytes")),
     }
+}
+
+/// What of a token may be told and logged: enough to tell one from another, and too little to come back with.
+fn beginning(token: ResumeToken) -> String {
+    let shown: String = token.0.iter().take(TOKEN_BYTES_SHOWN).map(|byte| format!("{byte:02x}")).collect();
+    shown + "..."
 }
 
 /// Opens a session on a connection.
@@ -123,8 +134,7 @@ async fn open_tenancy(
     if let Some(token) = open.resume_token
         && !seated.tenancy.as_ref().is_some_and(|tenancy| tenancy.token_is(token))
     {
-        let why = "the resume token is not one of a session that is still kept; open without one".to_owned();
-        return Err(IdentityRefused { name: open.name, why }.into_status());
+        return Err(BadResumeToken { token: beginning(token) }.into_status());
     }
     let fresh = fresh_token()?;
     let identity = identity(&open);

@@ -79,7 +79,9 @@ macro_rules! for_each_operation {
             /// Why an inspection was refused.
             InspectError { UnknownDevice, UnknownDomain, UnknownMachine, NotYours }
             /// Why a session was not opened.
-            SessionError { InvalidField, IdentityRefused, VersionMismatch, SessionExists, LimitReached, ShuttingDown }
+            SessionError {
+                InvalidField, IdentityRefused, BadResumeToken, VersionMismatch, SessionExists, LimitReached, ShuttingDown,
+            }
             /// What can befall any call, whatever it does: the session, the framing, the server.
             CallError {
                 SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,
