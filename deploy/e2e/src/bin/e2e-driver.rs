@@ -1,8 +1,10 @@
-//! A driver or a device that is a process of its own, so that it can be stopped and killed.
+//! A driver, a device, a hypervisor or its guest that is a process of its own, so that it can be stopped and killed.
 //!
 //! ```text
 //! e2e-driver driver ENDPOINT NUMBER                  maps a buffer for its device, says where, and stays
 //! e2e-driver device ENDPOINT NUMBER IOVA BYTES       writes and reads there without end, several batches in flight
+//! e2e-driver hypervisor ENDPOINT NAME GUEST DEVICE   makes a machine with memory and this device, says its number, and stays
+//! e2e-driver guest ENDPOINT NAME VM DEVICE           maps memory of its machine for the device, says where, and stays
 //! ```
 //!
 //! What it has to say it prints as lines of JSON.
@@ -13,9 +15,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use device_runtime::{Agent, Batch, DeviceModel, Dma, MmioRefusal, Register, Ticket};
-use guest_sdk::{Connection, Direction, DomainOptions, Protection};
+use guest_sdk::{Connection, Direction, DomainOptions, Protection, VmOptions};
+use iommu_e2e::guests::memory;
 use iommu_e2e::stage::{address, owner};
-use iommu_types::{Iova, Permissions};
+use iommu_types::{DeviceAddress, Iova, Owner, Permissions};
 use serde_json::{Value, json};
 
 /// Bytes of the buffer that the driver maps.
@@ -35,6 +38,8 @@ async fn main() -> anyhow::Result<()> {
             let iova = Iova::new(iova.parse().context("IOVA")?);
             play(endpoint, number.parse()?, iova, size_bytes.parse().context("BYTES")?).await
         }
+        ["hypervisor", endpoint, name, guest, device] => own(endpoint, name, guest, device.parse()?).await,
+        ["guest", endpoint, name, vm, device] => live_in(endpoint, name, vm.parse()?, device.parse()?).await,
         _ => bail!("see the head of this program's source for its arguments"),
     }
 }
@@ -61,6 +66,27 @@ async fn drive(endpoint: &str, number: u32) -> anyhow::Result<()> {
         "domain": domain.id().get(),
     }))?;
     // Everything stays held until the process is killed.
+    std::future::pending().await
+}
+
+async fn own(endpoint: &str, name: &str, guest: &str, device: DeviceAddress) -> anyhow::Result<()> {
+    let hypervisor = Connection::to(endpoint).hypervisor(name).await?;
+    let vm = hypervisor.create_vm(VmOptions::new(guest)).await?;
+    vm.add_memory(memory(0, BUFFER_BYTES)).await?;
+    vm.assign(device).await?;
+    say(&json!({ "vm": vm.number() }))?;
+    std::future::pending().await
+}
+
+async fn live_in(endpoint: &str, name: &str, vm: u32, device: DeviceAddress) -> anyhow::Result<()> {
+    let driver = Connection::to(endpoint).driver(name, Owner::Vm(vm)).await?;
+    let (buffer, marked) = (driver.allocate(4 * 4096).await?, driver.allocate(4096).await?);
+    marked.write(0, vec![0x5a; 4096]).await?;
+    let handle = driver.device(device);
+    let mapping = driver.dma_map_single(&handle, buffer.range(), Direction::Bidirectional).await?;
+    let domain = driver.create_domain(DomainOptions::new(Protection::Strict)).await?;
+    domain.map(Iova::new(0x10_0000), marked.gpa(), 4096, Permissions::READ).await?;
+    say(&json!({ "iova": mapping.iova().get(), "gpa": marked.gpa().get() }))?;
     std::future::pending().await
 }
 
