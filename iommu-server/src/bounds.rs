@@ -145,7 +145,8 @@ pub const VMS_PER_HYPERVISOR_MAX: usize = 256;
 /// Hypercalls of one virtual machine that wait for their answer: a ring's worth of requests, each a page at most.
 pub const HYPERCALLS_PER_VM_MAX: usize = 64;
 /// How long a guest waits for its hypervisor.
-pub const HYPERCALL_TIMEOUT: Duration = Duration::from_secs(10);
+pub const HYPERCALL_TIMEOUT: Duration =
+    Duration::from_millis(iommu_proto::limits::HYPERCALL_TIMEOUT_MS as u64);
 
 // ---- bare machines
 
