@@ -22,7 +22,7 @@ use crate::peer::{self, Usage};
 use crate::{PkiError, Revocations, Revoked, Serial};
 
 /// Certificate of the authority.
-pub const AUTHORITY: &str = "ca.crt";
+pub const AUTHORITY: &str = iommu_types::AUTHORITY_FILE;
 /// Key of the authority.
 pub const AUTHORITY_KEY: &str = "ca.key";
 /// What is revoked.

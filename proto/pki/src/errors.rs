@@ -53,7 +53,7 @@ pub enum PkiError {
         owner: u32,
     },
     /// There is no place for another certificate that can be revoked.
-    #[error("{} counts {count} certificates that are {what} and not expired, and {limit} is the limit; issue for shorter (--validity), \
+    #[error("{} counts {count} certificates that are {what} and not expired, and {limit} is the limit; issue for shorter (--valid), \
          or begin a new authority in another directory", path.display())]
     Full {
         /// The directory.
