@@ -202,8 +202,17 @@ impl Core {
         F: Fn(Channel) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let ended = tokio::time::timeout(self.deadline, self.call_once_at_length(attempt)).await;
-        ended.unwrap_or(Err(TransportError::Deadline { waited: self.deadline, last: None }.into()))
+        self.call_once_within(self.deadline, attempt).await
+    }
+
+    async fn call_once_within<E, T, F, A>(&self, deadline: Duration, attempt: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: Fn(Channel) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let ended = tokio::time::timeout(deadline, self.call_once_at_length(attempt)).await;
+        ended.unwrap_or(Err(TransportError::Deadline { waited: deadline, last: None }.into()))
     }
 
     /// The same without a deadline, for transfers that take as long as they take.
@@ -250,6 +259,27 @@ impl Core {
         A: Future<Output = Result<Response<T>, Status>>,
     {
         self.call_once(|channel| method(channel, self.request(message.clone()))).await
+    }
+
+    /// The same with a deadline of its own.
+    pub(crate) async fn unary_once_within<E, M, T, F, A>(
+        &self,
+        deadline: Duration,
+        message: M,
+        method: F,
+    ) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        M: Clone,
+        F: Fn(Channel, Request<M>) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.call_once_within(deadline, |channel| {
+            let mut request = Request::new(message.clone());
+            request.set_timeout(deadline);
+            method(channel, request)
+        })
+        .await
     }
 
     /// The deadline of a call.

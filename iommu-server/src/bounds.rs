@@ -54,6 +54,8 @@ pub const ALERT_LINGER: Duration = Duration::from_secs(1);
 pub const ALERT_LINGER_BYTES: u64 = 64 << 10;
 /// How often certificates are looked at: whether their files have changed, and whether one that is in use has expired or was revoked.
 pub const CERTIFICATES_TICK: Duration = Duration::from_secs(1);
+/// How often the same failure to read certificates anew is logged; it is tried again with every look at them.
+pub const RELOAD_FAILURE_TOLD_AGAIN: Duration = Duration::from_secs(60);
 /// Bytes of a certificate, key or list that is read: a list with a hundred thousand entries has a few megabytes.
 pub const CERTIFICATE_FILE_BYTES_MAX: u64 = 16 << 20;
 /// The server warns once a day when its own certificate has less than this left.
@@ -151,7 +153,8 @@ pub const HYPERVISOR_REQUESTS_PER_SECOND_MAX: u32 = 20_000;
 /// Hypercalls of one virtual machine that wait for their answer: a ring's worth of requests, each a page at most.
 pub const HYPERCALLS_PER_VM_MAX: usize = 64;
 /// How long a guest waits for its hypervisor.
-pub const HYPERCALL_TIMEOUT: Duration = Duration::from_secs(10);
+pub const HYPERCALL_TIMEOUT: Duration =
+    Duration::from_millis(iommu_proto::limits::HYPERCALL_TIMEOUT_MS as u64);
 
 // ---- bare machines
 

@@ -26,10 +26,8 @@ impl Tls {
         if !self.directory.has_authority_key() {
             return Ok(());
         }
-        let (path, uri) = (self.directory.file(&peer.credential_file()?), peer.uri()?);
-        let its = self.directory.issued()?.into_iter().filter(|record| record.subject == uri);
-        let serials: Vec<_> = its.map(|record| record.serial).collect();
-        self.directory.revoke(&serials)?;
+        let path = self.directory.file(&peer.credential_file()?);
+        self.directory.revoke_all_of(peer)?;
         // Whoever is declared next gets a new one. It may be gone already.
         let _gone = std::fs::remove_file(path);
         self.reload_soon();
