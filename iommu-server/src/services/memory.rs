@@ -112,6 +112,7 @@ impl MemoryService for Memory {
         let caller = Caller::of(&request)?;
         let MemoryRead { owner, range } = parse(request.into_inner())?;
         let owner = self.owner(&caller, owner).map_err(WireError::into_status)?;
+        charge(&caller, range.size_bytes()).map_err(WireError::into_status)?;
         let host = Arc::clone(&self.host);
         let stream = feed(&self.host, &caller, None, |sender| async move {
             let mut done = 0;
@@ -149,6 +150,7 @@ impl MemoryService for Memory {
             let Some(message) = message else { break };
             let ask: MemoryWrite = parse(message)?;
             let owner = self.owner(&caller, ask.owner).map_err(WireError::into_status)?;
+            charge(&caller, ask.range().size_bytes()).map_err(WireError::into_status)?;
             written_bytes += write(&self.host, &owner, &ask).map_err(WireError::into_status)?;
         }
         Ok(Response::new(pb::MemoryWriteResponse { written_bytes }))

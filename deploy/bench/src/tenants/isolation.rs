@@ -62,19 +62,20 @@ impl Flood {
     }
     fn dma(self, iova: u64, milliseconds: u64) -> DmaWork {
         let mut shapes = Vec::new();
-        if self.does(Self::Dma) {
-            shapes.push(Shape { operations: 128, size_bytes: 64, strays: 0 });
-            shapes.push(Shape { operations: 16, size_bytes: 64 << 10, strays: 0 });
-        }
         if self.does(Self::Faults) {
-            shapes.push(Shape { operations: 128, size_bytes: 64, strays: 128 });
+            shapes.extend([Shape { operations: 128, size_bytes: 64, strays: 128 }; 64]);
+        }
+        // More operations than a burst may have, then more bytes.
+        if self.does(Self::Dma) {
+            shapes.extend([Shape { operations: 128, size_bytes: 64, strays: 0 }; 120]);
+            shapes.extend([Shape { operations: 16, size_bytes: 64 << 10, strays: 0 }; 8]);
         }
         let is_paced = shapes.is_empty();
         if is_paced {
             shapes.extend(PACED);
         }
         let (in_flight, operations_per_second) =
-            if is_paced { (4, Some(PACED_OPERATIONS)) } else { (64, None) };
+            if is_paced { (4, Some(PACED_OPERATIONS)) } else { (32, None) };
         DmaWork {
             iova,
             mapped_bytes: MAPPED_BYTES,
