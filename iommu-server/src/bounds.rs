@@ -113,6 +113,11 @@ pub const DMA_BYTES_PER_SECOND_MAX: u64 = 64 << 30;
 pub const RATE_BURST: Duration = Duration::from_millis(100);
 /// How long somebody waits who was refused because of a rate, at least and at most: a flood then costs some hundred refusals a second.
 pub const RATE_PENALTY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
+/// How long at most when many are refused at once, as each then waits for the one before: the calls of one connection take half of it.
+pub const RATE_PENALTY_QUEUE: Duration = Duration::from_secs(1);
+const _: () = assert!(
+    STREAMS_PER_CONNECTION_MAX as u128 * RATE_PENALTY.0.as_millis() <= RATE_PENALTY_QUEUE.as_millis()
+);
 /// Calls of one owner's driver that are not answered yet: most of what its connection allows. Streams count until they stand; then they are subscriptions.
 pub const CALLS_PER_OWNER_MAX: usize = 240;
 // One peer, whatever it calls, leaves half of all calls to the others.

@@ -283,7 +283,7 @@ async fn i7_limits_of_a_virtual_machine_refuse_by_name_and_are_told() {
         domains: Some(1),
         memory_bytes: Some(4 * PAGE),
         dma_operations_per_second: Some(1000),
-        requests_per_second: Some(100),
+        requests_per_second: Some(20),
         ..Default::default()
     };
     let vm = hypervisor.create_with("small", None, limits(small)).await.unwrap();
@@ -296,7 +296,7 @@ async fn i7_limits_of_a_virtual_machine_refuse_by_name_and_are_told() {
     let mut refusals = 0;
     for _ in 0..60 {
         if let Err(status) = guest.client().list_memory(pb::ListMemoryRequest {}).await {
-            assert!(status.message().contains("requests_per_second of 100"), "{status:?}");
+            assert!(status.message().contains("requests_per_second of 20"), "{status:?}");
             refusals += 1;
         }
     }

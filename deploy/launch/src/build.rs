@@ -48,6 +48,14 @@ fn build(caller: Option<&str>) -> anyhow::Result<Binaries> {
         }
     }
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    // What `cargo run` says of the package that runs: build scripts look at it (ring's does), and what depends on them would be compiled anew each
+    // time, here and again by the next `cargo run`.
+    let of_the_caller = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(of_the_caller) {
+            command.env_remove(name);
+        }
+    }
     command.args([
         "build",
         "--quiet",

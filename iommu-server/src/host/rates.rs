@@ -2,7 +2,7 @@
 //!
 //! A rate is a bucket that fills with what is done and drains at the rate allowed (the generic cell rate algorithm): one word, changed in one atomic step, so that
 //! all sessions of an owner share it without a lock. What would overflow it is refused, and the refusal is counted; who is refused is also
-//! made to wait a little, so that a flood costs its sender more than the server.
+//! made to wait, one after the other, so that a flood costs its sender more than the server however many calls and devices it comes from.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -27,6 +27,8 @@ pub struct Rate {
     per_second: u64,
     /// When the bucket will be empty, in nanoseconds.
     empty_at_ns: AtomicU64,
+    /// When the last of those who were refused is told so.
+    told_at_ns: AtomicU64,
     refused: AtomicU64,
 }
 
@@ -37,14 +39,8 @@ pub struct OverRate {
     pub limit: LimitReached,
     /// How long until as much would have passed.
     pub retry_after: Duration,
-}
-
-impl OverRate {
     /// How long who is refused is made to wait.
-    pub fn penalty(&self) -> Duration {
-        let (least, most) = bounds::RATE_PENALTY;
-        self.retry_after.clamp(least, most)
-    }
+    pub penalty: Duration,
 }
 
 const BURST_NS: u64 = bounds::RATE_BURST.as_nanos() as u64;
@@ -53,7 +49,13 @@ impl Rate {
     /// An empty bucket.
     pub fn new(limit: &'static str, per_second: u64) -> Self {
         assert!(per_second > 0, "a rate of nothing is no rate");
-        Self { limit, per_second, empty_at_ns: AtomicU64::new(0), refused: AtomicU64::new(0) }
+        Self {
+            limit,
+            per_second,
+            empty_at_ns: AtomicU64::new(0),
+            told_at_ns: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        }
     }
     fn cost_ns(&self, amount: u64) -> u64 {
         let cost = u128::from(amount) * 1_000_000_000 / u128::from(self.per_second);
@@ -78,12 +80,40 @@ impl Rate {
             Err(empty_at) => {
                 self.refused.fetch_add(amount, Ordering::Relaxed);
                 let retry_ns = empty_at.saturating_add(cost).saturating_sub(full_at).min(empty_at - now);
+                let retry_after = Duration::from_nanos(retry_ns);
                 Err(OverRate {
                     limit: LimitReached { limit: self.limit.to_owned(), allowed: self.per_second },
-                    retry_after: Duration::from_nanos(retry_ns),
+                    retry_after,
+                    penalty: self.penalty_at(now, retry_after),
                 })
             }
         }
+    }
+    /// Takes `amount` whether there is room or not, and says how long to wait until there is. Who books has few things waiting at once.
+    pub fn book(&self, amount: u64) -> Duration {
+        self.book_at(now_ns(), amount)
+    }
+    fn book_at(&self, now: u64, amount: u64) -> Duration {
+        let cost = self.cost_ns(amount);
+        let filled = |empty_at: u64| empty_at.max(now).saturating_add(cost);
+        let before = self
+            .empty_at_ns
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |empty_at| Some(filled(empty_at)))
+            .unwrap_or_else(|unchanged| unchanged);
+        let wait = filled(before).saturating_sub(now.saturating_add(BURST_NS));
+        if wait > 0 {
+            self.refused.fetch_add(amount, Ordering::Relaxed);
+        }
+        Duration::from_nanos(wait)
+    }
+    /// Until as much would have passed, and until those are told who were refused before: with many at once, each waits for its turn.
+    fn penalty_at(&self, now: u64, retry_after: Duration) -> Duration {
+        let (least, most) = bounds::RATE_PENALTY;
+        let (spacing, most_ns) = (least.as_nanos() as u64, bounds::RATE_PENALTY_QUEUE.as_nanos() as u64);
+        let turn = |told: u64| Some(told.max(now).saturating_add(spacing).min(now.saturating_add(most_ns)));
+        let before = self.told_at_ns.fetch_update(Ordering::Relaxed, Ordering::Relaxed, turn);
+        let turn_ns = before.unwrap_or(now).max(now).saturating_add(spacing).saturating_sub(now).min(most_ns);
+        retry_after.clamp(least, most).max(Duration::from_nanos(turn_ns))
     }
     /// How it stands.
     pub fn state(&self) -> LimitState {
@@ -214,6 +244,31 @@ mod tests {
         let later = begin + 2 * SECOND + over.retry_after.as_nanos() as u64;
         assert_eq!(rate.take_at(later, 100), Ok(()), "as long as it said");
         assert!(rate.refused.load(Ordering::Relaxed) > 10_000);
+    }
+
+    #[test]
+    fn i7_what_is_booked_waits_for_its_turn_and_all_together_keep_the_rate() {
+        let rate = Rate::new("things_per_second", 1000);
+        let waits: Vec<_> = (0..1100).map(|_| rate.book_at(SECOND, 1)).collect();
+        assert!(waits[..100].iter().all(Duration::is_zero), "a burst");
+        assert_eq!(waits[1099], Duration::from_secs(1), "the thousandth after it, a second later");
+        assert!(rate.take_at(SECOND, 1).is_err(), "and nobody else passes meanwhile");
+    }
+
+    #[test]
+    fn i7_refusals_are_told_one_after_the_other_however_many_come_at_once() {
+        let rate = Rate::new("things_per_second", 1000);
+        while rate.take_at(SECOND, 1).is_ok() {}
+        let (least, _) = bounds::RATE_PENALTY;
+        let penalties: Vec<_> =
+            (0..256).map(|_| rate.take_at(SECOND, 1).expect_err("it is full").penalty).collect();
+        assert!(penalties.is_sorted_by(|one, next| *next == *one + least), "{penalties:?}");
+        assert!(penalties.iter().all(|penalty| *penalty <= bounds::RATE_PENALTY_QUEUE));
+        let much_later = rate.take_at(SECOND + BURST_NS / 2, 200).expect_err("that is too much").penalty;
+        assert!(much_later >= least, "{much_later:?}");
+        let told: Vec<_> = (0..4096).map(|_| rate.take_at(SECOND, 1)).collect();
+        let longest = told.into_iter().filter_map(Result::err).map(|over| over.penalty).max();
+        assert_eq!(longest, Some(bounds::RATE_PENALTY_QUEUE), "nobody waits for ever");
     }
 
     #[test]

@@ -99,7 +99,7 @@ fn place(bounds: &Arc<OwnerBounds>) -> Result<CallPlace, Refused> {
     let place = CallPlace(Arc::clone(bounds));
     match bounds.requests.take(1) {
         Ok(()) => Ok(place),
-        Err(over) => Err(Refused { after: over.penalty(), status: over.limit.into_status() }),
+        Err(over) => Err(Refused { after: over.penalty, status: over.limit.into_status() }),
     }
 }
 

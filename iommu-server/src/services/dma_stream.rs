@@ -47,10 +47,8 @@ pub struct DmaStream {
     work: Work,
     inbound: Streaming<pb::DmaStreamRequest>,
     stage: Stage,
-    /// Whether the next batch is paid for.
-    is_paid: bool,
-    /// While the owner is over its rate, nothing is read.
-    pause: Option<Pin<Box<tokio::time::Sleep>>>,
+    /// A batch that was read while the owner is over its rate, and until when it waits. Nothing is read meanwhile.
+    held: Option<(pb::DmaStreamRequest, Pin<Box<tokio::time::Sleep>>)>,
     end: Pin<Box<dyn Future<Output = Ending> + Send>>,
 }
 
@@ -87,7 +85,7 @@ impl DmaStream {
             client: NEXT_CLIENT.fetch_add(1, Ordering::Relaxed),
             unmaps: Vec::new(),
         };
-        Ok(Self { work, inbound, stage: Stage::Reading, is_paid: false, pause: None, end: Box::pin(end) })
+        Ok(Self { work, inbound, stage: Stage::Reading, held: None, end: Box::pin(end) })
     }
 
     fn poll_answer(&mut self, context: &mut Context<'_>) -> Poll<Option<Answer>> {
@@ -102,25 +100,31 @@ impl DmaStream {
             if let Poll::Ready(ending) = self.end.as_mut().poll(context) {
                 return Poll::Ready(Some(Err(ending.into_status())));
             }
-            if let Some(pause) = &mut self.pause {
-                ready!(pause.as_mut().poll(context));
-                self.pause = None;
+            if let Some((_, until)) = &mut self.held {
+                ready!(until.as_mut().poll(context));
             }
-            if !self.is_paid {
-                // Answers of a stream stay in order, so what is over the rate is not refused: it is not read yet.
-                if let Err(over) = self.work.owner.bounds.requests.take(1) {
-                    self.pause = Some(Box::pin(tokio::time::sleep(over.penalty())));
-                    continue;
+            let message = match self.held.take() {
+                Some((message, _)) => message,
+                None => {
+                    let budget = ready!(coop::poll_proceed(context));
+                    let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
+                        return Poll::Ready(None);
+                    };
+                    budget.made_progress();
+                    let message = match message {
+                        Ok(message) => message,
+                        Err(status) => return Poll::Ready(Some(Err(typed_framing_status(status)))),
+                    };
+                    // Answers of a stream stay in order, so what is over the rate is not refused here: it waits for its turn.
+                    let wait = self.work.owner.bounds.requests.book(1);
+                    if !wait.is_zero() {
+                        self.held = Some((message, Box::pin(tokio::time::sleep(wait))));
+                        continue;
+                    }
+                    message
                 }
-                self.is_paid = true;
-            }
-            let budget = ready!(coop::poll_proceed(context));
-            let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
-                return Poll::Ready(None);
             };
-            budget.made_progress();
-            self.is_paid = false;
-            match message.map_err(typed_framing_status).and_then(|message| self.work.take(message)) {
+            match self.work.take(message) {
                 Ok(Taken::Answer(answer)) => return Poll::Ready(Some(answer)),
                 Ok(Taken::Waiting(waiting)) => self.stage = Stage::Waiting(waiting),
                 Err(status) => return Poll::Ready(Some(Err(status))),

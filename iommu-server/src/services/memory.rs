@@ -68,8 +68,9 @@ fn charge(caller: &Caller, size_bytes: u64) -> Result<(), LimitReached> {
 /// The same for a stream, which waits until it may go on.
 async fn pace(bounds: &Option<Arc<OwnerBounds>>, size_bytes: u64) {
     let Some(bounds) = bounds else { return };
-    while let Err(over) = bounds.requests.take(size_bytes / crate::bounds::BYTES_PER_REQUEST) {
-        tokio::time::sleep(over.penalty()).await;
+    let wait = bounds.requests.book(size_bytes / crate::bounds::BYTES_PER_REQUEST);
+    if !wait.is_zero() {
+        tokio::time::sleep(wait).await;
     }
 }
 

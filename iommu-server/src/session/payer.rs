@@ -49,6 +49,6 @@ impl Payer {
         }
         let Some(owner) = &self.owner else { return Ok(()) };
         let paid = owner.bounds.pay_dma(batch.iova.len() as u64, asked_bytes(batch));
-        paid.map_err(|(refusal, over)| Unpaid { refusal, penalty: over.penalty() })
+        paid.map_err(|(refusal, over)| Unpaid { refusal, penalty: over.penalty })
     }
 }

@@ -10708,7 +10708,7 @@ pub struct OpenResponse {
     #[prost(uint64, tag = "2")]
     pub generation: u64,
     /// Give this to Open to come back after a lost connection. 16 bytes; secret. All zeros for observers and operators, who hold nothing and
-    /// always start afresh. A token that is not known any more is refused with IDENTITY_REFUSED.
+    /// always start afresh. A token that is not known any more is refused with BAD_RESUME_TOKEN.
     #[prost(bytes = "bytes", tag = "3")]
     pub resume_token: ::prost::bytes::Bytes,
     /// Whether the session continues an earlier one, with all that it held.
@@ -10832,7 +10832,7 @@ pub mod session_service_client {
         /// Declares the identity of this connection. It is checked against the server's configuration. When a driver's connection is
         /// lost, all it holds stays for `grace_ms`; whoever comes back in time with the resume token has it again. Without a token a
         /// driver starts afresh: a session of the same identity that is still there is fenced, and what it held is reclaimed first.
-        /// Errors: IDENTITY_REFUSED, VERSION_MISMATCH, SESSION_EXISTS, LIMIT_REACHED, INVALID_FIELD, SHUTTING_DOWN.
+        /// Errors: IDENTITY_REFUSED, BAD_RESUME_TOKEN, VERSION_MISMATCH, SESSION_EXISTS, LIMIT_REACHED, INVALID_FIELD, SHUTTING_DOWN.
         pub async fn open(
             &mut self,
             request: impl tonic::IntoRequest<super::OpenRequest>,
@@ -10872,7 +10872,7 @@ pub mod session_service_server {
         /// Declares the identity of this connection. It is checked against the server's configuration. When a driver's connection is
         /// lost, all it holds stays for `grace_ms`; whoever comes back in time with the resume token has it again. Without a token a
         /// driver starts afresh: a session of the same identity that is still there is fenced, and what it held is reclaimed first.
-        /// Errors: IDENTITY_REFUSED, VERSION_MISMATCH, SESSION_EXISTS, LIMIT_REACHED, INVALID_FIELD, SHUTTING_DOWN.
+        /// Errors: IDENTITY_REFUSED, BAD_RESUME_TOKEN, VERSION_MISMATCH, SESSION_EXISTS, LIMIT_REACHED, INVALID_FIELD, SHUTTING_DOWN.
         async fn open(
             &self,
             request: tonic::Request<super::OpenRequest>,

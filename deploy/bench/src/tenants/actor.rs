@@ -10,9 +10,6 @@ use super::guest::Guest;
 use super::hypervisor::Machines;
 use super::words::{Ask, Told};
 
-/// Niceness of a flooder: the lowest priority.
-const LOWEST: i32 = 19;
-
 /// Which peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Part {
@@ -48,9 +45,6 @@ pub(crate) struct Options {
     /// Of a hypervisor: the last virtual machine has limits on its rates.
     #[arg(long)]
     pub(super) limited: bool,
-    /// Runs at the lowest priority.
-    #[arg(long)]
-    humble: bool,
 }
 
 enum Actor {
@@ -61,9 +55,6 @@ enum Actor {
 
 /// Plays the part until standard input ends.
 pub(crate) async fn play(options: &Options) -> anyhow::Result<()> {
-    if options.humble {
-        rustix::process::nice(LOWEST).context("lower the priority")?;
-    }
     let mut actor = match options.part {
         Part::Hypervisor => Actor::Machines(Machines::start(options).await?),
         Part::Guest => Actor::Guest(Box::new(Guest::start(options).await?)),

@@ -45,7 +45,8 @@ struct Pace {
 
 impl Pace {
     fn new(per_second: Option<u32>, among: usize) -> Self {
-        let every = per_second.map(|per_second| Duration::from_secs_f64(among as f64 / f64::from(per_second)));
+        let every =
+            per_second.map(|per_second| Duration::from_secs_f64(among as f64 / f64::from(per_second)));
         Self { every, next: Instant::now() }
     }
     async fn wait(&mut self) {
@@ -56,19 +57,19 @@ impl Pace {
     }
 }
 
-/// Does what is asked, and tells what came of it.
+/// Does what is asked, with at least [`BATCH`] pages in `buffer`, and tells what came of it.
 pub(super) async fn run(
     server: &str,
     name: &str,
     driver: &Driver,
     device: &DeviceHandle,
+    buffer: &Buffer,
     asked: Requests,
 ) -> anyhow::Result<RequestsDone> {
     let counts = Arc::<Counts>::default();
     let until = Instant::now() + Duration::from_millis(asked.milliseconds);
     let among = asked.calls + asked.streams;
     let mut tasks = JoinSet::new();
-    let buffer = driver.allocate(BATCH * PAGE_SIZE_BYTES).await.context("allocate a buffer")?;
     for _ in 0..asked.calls {
         let (driver, counts, gpa) = (driver.clone(), Arc::clone(&counts), buffer.gpa());
         let mut pace = Pace::new(asked.per_second, among);
@@ -82,7 +83,7 @@ pub(super) async fn run(
             }
         });
     }
-    let pages = pages(&buffer)?;
+    let pages = pages(buffer)?;
     for _ in 0..asked.streams {
         let (driver, device, counts) = (driver.clone(), device.clone(), Arc::clone(&counts));
         let (pages, pace) = (pages.clone(), Pace::new(asked.per_second, among));
@@ -110,7 +111,6 @@ pub(super) async fn run(
     while let Some(ended) = tasks.join_next().await {
         ended.context("a task panicked")?;
     }
-    drop(buffer.free().await);
     let refused = counts.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
     Ok(RequestsDone {
         answered: counts.answered.load(Ordering::Relaxed),

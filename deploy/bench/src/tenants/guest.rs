@@ -68,7 +68,8 @@ impl Guest {
             }
             Ask::Faults { after } => self.faults(after).await,
             Ask::Requests(asked) => {
-                Ok(Told::Requests(flood::run(&self.server, &self.name, &self.driver, &self.device, asked).await?))
+                let Self { server, name, driver, device, packets, .. } = self;
+                Ok(Told::Requests(flood::run(server, name, driver, device, packets, asked).await?))
             }
             other => bail!("a guest does not do {other:?}"),
         }

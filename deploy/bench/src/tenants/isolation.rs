@@ -62,27 +62,21 @@ impl Flood {
     }
     fn dma(self, iova: u64, milliseconds: u64) -> DmaWork {
         let mut shapes = Vec::new();
-        if self.does(Self::Dma) {
-            shapes.push(Shape { operations: 128, size_bytes: 64, strays: 0 });
-            shapes.push(Shape { operations: 16, size_bytes: 64 << 10, strays: 0 });
-        }
         if self.does(Self::Faults) {
-            shapes.push(Shape { operations: 128, size_bytes: 64, strays: 128 });
+            shapes.extend([Shape { operations: 128, size_bytes: 64, strays: 128 }; 64]);
+        }
+        // More operations than a burst may have, then more bytes.
+        if self.does(Self::Dma) {
+            shapes.extend([Shape { operations: 128, size_bytes: 64, strays: 0 }; 120]);
+            shapes.extend([Shape { operations: 16, size_bytes: 64 << 10, strays: 0 }; 8]);
         }
         let is_paced = shapes.is_empty();
         if is_paced {
             shapes.extend(PACED);
         }
         let (in_flight, operations_per_second) =
-            if is_paced { (4, Some(PACED_OPERATIONS)) } else { (64, None) };
-        DmaWork {
-            iova,
-            mapped_bytes: MAPPED_BYTES,
-            shapes,
-            in_flight,
-            operations_per_second,
-            milliseconds,
-        }
+            if is_paced { (4, Some(PACED_OPERATIONS)) } else { (32, None) };
+        DmaWork { iova, mapped_bytes: MAPPED_BYTES, shapes, in_flight, operations_per_second, milliseconds }
     }
     fn requests(self, milliseconds: u64) -> Requests {
         let floods = self.does(Self::Calls) || self.does(Self::Streams);
@@ -263,8 +257,11 @@ fn evidence(paced: &[Round], flooded: &[Round]) -> [Figure; 3] {
         .beside("faults made", &faults, RatioOf::ValueToReference)
         .judged(Target::ratio_between(1.0, 1.0));
     let missed = Figure::alone("tenants-isolation-overwritten", "records", &sum(|round| round.missed));
-    let refused =
-        Figure::alone("tenants-isolation-refused", "operations", &sum(|round| round.victim.refused.values().sum()));
+    let refused = Figure::alone(
+        "tenants-isolation-refused",
+        "operations",
+        &sum(|round| round.victim.refused.values().sum()),
+    );
     [recorded, missed.judged(Target::value_at_most(0.0)), refused.judged(Target::value_at_most(0.0))]
 }
 

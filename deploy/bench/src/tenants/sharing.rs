@@ -110,10 +110,13 @@ impl Hall {
                 bench.progress.detail(&format!("{guests} guests, {size} B"));
                 let rounds = self.rounds(bench, guests, size).await?;
                 for (way, points) in points.iter_mut().enumerate() {
-                    points.push((f64::from(size), of(&rounds[way], |round| round.packets_per_second).median()));
+                    points
+                        .push((f64::from(size), of(&rounds[way], |round| round.packets_per_second).median()));
                 }
                 report.figures.extend(figures(guests, size, &rounds));
-                rows.extend(Way::ALL.iter().zip(&rounds).map(|(way, rounds)| row(*way, guests, size, rounds)));
+                rows.extend(
+                    Way::ALL.iter().zip(&rounds).map(|(way, rounds)| row(*way, guests, size, rounds)),
+                );
             }
             let lines = Way::ALL.iter().zip(points).map(|(way, points)| Line {
                 name: way.name().into(),
@@ -129,9 +132,11 @@ impl Hall {
                 lines: lines.collect(),
             });
         }
-        let header = ["way, guests, bytes", "packets/s", "min..max", "copied B/packet", "server s/GB", "all s/GB"];
+        let header =
+            ["way, guests, bytes", "packets/s", "min..max", "copied B/packet", "server s/GB", "all s/GB"];
         report.tables.push(Sheet {
-            title: "Sharing a device: one batch of 128 packets under way for each guest, over mutual TLS".into(),
+            title: "Sharing a device: one batch of 128 packets under way for each guest, over mutual TLS"
+                .into(),
             header: header.map(String::from).into(),
             rows,
         });

@@ -39,7 +39,8 @@ impl Stage {
         for number in 1..=GUESTS.len() as u16 {
             arguments.extend(["--device".into(), format!("{}={}", address(number), device_name(number))]);
         }
-        let server = Server::start(binaries, &ServerOptions { arguments, ..ServerOptions::default() }).await?;
+        let server =
+            Server::start(binaries, &ServerOptions { arguments, ..ServerOptions::default() }).await?;
         let own = binaries.caller.clone().context("cargo did not say where this program is")?;
         Ok(Self { server, hypervisor: None, guests: Vec::new(), own })
     }
@@ -53,9 +54,8 @@ impl Stage {
     /// Starts the process of a device that does what it is told.
     pub(super) async fn generator(&self, number: u16, humble: bool) -> anyhow::Result<Peer> {
         let role = Role::Device(address(number));
-        let mut arguments = vec!["--device".to_owned(), address(number).to_string()];
-        arguments.extend(humble.then(|| "--humble".to_owned()));
-        self.peer("device", device_name(number), role, arguments).await
+        let arguments = vec!["--device".to_owned(), address(number).to_string()];
+        self.peer("device", device_name(number), role, arguments, humble).await
     }
 
     /// Starts the hypervisor and then the guests; the last one runs humbly and with limits if it is so said.
@@ -68,14 +68,15 @@ impl Stage {
             arguments.extend(["--device".to_owned(), address(0).to_string()]);
         }
         arguments.extend(last_is_limited.then(|| "--limited".to_owned()));
-        let hypervisor = self.peer("hypervisor", HYPERVISOR.to_owned(), Role::Hypervisor, arguments).await?;
+        let hypervisor =
+            self.peer("hypervisor", HYPERVISOR.to_owned(), Role::Hypervisor, arguments, false).await?;
         for ((guest, &vm), number) in GUESTS.into_iter().zip(&hypervisor.vms).zip(1..) {
             let owner = Owner::Vm(vm);
             let mut arguments = vec!["--owner".to_owned(), owner.to_string()];
             arguments.extend(["--device".to_owned(), address(number).to_string()]);
             let is_humble = last_is_limited && usize::from(number) == GUESTS.len();
-            arguments.extend(is_humble.then(|| "--humble".to_owned()));
-            let guest = self.peer("guest", guest.to_owned(), Role::Driver(owner), arguments).await?;
+            let role = Role::Driver(owner);
+            let guest = self.peer("guest", guest.to_owned(), role, arguments, is_humble).await?;
             self.guests.push(guest);
         }
         self.hypervisor = Some(hypervisor);
@@ -88,13 +89,15 @@ impl Stage {
         name: String,
         role: Role,
         arguments: Vec<String>,
+        humble: bool,
     ) -> anyhow::Result<Peer> {
         self.server.admit(&Identity { name: name.clone(), role })?;
-        let mut all: Vec<String> = ["--part", part, "--server", self.server.endpoint()].map(String::from).into();
+        let mut all: Vec<String> =
+            ["--part", part, "--server", self.server.endpoint()].map(String::from).into();
         all.extend(["--name".to_owned(), name.clone()]);
         all.extend(arguments);
         let log = self.server.path(&format!("{name}.log"));
-        Peer::start(&self.own, &name, &all, &self.server.pki(), log).await
+        Peer::start(&self.own, &name, &all, &self.server.pki(), log, humble).await
     }
 
     /// Ends the server; the others end when they are dropped.
