@@ -317,17 +317,17 @@ async fn i7_a_watch_on_a_number_ends_with_the_machine_and_shows_nothing_of_the_n
     let (a, b) = (Hypervisor::open(&server, "a").await, Hypervisor::open(&server, "b").await);
     a.create("first", Some(7)).await.unwrap();
     let filter = Some(pb::FaultFilter { owner: Some(vm_owner(7)), device: None });
-    let watch = pb::WatchFaultsRequest { filter: filter.clone(), resume_token: String::new() };
+    let watch = pb::WatchFaultsRequest { filter, resume_token: String::new() };
     let mut watching = support::faults(&a.channel).watch(watch).await.unwrap().into_inner();
     watching.message().await.unwrap().expect("it stands");
     a.destroy(7).await.unwrap();
     b.create("second", Some(7)).await.unwrap();
     b.assign(ENGINE2, 7).await.unwrap();
     let mut agent = Agent::attach(&server, ENGINE2).await;
-    assert_eq!(agent.write(0xdead_000, &[0; 4]).await, Err(NOT_MAPPED));
+    assert_eq!(agent.write(0x0dea_d000, &[0; 4]).await, Err(NOT_MAPPED));
     let list = pb::ListFaultsRequest { filter, limit: 0 };
     eventually("its own hypervisor sees the fault", async || {
-        let listed = support::faults(&b.channel).list(list.clone()).await.unwrap().into_inner();
+        let listed = support::faults(&b.channel).list(list).await.unwrap().into_inner();
         !listed.records.is_empty()
     })
     .await;
