@@ -34,7 +34,7 @@ impl Random {
         Self(place.iter().fold(mixed(seed), |state, part| mixed(state ^ mixed(*part))) | 1)
     }
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -42,7 +42,7 @@ impl Random {
     }
     /// A number below `end`.
     pub fn below(&mut self, end: u64) -> u64 {
-        (self.next() >> 16) % end
+        (self.draw() >> 16) % end
     }
     /// One of these.
     pub fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
@@ -58,7 +58,7 @@ mod tests {
     fn numbers_follow_from_seed_and_place_alone() {
         let draw = |seed, place: &[u64]| {
             let mut random = Random::of(seed, place);
-            [random.next(), random.next(), random.below(10)]
+            [random.draw(), random.draw(), random.below(10)]
         };
         assert_eq!(draw(7, &[1, 2]), draw(7, &[1, 2]));
         for other in [draw(8, &[1, 2]), draw(7, &[2, 1]), draw(7, &[1, 2, 0])] {

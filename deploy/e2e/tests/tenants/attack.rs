@@ -311,7 +311,7 @@ fn scan(at: u64) -> Vec<u64> {
     let mut places = vec![0, MEMORY, 0xfee0_0000, 0xffff_ffff, 1 << 47, (1 << 48) - 8, 1 << 57, u64::MAX - 4];
     while places.len() < SCANNED {
         let bits = 12 + random.below(52);
-        places.push(random.next() >> (64 - bits));
+        places.push(random.draw() >> (64 - bits));
     }
     places
 }

@@ -98,11 +98,11 @@ impl Attack {
     pub(crate) fn of(seed: u64, tenant: u64, step: u64) -> Self {
         let mut random = Random::of(seed, &[tenant, ATTACK, step]);
         match random.below(13) {
-            0 => Self::Scan { at: random.next() },
-            1 => Self::Storm { at: random.next() },
+            0 => Self::Scan { at: random.draw() },
+            1 => Self::Storm { at: random.draw() },
             2 => Self::OthersAddresses,
             3 => Self::Translated { address_type: random.one_of(&[1, 2]) },
-            4 => Self::ForgedMsi { at: random.next() },
+            4 => Self::ForgedMsi { at: random.draw() },
             5 => Self::Malformed { kind: random.one_of(&[3, 4, 5, 6, 77, 255]) },
             6 => Self::Broken { how: random.one_of(&[0, 1, 2, 3]) },
             7 => Self::Stale,
