@@ -202,8 +202,17 @@ impl Core {
         F: Fn(Channel) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        let ended = tokio::time::timeout(self.deadline, self.call_once_at_length(attempt)).await;
-        ended.unwrap_or(Err(TransportError::Deadline { waited: self.deadline, last: None }.into()))
+        self.call_once_within(self.deadline, attempt).await
+    }
+
+    async fn call_once_within<E, T, F, A>(&self, deadline: Duration, attempt: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: Fn(Channel) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let ended = tokio::time::timeout(deadline, self.call_once_at_length(attempt)).await;
+        ended.unwrap_or(Err(TransportError::Deadline { waited: deadline, last: None }.into()))
     }
 
     /// The same without a deadline, for transfers that take as long as they take.
@@ -252,6 +261,27 @@ impl Core {
         self.call_once(|channel| method(channel, self.request(message.clone()))).await
     }
 
+    /// The same with a deadline of its own.
+    pub(crate) async fn unary_once_within<E, M, T, F, A>(
+        &self,
+        deadline: Duration,
+        message: M,
+        method: F,
+    ) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        M: Clone,
+        F: Fn(Channel, Request<M>) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        self.call_once_within(deadline, |channel| {
+            let mut request = Request::new(message.clone());
+            request.set_timeout(deadline);
+            method(channel, request)
+        })
+        .await
+    }
+
     /// The deadline of a call.
     pub(crate) fn deadline(&self) -> Duration {
         self.deadline
@@ -280,13 +310,10 @@ pub(crate) fn may_retry(status: &Status) -> bool {
     }
 }
 
-/// Whether the server does not know the token any more: it has reclaimed the session, or was started anew. Name and role were good
-/// before, so a refused identity says the same.
+/// Whether the server does not know the token any more: it has reclaimed the session, or was started anew. An identity that is refused says
+/// nothing about the token, which the server has not looked at then.
 fn is_forgotten(error: &SdkError<SessionError>) -> bool {
-    matches!(
-        error,
-        SdkError::Refused(SessionError::IdentityRefused(_)) | SdkError::Call(CallError::BadResumeToken(_))
-    )
+    matches!(error, SdkError::Refused(SessionError::BadResumeToken(_)))
 }
 
 /// Whether what the session held is there again when it is opened with its token. Who holds nothing opens afresh.

@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status};
 
 use crate::connection::Core;
 use crate::convert::bad_answer;
-use crate::guest::without_refusal;
+use crate::error::without_refusal;
 use crate::guest_memory::GuestMemory;
 use crate::requests::Requests;
 use crate::{

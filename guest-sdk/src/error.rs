@@ -106,6 +106,15 @@ impl WireError for Never {
     }
 }
 
+/// An error of a call that has no refusals, as one of any other call.
+pub(crate) fn without_refusal<E>(error: SdkError<Never>) -> SdkError<E> {
+    match error {
+        SdkError::Refused(never) => match never {},
+        SdkError::Call(error) => SdkError::Call(error),
+        SdkError::Transport(error) => SdkError::Transport(error),
+    }
+}
+
 /// What a refused status means to the caller.
 pub(crate) fn of_status<E: WireError>(status: &Status) -> SdkError<E> {
     if let Some(refusal) = E::from_status(status) {

@@ -1,27 +1,21 @@
 //! What the driver of a virtual machine has beside that of the host: memory of its own, and a hypervisor to ask.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use iommu_proto::limits::HYPERCALL_TIMEOUT_MS;
 use iommu_proto::pb;
 use iommu_types::errors::{AllocateError, HypercallError, InvalidField, MemoryError, OutOfMemory};
 use iommu_types::{DeviceAddress, GpaRange, Protection};
 
 use crate::driver::{DriverCore, client};
+use crate::error::without_refusal;
 use crate::guest_memory::{self, GuestMemory};
 use crate::{Driver, Memory, Never, SdkError};
 
 /// Zeros that are sent in one piece; larger buffers are zeroed piece by piece.
 const ZEROS: Bytes = Bytes::from_static(&[0; 64 << 10]);
-
-/// An error of a call that has no refusals, as one of any other call.
-pub(crate) fn without_refusal<E>(error: SdkError<Never>) -> SdkError<E> {
-    match error {
-        SdkError::Refused(never) => match never {},
-        SdkError::Call(error) => SdkError::Call(error),
-        SdkError::Transport(error) => SdkError::Transport(error),
-    }
-}
 
 impl DriverCore {
     /// The memory that the hypervisor gave, as it is now; buffers are allocated in it from now on.
@@ -147,10 +141,15 @@ impl Driver {
     /// ```
     pub async fn hypercall(&self, payload: impl Into<Bytes>) -> Result<Bytes, SdkError<HypercallError>> {
         let message = pb::HypercallRequest { payload: payload.into() };
+        // The server's own answer, that nobody answered, takes as long.
+        let longer = Duration::from_millis(HYPERCALL_TIMEOUT_MS.into());
+        let deadline = self.inner.core.deadline().saturating_add(longer);
         let answer = self
             .inner
             .core
-            .unary_once(message, |channel, request| async move { client(channel).hypercall(request).await })
+            .unary_once_within(deadline, message, |channel, request| async move {
+                client(channel).hypercall(request).await
+            })
             .await?;
         Ok(answer.payload)
     }

@@ -27,11 +27,27 @@ async fn an_observer_comes_back_though_it_has_nothing_to_resume() {
 async fn a_token_that_the_server_does_not_know_any_more_is_lost_state() {
     let fake = Fake::default();
     let driver = fake.driver().await;
-    let unknown = errors::IdentityRefused { name: "net-driver".into(), why: "unknown token".into() };
+    let unknown = errors::BadResumeToken { token: "01010101...".into() };
     fake.state().open_refusals.push_back(unknown.into_status());
     fake.lose_sessions();
     let refused = soon("an end", driver.allocate(4096)).await.expect_err("what it held is gone");
     assert_eq!(refused, SdkError::Transport(TransportError::StateLost));
+}
+
+#[tokio::test]
+async fn a_refused_identity_says_nothing_about_the_token() {
+    let fake = Fake::default();
+    let driver = fake.driver().await;
+    let refused =
+        errors::IdentityRefused { name: "net-driver".into(), why: "the certificate is for iommuctl".into() };
+    fake.state().open_refusals.push_back(refused.clone().into_status());
+    fake.lose_sessions();
+    let told = soon("an end", driver.allocate(4096)).await.expect_err("it is not opened");
+    assert_eq!(told, SdkError::Transport(TransportError::SessionRefused(refused.into())));
+    // Once it is admitted again it comes back to what it has.
+    fake.answer("allocate_buffer", pb::AllocateBufferResponse { gpa: 0x1000, size_bytes: 4096 });
+    soon("an answer", driver.allocate(4096)).await.expect("the session goes on");
+    assert!(fake.state().opens.last().is_some_and(|open| open.resume_token == vec![1; 16]));
 }
 
 #[tokio::test]

@@ -28,6 +28,10 @@ struct Loopback {
     gate: Option<Arc<Semaphore>>,
     /// It tells nothing of the last packet of a batch.
     forgetful: bool,
+    /// It does not answer in time.
+    silent: bool,
+    /// How many commands it was given.
+    commands: Arc<Mutex<u32>>,
 }
 
 impl Backend for Loopback {
@@ -35,11 +39,14 @@ impl Backend for Loopback {
         if let Some(gate) = &self.gate {
             gate.acquire().await.expect("open").forget();
         }
+        *self.commands.lock().expect("no panic") += 1;
+        if self.silent {
+            return vec![Err(DeviceFailure::timeout("no interrupt")); packets.len()];
+        }
         self.taken.lock().expect("no panic").extend(packets.iter().cloned());
         let told = packets.len() - usize::from(self.forgetful);
         let failed = |packet: &Bytes| packet.first() == Some(&0xee);
-        let outcome =
-            |packet| if failed(packet) { Err(DeviceFailure { why: "0xee".into() }) } else { Ok(()) };
+        let outcome = |packet| if failed(packet) { Err(DeviceFailure::new("0xee")) } else { Ok(()) };
         packets[..told].iter().map(outcome).collect()
     }
 
@@ -125,12 +132,10 @@ async fn packets_are_copied_both_ways_and_each_is_answered_for() {
 async fn i2_memory_that_is_not_the_guests_own_is_not_touched() {
     let fake = Fake::default();
     fake.state().memory = vec![7; 0x8000];
-    // Asked for anew each time that something is not covered: in the end there is more.
-    for size_bytes in [0x1000, 0x1000, 0x2000] {
-        fake.answer(
-            "list_vms",
-            pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, size_bytes)]), vm(2, &[(0x4000, 0x1000)])] },
-        );
+    // Asked for anew for each guest that names what it does not have, and not again at once: in the end there is more.
+    for more in [None, Some((0x6000, 0x1000))] {
+        let first: Vec<(u64, u64)> = [(0x1000, 0x1000)].into_iter().chain(more).collect();
+        fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &first), vm(2, &[(0x4000, 0x1000)])] });
     }
     let backend = Loopback::default();
     let of_another = [
@@ -138,7 +143,7 @@ async fn i2_memory_that_is_not_the_guests_own_is_not_touched() {
         Entry::transmit(range(0x1000, 8)),
         Entry::receive(range(0x1ff8, 9)),
     ];
-    let later = [Entry::receive(range(0x2000, 8))];
+    let later = [Entry::receive(range(0x6000, 8))];
     let calls =
         vec![(1, 1, batch(&of_another)), (2, 1, batch(&later)), (3, 1, batch(&later)), (4, 3, batch(&later))];
     let counters = multiplex(&fake, calls, backend.clone()).await;
@@ -208,6 +213,87 @@ async fn a_packet_of_which_the_device_tells_nothing_has_failed() {
     let backend = Loopback { forgetful: true, ..Loopback::default() };
     multiplex(&fake, vec![(1, 1, batch(&entries))], backend).await;
     assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![Ended::Done { bytes: 8 }, Ended::DeviceFailed]));
+}
+
+#[tokio::test]
+async fn i7_a_batch_of_many_commands_lets_others_in_between() {
+    let fake = Fake::default();
+    fake.state().memory = (0..0x8000_u32).map(|index| index as u8).collect();
+    fake.answer(
+        "list_vms",
+        pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)]), vm(2, &[(0x1000, 0x1000)])] },
+    );
+    let gate = Arc::new(Semaphore::new(0));
+    let backend = Loopback { gate: Some(Arc::clone(&gate)), ..Loopback::default() };
+    let alternating: Vec<Entry> = (0..4)
+        .flat_map(|index| [Entry::transmit(range(0x1000 + index, 1)), Entry::receive(range(0x1800, 1))])
+        .collect();
+    let calls = vec![(1, 1, batch(&alternating)), (2, 2, batch(&[Entry::transmit(range(0x1080, 1))]))];
+    multiplex(&fake, calls, backend.clone()).await;
+    gate.add_permits(2);
+    assert_eq!(
+        reply(&fake, 2).await,
+        Reply::Ended(vec![Ended::Done { bytes: 1 }]),
+        "it need not wait for all"
+    );
+    gate.add_permits(10);
+    assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![Ended::Done { bytes: 1 }; 8]));
+    let order: Vec<u8> = backend.taken.lock().expect("no panic").iter().map(|packet| packet[0]).collect();
+    assert_eq!(order, [0, 0x80, 1, 2, 3], "and each batch is in its order");
+}
+
+#[tokio::test]
+async fn i7_a_device_that_does_not_answer_is_waited_for_once_in_a_batch() {
+    let fake = Fake::default();
+    fake.state().memory = vec![0; 0x8000];
+    fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)])] });
+    let backend = Loopback { silent: true, ..Loopback::default() };
+    let entries = [
+        Entry::transmit(range(0x1000, 1)),
+        Entry::receive(range(0x1800, 1)),
+        Entry::transmit(range(0x1000, 1)),
+    ];
+    multiplex(&fake, vec![(1, 1, batch(&entries))], backend.clone()).await;
+    assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![Ended::DeviceFailed; 3]));
+    assert_eq!(*backend.commands.lock().expect("no panic"), 1);
+}
+
+#[tokio::test]
+async fn i2_a_batch_that_waited_for_too_long_is_not_carried_out_late() {
+    let fake = Fake::default();
+    fake.state().memory = vec![7; 0x8000];
+    fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)])] });
+    let hypervisor = fake.hypervisor().await;
+    let (gate, late) = (Arc::new(Semaphore::new(0)), Duration::from_millis(50));
+    let backend = Loopback { gate: Some(Arc::clone(&gate)), ..Loopback::default() };
+    let payload = |entry| batch(&[entry]);
+    fake.state().hypercalls = [vec![
+        call(1, 1, payload(Entry::transmit(range(0x1000, 1)))),
+        call(2, 1, payload(Entry::receive(range(0x1100, 8)))),
+    ]]
+    .into();
+    let multiplexer = Multiplexer::new(hypervisor, backend).longest_wait(late);
+    let counters = multiplexer.counters();
+    tokio::spawn(multiplexer.run());
+    // The first has begun, and the second waits behind it.
+    tokio::time::sleep(late * 4).await;
+    gate.add_permits(1);
+    assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![Ended::Done { bytes: 1 }]));
+    let refused = async {
+        loop {
+            let answer = fake.state().hypercall_answers.iter().find(|answer| answer.tag == 2).cloned();
+            match answer {
+                Some(answer) => return answer.refused,
+                None => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+    };
+    assert!(soon("the refusal", refused).await.contains("too long"));
+    assert_eq!(counters.total().refused, 1);
+    assert!(
+        fake.state().memory[0x1100..0x1108].iter().all(|byte| *byte == 7),
+        "the guest's memory is as it was"
+    );
 }
 
 #[tokio::test]

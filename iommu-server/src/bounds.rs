@@ -43,7 +43,7 @@ pub const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// Connections accepted and not yet taken up by the transport.
 pub const ACCEPTED_QUEUE_MAX: usize = 16;
 /// Connections at once of one certified identity; the oldest makes room. Agents and drivers need one, tools a few.
-pub const CONNECTIONS_PER_PEER_MAX: usize = 64;
+pub const CONNECTIONS_PER_PEER_MAX: usize = 16;
 const _: () = assert!(CONNECTIONS_PER_PEER_MAX + ANONYMOUS_CONNECTIONS_MAX < CONNECTIONS_MAX);
 /// How long a TLS handshake may take: two round trips and a signature, on a bad network. Handshakes under way are anonymous connections, so
 /// there are at most [`ANONYMOUS_CONNECTIONS_MAX`], and the oldest makes room.
@@ -54,6 +54,8 @@ pub const ALERT_LINGER: Duration = Duration::from_secs(1);
 pub const ALERT_LINGER_BYTES: u64 = 64 << 10;
 /// How often certificates are looked at: whether their files have changed, and whether one that is in use has expired or was revoked.
 pub const CERTIFICATES_TICK: Duration = Duration::from_secs(1);
+/// How often the same failure to read certificates anew is logged; it is tried again with every look at them.
+pub const RELOAD_FAILURE_TOLD_AGAIN: Duration = Duration::from_secs(60);
 /// Bytes of a certificate, key or list that is read: a list with a hundred thousand entries has a few megabytes.
 pub const CERTIFICATE_FILE_BYTES_MAX: u64 = 16 << 20;
 /// The server warns once a day when its own certificate has less than this left.
@@ -111,12 +113,13 @@ pub const DMA_BYTES_PER_SECOND_MAX: u64 = 64 << 30;
 pub const RATE_BURST: Duration = Duration::from_millis(100);
 /// How long somebody waits who was refused because of a rate, at least and at most: a flood then costs some hundred refusals a second.
 pub const RATE_PENALTY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
-/// Calls of one owner's driver under way, streams included: its connections' worth of registers, maps and watchers.
-pub const CALLS_PER_OWNER_MAX: usize = 512;
+/// Calls of one owner's driver that are not answered yet: most of what its connection allows. Streams count until they stand; then they are subscriptions.
+pub const CALLS_PER_OWNER_MAX: usize = 240;
+// One peer, whatever it calls, leaves half of all calls to the others.
+const _: () = assert!(CONNECTIONS_PER_PEER_MAX * STREAMS_PER_CONNECTION_MAX as usize <= CALLS_MAX / 2);
+const _: () = assert!(CALLS_PER_OWNER_MAX < STREAMS_PER_CONNECTION_MAX as usize);
 /// Subscriptions of one owner's driver.
 pub const WATCHERS_PER_OWNER_MAX: usize = 64;
-/// Connections of one identity: tools come and go, an agent and a driver need one.
-pub const CONNECTIONS_PER_IDENTITY_MAX: usize = 64;
 /// Functions of one owner. With `DMA_CREDITS` each it bounds the DMA that an owner has in flight.
 pub const FUNCTIONS_PER_OWNER_MAX: usize = 256;
 /// Bytes of memory that cost a driver as much as one request.
@@ -142,10 +145,16 @@ pub const DUMP_ENTRIES_MAX: usize = 4 << 20;
 pub const HYPERVISORS_MAX: usize = 64;
 /// Virtual machines of one hypervisor.
 pub const VMS_PER_HYPERVISOR_MAX: usize = 256;
+/// Functions that one hypervisor declares.
+pub const FUNCTIONS_PER_HYPERVISOR_MAX: usize = 512;
+const _: () = assert!(FUNCTIONS_PER_HYPERVISOR_MAX < DEVICES_MAX as usize / 4);
+/// Requests of one hypervisor in a second: it steers, and moves no data.
+pub const HYPERVISOR_REQUESTS_PER_SECOND_MAX: u32 = 20_000;
 /// Hypercalls of one virtual machine that wait for their answer: a ring's worth of requests, each a page at most.
 pub const HYPERCALLS_PER_VM_MAX: usize = 64;
 /// How long a guest waits for its hypervisor.
-pub const HYPERCALL_TIMEOUT: Duration = Duration::from_secs(10);
+pub const HYPERCALL_TIMEOUT: Duration =
+    Duration::from_millis(iommu_proto::limits::HYPERCALL_TIMEOUT_MS as u64);
 
 // ---- bare machines
 

@@ -18,8 +18,8 @@ Exit codes:
 When it is ready the server prints one line of JSON on standard output:
   {\"event\":\"ready\",\"listen\":[\"127.0.0.1:7450\"],\"unix\":[],\"admin\":\"127.0.0.1:7451\",\"pki\":\"/home/you/.local/state/iommu/pki\"}
 Peers show a certificate of the authority in the --pki directory. The first start makes the authority, and certificates for the server, for every
-device and driver of the configuration, and for an operator (iommuctl), an observer (observer) and a bare-machine client (bare); others are made
-by `iommuctl pki`. SIGHUP reads certificates anew, and so does a change of their files.
+device and driver of the configuration, and for an operator (iommuctl), an observer (observer), a bare-machine client (bare) and a hypervisor (hv0);
+others are made by `iommuctl pki`. SIGHUP reads certificates anew, and so does a change of their files.
 Logs go to standard error. Port 0 takes any free port; the ready line says which.";
 
 /// An IOMMU that is a network service: physical memory, a VT-d remapping unit, and the host software that programs it.

@@ -33,7 +33,7 @@ async fn i8_a_session_is_checked_against_the_configuration() {
                 resume_token: Bytes::from_static(&[1; 16]),
                 ..open_request("driver0", driver_role(0))
             },
-            "IDENTITY_REFUSED",
+            "BAD_RESUME_TOKEN",
         ),
     ];
     for (request, expected) in cases {

@@ -310,3 +310,94 @@ async fn i7_limits_of_a_virtual_machine_refuse_by_name_and_are_told() {
     );
     assert!(limit("requests_per_second").refused_count >= refusals);
 }
+
+#[tokio::test]
+async fn i7_a_watch_on_a_number_ends_with_the_machine_and_shows_nothing_of_the_next() {
+    let server = server().await;
+    let (a, b) = (Hypervisor::open(&server, "a").await, Hypervisor::open(&server, "b").await);
+    a.create("first", Some(7)).await.unwrap();
+    let filter = Some(pb::FaultFilter { owner: Some(vm_owner(7)), device: None });
+    let watch = pb::WatchFaultsRequest { filter: filter.clone(), resume_token: String::new() };
+    let mut watching = support::faults(&a.channel).watch(watch).await.unwrap().into_inner();
+    watching.message().await.unwrap().expect("it stands");
+    a.destroy(7).await.unwrap();
+    b.create("second", Some(7)).await.unwrap();
+    b.assign(ENGINE2, 7).await.unwrap();
+    let mut agent = Agent::attach(&server, ENGINE2).await;
+    assert_eq!(agent.write(0xdead_000, &[0; 4]).await, Err(NOT_MAPPED));
+    let list = pb::ListFaultsRequest { filter, limit: 0 };
+    eventually("its own hypervisor sees the fault", async || {
+        let listed = support::faults(&b.channel).list(list.clone()).await.unwrap().into_inner();
+        !listed.records.is_empty()
+    })
+    .await;
+    let shown = tokio::time::timeout(std::time::Duration::from_millis(300), watching.message()).await;
+    assert!(shown.is_err(), "{shown:?}");
+    assert_eq!(refused(support::faults(&a.channel).list(list).await), "NOT_YOURS");
+}
+
+#[tokio::test]
+async fn memory_is_cut_out_of_a_direct_map_in_one_piece() {
+    let world = World::new().await;
+    world.hypervisor.assign(ENGINE2, 1).await.unwrap();
+    let mut agent = Agent::attach(&world.server, ENGINE2).await;
+    let domain = world.a.create_domain(mode(pb::Protection::Passthrough)).await.unwrap();
+    world.a.attach(ENGINE2, Some(domain)).await.unwrap();
+    agent.write(AT + PAGE, &[1; 8]).await.unwrap();
+    assert_eq!(world.hypervisor.remove(1, AT + PAGE, 1, Revoke).await.unwrap(), 1);
+    assert_eq!(agent.write(AT + PAGE, &[2; 8]).await, Err(NOT_MAPPED));
+    for open in [AT, AT + 2 * PAGE, AT + 15 * PAGE] {
+        agent.write(open, &[3; 8]).await.unwrap();
+    }
+}
+
+fn bridge(secondary_bus: u32, subordinate_bus: u32, acs: bool) -> pb::PciFunction {
+    let bridge = pb::Bridge { secondary_bus, subordinate_bus };
+    pb::PciFunction { kind: Some(pb::pci_function::Kind::Bridge(bridge)), acs }
+}
+fn endpoint(acs: bool) -> pb::PciFunction {
+    pb::PciFunction { kind: Some(pb::pci_function::Kind::Endpoint(pb::Endpoint {})), acs }
+}
+
+#[tokio::test]
+async fn a_group_moves_as_a_whole_and_nobody_gets_a_part_or_a_bridge() {
+    let world = World::new().await;
+    let (port, one, two, other) = (0x00e0, 0x0100, 0x0108, 0x0200);
+    world.hypervisor.declare(port, "port", bridge(1, 1, false)).await.unwrap();
+    world.hypervisor.declare(one, "one", endpoint(true)).await.unwrap();
+    world.hypervisor.declare(two, "two", endpoint(true)).await.unwrap();
+    world.hypervisor.declare(other, "other", endpoint(true)).await.unwrap();
+    assert_eq!(world.hypervisor.assign(one, 1).await.unwrap(), [device(one), device(two)]);
+    assert_eq!(refused(world.hypervisor.assign(port, 1).await), "NOT_ASSIGNABLE");
+    let operator = support::operator(&world.server).await;
+    let attach = |source, owner| {
+        let request =
+            pb::AttachToOwnerRequest { device: Some(device(source)), owner: Some(owner), domain_id: None };
+        let mut admin = support::admin(&operator);
+        async move { admin.attach_to_owner(request).await }
+    };
+    // Twice: the first refusal leaves nothing half done.
+    for _ in 0..2 {
+        assert_eq!(refused(attach(port, vm_owner(1)).await), "NOT_ASSIGNABLE");
+        assert_eq!(refused(attach(two, vm_owner(2)).await), "GROUP_IN_USE");
+    }
+    attach(other, vm_owner(2)).await.unwrap();
+    assert_eq!(world.hypervisor.assign(two, 2).await.unwrap(), [device(one), device(two)], "the group moves");
+    let owners: Vec<_> =
+        world.hypervisor.functions().await.into_iter().map(|function| function.owner).collect();
+    assert_eq!(owners.iter().filter(|owner| **owner == Some(vm_owner(2))).count(), 3, "{owners:?}");
+    // Another hypervisor cannot spoil the groups of this one, nor lean on its functions.
+    let spoiler = Hypervisor::open(&world.server, "spoiler").await;
+    assert_eq!(refused(spoiler.declare(0x00e8, "wide", bridge(2, 9, false)).await), "INVALID_FIELD");
+    let of_other = pb::VirtualFunction { physical: Some(device(other)) };
+    let kind = Some(pb::pci_function::Kind::VirtualFunction(of_other));
+    let function = pb::PciFunction { kind, acs: true };
+    assert_eq!(refused(spoiler.declare(0x0201, "vf", function).await), "INVALID_FIELD");
+    // What a hypervisor declared goes with it, bridges too.
+    let World { server, hypervisor, .. } = world;
+    drop(hypervisor);
+    eventually("its functions are forgotten", async || {
+        server.host.topology.read().devices().all(|entry| entry.declared_by.is_none())
+    })
+    .await;
+}

@@ -5,10 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use iommu_types::{Identity, Role};
+use iommu_types::{AUTHORITY_FILE, Identity, Role};
 
-/// Name of the authority's certificate in a directory.
-const AUTHORITY: &str = "ca.crt";
 /// Names the directory where no flag does.
 const DIRECTORY_VARIABLE: &str = "IOMMU_PKI";
 
@@ -163,7 +161,7 @@ impl Credentials {
         let directory = || self.directory.clone().map_or_else(default_directory, Ok);
         let authority = match &self.authority {
             Some(path) => path.clone(),
-            None => directory()?.join(AUTHORITY),
+            None => directory()?.join(AUTHORITY_FILE),
         };
         let credential = match &self.credential {
             Some(path) => path.clone(),
@@ -184,7 +182,7 @@ fn issue_command(identity: &Identity) -> String {
 }
 
 pub(crate) fn missing(path: &Path, identity: &Identity) -> CredentialError {
-    let remedy = if path.file_name().is_some_and(|name| name == AUTHORITY) {
+    let remedy = if path.file_name().is_some_and(|name| name == AUTHORITY_FILE) {
         "start iommu-server once (it makes one in its --pki directory) and give that directory, or copy the file from the server's machine"
             .to_owned()
     } else {

@@ -29,6 +29,10 @@ pub const HYPERCALL_BYTES_MAX: usize = 4096;
 /// Longest explanation that a hypervisor gives for a refused hypercall, in bytes.
 pub const HYPERCALL_REFUSED_BYTES_MAX: usize = 256;
 
+/// How long a guest's hypercall waits for its hypervisor's answer, in milliseconds. Who asks must wait longer to be told of it, and who answers
+/// must not begin later: the guest may have put its memory to other use.
+pub const HYPERCALL_TIMEOUT_MS: u32 = 10_000;
+
 /// Longest time that memory may be waited for before it is taken from a virtual machine, in milliseconds.
 pub const REVOCATION_WAIT_MS_MAX: u32 = 30_000;
 

@@ -3,7 +3,8 @@
 //! In TLS 1.3 a client is done before the server has seen its certificate, so a refusal comes as an alert on the first read, under HTTP/2,
 //! which keeps of it a text at most. The stream here sees the alert itself and leaves it in a [`Trouble`] that whoever connects can ask.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +23,9 @@ use crate::credentials::{CredentialError, Credentials, Files, Refused, missing, 
 
 /// The protocol inside: HTTP/2.
 pub const ALPN: &[u8] = b"h2";
+
+/// Largest file of a client: a chain of certificates and a key, or a few authorities, have some kilobytes.
+const CREDENTIAL_BYTES_MAX: u64 = 1 << 20;
 
 /// What certificates had to do with the end of a connection, or of an attempt at one.
 #[derive(Clone, Debug, Default)]
@@ -47,7 +51,15 @@ pub(crate) struct TlsPeer {
 }
 
 fn read(path: &Path, identity: &Identity) -> Result<Vec<u8>, CredentialError> {
-    std::fs::read(path).map_err(|reason| match reason.kind() {
+    let bounded = || {
+        let mut bytes = Vec::new();
+        File::open(path)?.take(CREDENTIAL_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > CREDENTIAL_BYTES_MAX {
+            return Err(io::Error::other("it is larger than certificates and a key are"));
+        }
+        Ok(bytes)
+    };
+    bounded().map_err(|reason: io::Error| match reason.kind() {
         io::ErrorKind::NotFound => missing(path, identity),
         _ => CredentialError::Unreadable { path: path.to_owned(), why: reason.to_string() },
     })
@@ -125,7 +137,10 @@ impl Watch {
         };
         let refuse = |reason| refused(&self.files.credential, reason, &self.identity);
         let meant = match error {
-            rustls::Error::AlertReceived(alert) => refuse(reason_of(*alert)),
+            rustls::Error::AlertReceived(alert) => match reason_of(*alert) {
+                Some(reason) => refuse(reason),
+                None => return,
+            },
             rustls::Error::InvalidCertificate(_) => CredentialError::ServerNotTrusted {
                 authority: self.files.authority.clone(),
                 why: error.to_string(),
@@ -137,15 +152,22 @@ impl Watch {
     }
 }
 
-fn reason_of(alert: AlertDescription) -> Refused {
+/// What an alert says about our certificate; `None` for those that say something else, such as that no protocol is common to both: those are failures of
+/// the handshake, which the error itself tells.
+fn reason_of(alert: AlertDescription) -> Option<Refused> {
     match alert {
-        AlertDescription::CertificateExpired => Refused::Expired,
-        AlertDescription::CertificateRevoked => Refused::Revoked,
-        AlertDescription::UnknownCA => Refused::UnknownAuthority,
-        AlertDescription::CertificateRequired => Refused::NoCertificate,
+        AlertDescription::CertificateExpired => Some(Refused::Expired),
+        AlertDescription::CertificateRevoked => Some(Refused::Revoked),
+        AlertDescription::UnknownCA => Some(Refused::UnknownAuthority),
+        AlertDescription::CertificateRequired => Some(Refused::NoCertificate),
         // What remains when the chain is good: what the certificate says.
-        AlertDescription::CertificateUnknown => Refused::NoIdentity,
-        other => Refused::Other(format!("{other:?}")),
+        AlertDescription::CertificateUnknown => Some(Refused::NoIdentity),
+        AlertDescription::BadCertificate
+        | AlertDescription::UnsupportedCertificate
+        | AlertDescription::AccessDenied
+        // The signature that proves that the key is ours.
+        | AlertDescription::DecryptError => Some(Refused::Other(format!("{alert:?}"))),
+        _ => None,
     }
 }
 
@@ -193,5 +215,30 @@ impl AsyncWrite for Watched {
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_alerts_about_certificates_are_a_refused_certificate() {
+        let other = |words: &str| Some(Refused::Other(words.to_owned()));
+        for (alert, expected) in [
+            (AlertDescription::CertificateExpired, Some(Refused::Expired)),
+            (AlertDescription::CertificateRevoked, Some(Refused::Revoked)),
+            (AlertDescription::UnknownCA, Some(Refused::UnknownAuthority)),
+            (AlertDescription::CertificateRequired, Some(Refused::NoCertificate)),
+            (AlertDescription::CertificateUnknown, Some(Refused::NoIdentity)),
+            (AlertDescription::BadCertificate, other("BadCertificate")),
+            (AlertDescription::NoApplicationProtocol, None),
+            (AlertDescription::ProtocolVersion, None),
+            (AlertDescription::HandshakeFailure, None),
+            (AlertDescription::InternalError, None),
+            (AlertDescription::UnrecognisedName, None),
+        ] {
+            assert_eq!(reason_of(alert), expected, "{alert:?}");
+        }
     }
 }

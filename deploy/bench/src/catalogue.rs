@@ -4,6 +4,7 @@ use crate::in_process;
 use crate::modes;
 use crate::report::Report;
 use crate::stand::Bench;
+use crate::tenants;
 use crate::wire;
 
 /// One measurement: one or more figures.
@@ -49,6 +50,8 @@ pub(crate) const ALL: &[Measurement] = &[
         "modes-sanitizer",
         "instructions per DMA without a sanitizer in the code, with it off, and on",
     ),
+    measurement("tenants-iotlb", "hits beside a neighbour who thrashes, with the server's geometry and partitions"),
+    measurement("tenants-rates", "what paying for a batch of DMA costs, beside the batch"),
     measurement("start", "from spawning the server to its ready line"),
     measurement("latency-tcp", "one DMA in flight over TCP, beside the echo"),
     measurement("latency-unix", "one DMA in flight over a UNIX socket, beside the echo"),
@@ -57,6 +60,12 @@ pub(crate) const ALL: &[Measurement] = &[
     measurement("agents", "1 to 64 agents at once, the sum of all"),
     measurement("map-unmap-stream", "strict map and unmap over one stream, batches of 64"),
     measurement("modes-wire", "a receive ring over the wire in each mode, beside passthrough"),
+    measurement("tenants-tls", "DMA over mutual TLS beside plaintext, in batches and one at a time"),
+    measurement(
+        "tenants-sharing",
+        "packets of guests: a device of their own in four modes, or one shared by copying",
+    ),
+    measurement("tenants-isolation", "a victim beside a neighbour who keeps to its limits, or floods"),
     measurement("memory-session", "memory of the server per idle device session and per idle driver session"),
 ];
 
@@ -113,6 +122,11 @@ pub(crate) async fn run(measurement: Measurement, bench: &mut Bench) -> anyhow::
         "modes-copy" => modes::copies::copies(bench),
         "modes-tenants" => modes::tenants::tenants(bench),
         "modes-sanitizer" => modes::sanitizer::instructions(bench).await,
+        "tenants-iotlb" => tenants::iotlb::thrashed(bench),
+        "tenants-rates" => tenants::rates::payment(bench),
+        "tenants-tls" => tenants::secured::beside_plaintext(bench).await,
+        "tenants-sharing" => tenants::sharing::ways(bench).await,
+        "tenants-isolation" => tenants::isolation::beside_a_flood(bench).await,
         "start" => wire::start::ready(bench).await,
         "latency-tcp" => wire::latency::one_in_flight(bench, wire::Transport::Tcp).await,
         "latency-unix" => wire::latency::one_in_flight(bench, wire::Transport::Unix).await,

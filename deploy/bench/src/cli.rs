@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 use crate::modes::counted::DmaPath;
+use crate::tenants::actor;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -46,14 +47,16 @@ pub(crate) struct Cli {
 impl Cli {
     /// What the figures' names begin with; nothing means all of them.
     pub(crate) fn words(&self) -> Vec<String> {
-        if !matches!(self.role, Some(Role::Modes)) {
-            return self.only.clone();
-        }
+        let part = match self.role {
+            Some(Role::Modes) => MODES,
+            Some(Role::Tenants) => TENANTS,
+            _ => return self.only.clone(),
+        };
         if self.only.is_empty() {
-            return vec![MODES.to_owned()];
+            return vec![part.to_owned()];
         }
         let told = |word: &String| {
-            if word.starts_with(MODES) { word.clone() } else { format!("{MODES}-{word}") }
+            if word.starts_with(part) { word.clone() } else { format!("{part}-{word}") }
         };
         self.only.iter().map(told).collect()
     }
@@ -61,6 +64,8 @@ impl Cli {
 
 /// What the names of the measurements of protection modes begin with.
 const MODES: &str = "modes";
+/// Of those of tenants.
+const TENANTS: &str = "tenants";
 
 /// What this binary does.
 #[derive(Debug, Subcommand)]
@@ -70,6 +75,14 @@ pub(crate) enum Role {
     /// A replay of a NIC's rings in every mode, as event counts, modelled cycles and time, and what stands around it. Options as without
     /// it; names may be told without their "modes-". Instructions are counted where `valgrind` is installed.
     Modes,
+    /// Only what tenants cost and what they do to each other; options as without it.
+    ///
+    /// A device that is assigned and one that is shared in software, mutual TLS beside plaintext, and a tenant beside a neighbour who floods. Options
+    /// as without it; names may be told without their "tenants-".
+    Tenants,
+    /// A peer of the server in `tenants`: a hypervisor, a guest, or a device, asked on standard input.
+    #[command(hide = true)]
+    Tenant(actor::Options),
     /// The reference on the wire: decodes what a device or a driver sends and answers with as many bytes.
     #[command(hide = true)]
     EchoServer {
@@ -114,6 +127,8 @@ mod tests {
         check("measure modes", &["modes"]);
         check("measure --quick modes", &["modes"]);
         check("measure modes --quick --json --only rings modes-walk", &["modes-rings", "modes-walk"]);
+        check("measure tenants --quick", &["tenants"]);
+        check("measure --quick tenants --only isolation", &["tenants-isolation"]);
         check("measure modes --costs x.toml --quick", &["modes"]);
     }
 }

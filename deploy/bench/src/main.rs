@@ -17,6 +17,7 @@ mod resident;
 mod rounds;
 mod samples;
 mod stand;
+mod tenants;
 mod wire;
 
 use std::io::Write;
@@ -54,6 +55,10 @@ async fn main() -> anyhow::Result<ExitCode> {
     }
     if let Some(Role::CountDma { path, operations, batches }) = &cli.role {
         modes::counted::run(*path, *operations, *batches)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(Role::Tenant(options)) = &cli.role {
+        tenants::actor::play(options).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let wanted = Wanted(cli.words());

@@ -6,6 +6,7 @@
 mod driver;
 mod engine;
 mod first_dma;
+mod matrix;
 mod modes;
 mod records;
 mod report;
@@ -41,6 +42,9 @@ enum Demonstration {
     /// The same attack in every protection mode: a device writes into a buffer right after its unmap. What becomes of the memory, what
     /// the hardware records, what the DMA sanitizer sees, and whom it blames.
     Modes,
+    /// Every attack of the catalogue (31 rows) in every protection mode (7 columns), and the lecture's two tables: attacked for real, and compared
+    /// with what must come.
+    Matrix(matrix::Options),
     /// The driver of first-dma, run as a process of its own.
     #[command(hide = true)]
     DriveFirstDma(driver::Options),
@@ -50,6 +54,9 @@ enum Demonstration {
     /// The operating system of the bare machine of modes, run as a process of its own.
     #[command(hide = true)]
     DriveNoProtection(modes::bare::Options),
+    /// A driver, hypervisor or operating system of matrix, run as a process of its own.
+    #[command(hide = true)]
+    ActInMatrix(matrix::act::Options),
 }
 
 /// The demonstration could not run (`EX_SOFTWARE`).
@@ -62,6 +69,8 @@ async fn main() -> ExitCode {
         Some(Demonstration::DriveFirstDma(options)) => driver::run(options).await.map(|()| true),
         Some(Demonstration::DriveModes(options)) => modes::driver::run(options).await.map(|()| true),
         Some(Demonstration::DriveNoProtection(options)) => modes::bare::run(options).await.map(|()| true),
+        Some(Demonstration::ActInMatrix(options)) => matrix::act::run(options).await.map(|()| true),
+        Some(Demonstration::Matrix(options)) => matrix::run(options, cli.json).await,
         Some(Demonstration::Modes) => modes::run(cli.json).await,
         Some(Demonstration::FirstDma { file }) => first_dma::run(file, cli.json).await,
         None => first_dma::run(None, cli.json).await,

@@ -641,7 +641,7 @@ async fn i8_who_a_client_is_is_checked_once_and_nobody_else_is_let_in() {
             (
                 "a token that was guessed",
                 pb::OpenRequest { resume_token: vec![1; 16].into(), ..good.clone() },
-                "IDENTITY_REFUSED",
+                "BAD_RESUME_TOKEN",
             ),
         ];
         for (claim, open, expected) in rows {

@@ -121,7 +121,7 @@ impl EngineBackend {
         let address = self.device.read64(FAULT_ADDRESS).await?;
         let bytes_done = self.device.read32(BYTES_DONE).await?.min(bytes);
         let why = format!("reason {reason:#x} at {address:#x}");
-        Ok(Ended { bytes_done, failure: Some(DeviceFailure { why }) })
+        Ok(Ended { bytes_done, failure: Some(DeviceFailure::new(why)) })
     }
 
     /// Waits for the end of a command; gives STATUS. An interrupt may be one of an earlier command.
@@ -168,7 +168,10 @@ impl EngineBackend {
 }
 
 fn failed(error: &EngineError) -> DeviceFailure {
-    DeviceFailure { why: error.to_string() }
+    match error {
+        EngineError::Deadline => DeviceFailure::timeout(error.to_string()),
+        _ => DeviceFailure::new(error.to_string()),
+    }
 }
 
 /// Where each of these sizes ends when they lie in one piece.
@@ -180,7 +183,7 @@ fn ends(sizes: impl Iterator<Item = u32>) -> impl Iterator<Item = u32> {
 }
 
 fn why(ended: &Ended) -> DeviceFailure {
-    ended.failure.clone().unwrap_or_else(|| DeviceFailure { why: "it was not reached".to_owned() })
+    ended.failure.clone().unwrap_or_else(|| DeviceFailure::new("it was not reached"))
 }
 
 impl Backend for EngineBackend {

@@ -13,6 +13,8 @@ pub struct Binaries {
     pub server: PathBuf,
     /// `dma-engine`.
     pub dma_engine: PathBuf,
+    /// `rogue`.
+    pub rogue: PathBuf,
     /// `iommuctl`.
     pub iommuctl: PathBuf,
     /// The program that asked, when it was built [beside](binaries_beside) the others. It may have been built anew just now, so this is
@@ -21,7 +23,7 @@ pub struct Binaries {
 }
 
 /// Packages whose binary is wanted; each has one of the same name.
-const PACKAGES: [&str; 3] = ["iommu-server", "dma-engine", "iommuctl"];
+const PACKAGES: [&str; 4] = ["iommu-server", "dma-engine", "rogue", "iommuctl"];
 
 /// Builds the binaries in the profile of the running program and says where they are. Blocks; cargo's progress goes to standard error.
 pub fn binaries() -> anyhow::Result<Binaries> {
@@ -81,6 +83,7 @@ fn build(caller: Option<&str>) -> anyhow::Result<Binaries> {
     Ok(Binaries {
         server: find("iommu-server")?,
         dma_engine: find("dma-engine")?,
+        rogue: find("rogue")?,
         iommuctl: find("iommuctl")?,
         caller: caller.map(find).transpose()?,
     })

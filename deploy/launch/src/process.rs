@@ -34,11 +34,33 @@ impl Process {
         environment: &[(&str, &Path)],
         log: PathBuf,
     ) -> anyhow::Result<Self> {
+        Self::spawn(name, program, arguments, environment, log, Stdio::null())
+    }
+
+    /// The same with a standard input that can be taken by the caller.
+    pub fn start_steered(
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        environment: &[(&str, &Path)],
+        log: PathBuf,
+    ) -> anyhow::Result<Self> {
+        Self::spawn(name, program, arguments, environment, log, Stdio::piped())
+    }
+
+    fn spawn(
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        environment: &[(&str, &Path)],
+        log: PathBuf,
+        input: Stdio,
+    ) -> anyhow::Result<Self> {
         let file = std::fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
         let child = Command::new(program)
             .args(arguments)
             .envs(environment.iter().copied())
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(file)
             .kill_on_drop(true)
@@ -55,6 +77,11 @@ impl Process {
     /// What it has logged so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Its standard input, when it was started with one; once.
+    pub fn take_stdin(&mut self) -> Option<tokio::process::ChildStdin> {
+        self.child.stdin.take()
     }
 
     /// Its standard output; once.

@@ -166,6 +166,25 @@ impl Server {
         Process::start_with(name, program, arguments, &[("IOMMU_PKI", &self.pki())], log)
     }
 
+    /// The same for one that is told what to do on its standard input.
+    pub fn start_steered_peer(
+        &self,
+        name: &str,
+        program: &Path,
+        arguments: &[String],
+        log: PathBuf,
+    ) -> anyhow::Result<Process> {
+        Process::start_steered(name, program, arguments, &[("IOMMU_PKI", &self.pki())], log)
+    }
+
+    /// Starts a `rogue`, which knows where this server listens and where certificates lie, and waits for lines.
+    pub fn start_rogue(&mut self) -> anyhow::Result<Process> {
+        let arguments: Vec<String> = vec!["--server".into(), self.endpoint.clone()];
+        self.agents_started += 1;
+        let log = self.path(&format!("agent-{}.log", self.agents_started));
+        self.start_steered_peer("rogue", &self.binaries.rogue, &arguments, log)
+    }
+
     /// Runs `iommuctl` against this server and gives its exit code, standard output and standard error.
     pub async fn iommuctl(&self, arguments: &[&str]) -> anyhow::Result<(i32, String, String)> {
         let output = tokio::process::Command::new(&self.binaries.iommuctl)

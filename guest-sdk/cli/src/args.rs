@@ -171,8 +171,8 @@ pub(crate) enum Command {
 pub(crate) enum DeviceCommand {
     /// Every declared device.
     List,
-    /// Declares a device, so that an agent may connect for it. Changes the server. Over TLS its agent needs a certificate: iommuctl pki issue
-    /// device.
+    /// Declares a device, so that an agent may connect for it. Changes the server. Over TLS its agent needs a certificate, which a
+    /// server that has the key of the authority (ca.key) issues by itself; where the key is elsewhere: iommuctl pki issue device.
     Declare {
         /// Where it sits.
         device: DeviceAddress,
@@ -217,7 +217,8 @@ pub(crate) enum DeviceCommand {
 pub(crate) enum OwnerCommand {
     /// Every declared owner.
     List,
-    /// Declares a driver, so that it may connect. Changes the server. Over TLS it needs a certificate: iommuctl pki issue driver.
+    /// Declares a driver, so that it may connect. Changes the server. Over TLS it needs a certificate, which a server that has the key of
+    /// the authority (ca.key) issues by itself; where the key is elsewhere: iommuctl pki issue driver.
     Declare {
         /// driver:NUMBER.
         owner: Owner,

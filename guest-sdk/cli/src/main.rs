@@ -15,6 +15,7 @@ mod print;
 mod reports;
 mod sanitizer;
 mod session;
+mod session_file;
 mod steer;
 mod vm;
 mod words;

@@ -3,21 +3,18 @@
 //! What a hypervisor made goes with its session, so the next command goes on with the session of the one before. The file holds what that needs: a
 //! secret token, and the last request ID. IDs are set aside before they are used, so that a command which is killed leaves none that is used twice.
 
-use std::fs::File;
-use std::io::{Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use guest_sdk::{Hypervisor, SavedSession, SdkError, TransportError};
+use iommu_types::UnfitName;
 use serde_json::{Value, json};
 
 use crate::args::{Cli, SessionArgs};
+use crate::session_file::SessionFile;
 
 /// Request IDs that one command may use.
 const REQUESTS_PER_COMMAND: u64 = 16;
-/// A session file is a few hundred bytes; what is longer is another file.
-const FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// Whether a command may open a session where there is none: that takes the name over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +27,7 @@ pub(crate) enum Absent {
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) hypervisor: Hypervisor,
-    _locked: File,
+    _file: SessionFile,
 }
 
 fn path(args: &SessionArgs) -> anyhow::Result<PathBuf> {
@@ -38,8 +35,8 @@ fn path(args: &SessionArgs) -> anyhow::Result<PathBuf> {
         return Ok(path.clone());
     }
     let name = &args.hypervisor;
-    if !name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_')) {
-        bail!("--as: a name has letters, digits, dots, dashes or underscores");
+    if !iommu_types::is_name(name) {
+        return Err(UnfitName { name: name.clone() }).context("--as");
     }
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     if let Some(directory) = runtime.filter(|directory| directory.is_absolute()) {
@@ -71,41 +68,18 @@ fn read(text: &str, cli: &Cli, args: &SessionArgs) -> anyhow::Result<Option<Save
     Ok(Some(SavedSession { resume_token, last_request_id }))
 }
 
-fn write(file: &mut File, text: &str) -> std::io::Result<()> {
-    file.rewind()?;
-    file.set_len(0)?;
-    file.write_all(text.as_bytes())?;
-    file.flush()
-}
-
 /// Opens the session of the file, or another one where it has none and the command may.
 pub(crate) async fn open(cli: &Cli, args: &SessionArgs, absent: Absent) -> anyhow::Result<Session> {
-    let path = path(args)?;
-    let name = &args.hypervisor;
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .with_context(|| format!("open {}", path.display()))?;
     // Whoever comes second waits: a session is on one connection at a time.
-    file.lock().with_context(|| format!("lock {}", path.display()))?;
-    let mut text = String::new();
-    (&file)
-        .take(FILE_BYTES_MAX)
-        .read_to_string(&mut text)
-        .with_context(|| format!("read {}", path.display()))?;
-    let saved = read(&text, cli, args).with_context(|| format!("read {}", path.display()))?;
+    let file = SessionFile::lock(path(args)?).await?;
+    let name = &args.hypervisor;
+    let saved = read(&file.read()?, cli, args).with_context(|| format!("read {}", file.path().display()))?;
     let resumed = match &saved {
         None => None,
         Some(saved) => match crate::connection(cli).resume_hypervisor(name, saved).await {
             Ok(hypervisor) => Some(hypervisor),
-            Err(SdkError::Transport(TransportError::StateLost)) => {
-                write(&mut file, "").with_context(|| format!("write {}", path.display()))?;
-                None
-            }
+            // The file stays as it is until there is another session to put into it.
+            Err(SdkError::Transport(TransportError::StateLost)) => None,
             Err(error) => return Err(error.into()),
         },
     };
@@ -113,12 +87,14 @@ pub(crate) async fn open(cli: &Cli, args: &SessionArgs, absent: Absent) -> anyho
         (Some(hypervisor), _) => hypervisor,
         (None, Absent::Open) => crate::connection(cli).hypervisor(name).await?,
         (None, Absent::Refuse) if saved.is_some() => {
-            bail!("the session of {name} is over, and what it had is reclaimed; `iommuctl vm keep` keeps one")
+            bail!(
+                "the session of {name} is over, and what it had is reclaimed; `iommuctl vm create` or `iommuctl vm keep` opens another"
+            )
         }
         (None, Absent::Refuse) => {
             bail!(
                 "{name} has no session in {}; `iommuctl vm create` or `iommuctl vm keep` opens one",
-                path.display()
+                file.path().display()
             )
         }
     };
@@ -129,6 +105,6 @@ pub(crate) async fn open(cli: &Cli, args: &SessionArgs, absent: Absent) -> anyho
         "resume_token": hex(&resume_token),
         "last_request_id": last_request_id + REQUESTS_PER_COMMAND,
     });
-    write(&mut file, &format!("{text:#}\n")).with_context(|| format!("write {}", path.display()))?;
-    Ok(Session { hypervisor, _locked: file })
+    file.replace(&format!("{text:#}\n"))?;
+    Ok(Session { hypervisor, _file: file })
 }

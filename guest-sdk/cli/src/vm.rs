@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use anyhow::bail;
-use guest_sdk::{Gpa, GpaRange, VmOptions, VmState};
+use guest_sdk::errors::SessionError;
+use guest_sdk::{Gpa, GpaRange, SdkError, TransportError, VmOptions, VmState};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::args::{Cli, VmArgs, VmCommand};
 use crate::ask::yes_no;
@@ -12,6 +14,9 @@ use crate::json::hex;
 use crate::print::Output;
 use crate::session::{self, Absent};
 use crate::words::count;
+
+/// Delay before another attempt to come back to a session: well below any grace.
+const COME_BACK_AGAIN: Duration = Duration::from_millis(100);
 
 fn range(gpa: u64, size_bytes: u64) -> anyhow::Result<GpaRange> {
     Ok(GpaRange::new(Gpa::new(gpa), size_bytes)?)
@@ -108,14 +113,50 @@ pub(crate) async fn run(cli: &Cli, out: Output, args: &VmArgs) -> anyhow::Result
     Ok(())
 }
 
+/// Whether a failure to come back may pass by itself.
+fn passes(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<SdkError<SessionError>>() {
+        Some(SdkError::Transport(error)) => matches!(
+            error,
+            TransportError::Unreachable { .. }
+                | TransportError::Deadline { .. }
+                | TransportError::Status { .. }
+        ),
+        Some(SdkError::Refused(refused)) => {
+            matches!(refused, SessionError::ShuttingDown(_) | SessionError::LimitReached(_))
+        }
+        Some(SdkError::Call(_)) | None => false,
+    }
+}
+
+/// Comes back once; gives the grace. A failure that may pass is tried again until `give_up`.
+async fn come_back(cli: &Cli, args: &VmArgs, absent: Absent, give_up: Instant) -> anyhow::Result<Duration> {
+    loop {
+        match session::open(cli, &args.session, absent).await {
+            Ok(session) => return Ok(session.hypervisor.grace()),
+            Err(error) if passes(&error) && Instant::now() < give_up => {
+                tokio::time::sleep(COME_BACK_AGAIN).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 /// `vm keep`: comes back within the grace, again and again; other commands use the session in between.
 async fn keep(cli: &Cli, out: Output, args: &VmArgs, seconds: Option<u64>) -> anyhow::Result<()> {
-    let end = seconds.map(|seconds| tokio::time::Instant::now() + Duration::from_secs(seconds));
-    let mut absent = Absent::Open;
+    let end = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let keeping = keep_until(cli, out, args, end);
+    tokio::select! {
+        kept = keeping => kept,
+        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
+    }
+}
+
+async fn keep_until(cli: &Cli, out: Output, args: &VmArgs, end: Option<Instant>) -> anyhow::Result<()> {
+    // Where nothing is kept yet there is nothing to lose by giving up at once.
+    let (mut absent, mut give_up) = (Absent::Open, Instant::now());
     loop {
-        let session = session::open(cli, &args.session, absent).await?;
-        let grace = session.hypervisor.grace();
-        drop(session);
+        let grace = come_back(cli, args, absent, give_up).await?;
         if grace.is_zero() {
             bail!("the server keeps nothing of a lost connection; start it with a --grace");
         }
@@ -127,12 +168,10 @@ async fn keep(cli: &Cli, out: Output, args: &VmArgs, seconds: Option<u64>) -> an
         }
         // One that is lost from here on is not another one's place to take.
         absent = Absent::Refuse;
-        let wake = tokio::time::Instant::now() + grace / 3;
-        tokio::select! {
-            () = tokio::time::sleep_until(end.map_or(wake, |end| wake.min(end))) => {}
-            interrupted = tokio::signal::ctrl_c() => return Ok(interrupted?),
-        }
-        if end.is_some_and(|end| tokio::time::Instant::now() >= end) {
+        give_up = Instant::now() + grace;
+        let wake = Instant::now() + grace / 3;
+        tokio::time::sleep_until(end.map_or(wake, |end| wake.min(end))).await;
+        if end.is_some_and(|end| Instant::now() >= end) {
             return Ok(());
         }
     }

@@ -2,12 +2,14 @@
 
 mod support;
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use iommu_proto::errors::WireError;
 use iommu_proto::pb;
-use iommu_types::errors::{IdentityRefused, StillMapped};
+use iommu_types::errors::{BadResumeToken, IdentityRefused, ShuttingDown, StillMapped};
 use iommu_types::{DeviceAddress, FunctionKind, Gpa, Owner, PciFunction};
 use serde_json::Value;
 use tonic::{Request, Response, Status, Streaming};
@@ -17,6 +19,8 @@ struct Script {
     opens: Vec<pb::OpenRequest>,
     /// Whether a token is known no more.
     forgets: bool,
+    /// How the next sessions are refused.
+    refusals: VecDeque<Status>,
     /// Every request, in words, and the IDs of those that have one.
     asked: Vec<String>,
     ids: Vec<u64>,
@@ -92,8 +96,11 @@ impl pb::session_service_server::SessionService for Fake {
         let mut script = self.script();
         let resumed = !open.resume_token.is_empty();
         script.opens.push(open);
+        if let Some(refusal) = script.refusals.pop_front() {
+            return Err(refusal);
+        }
         if resumed && script.forgets {
-            return Err(IdentityRefused { name: "hv0".into(), why: "unknown token".into() }.into_status());
+            return Err(BadResumeToken { token: "01010101...".into() }.into_status());
         }
         Ok(Response::new(support::opened(resumed)))
     }
@@ -339,7 +346,7 @@ async fn a_command_takes_no_name_over_unless_it_makes_something() {
         assert!(err.contains("hv0 has no session in") && err.contains("`iommuctl vm create`"), "{err}");
     }
     assert!(run.script().opens.is_empty(), "opening afresh would have reclaimed what another process has");
-    // A session that is over is told as such, once; then there is none.
+    // A session that is over is told as such, until there is another.
     run.done(&["vm", "create", "guest1"]).await;
     run.script().forgets = true;
     let (code, _, err) = run.run(&["vm", "list"]).await;
@@ -347,9 +354,87 @@ async fn a_command_takes_no_name_over_unless_it_makes_something() {
         code == Some(1) && err.contains("the session of hv0 is over, and what it had is reclaimed"),
         "{err}"
     );
-    let (_, _, err) = run.run(&["vm", "list"]).await;
-    assert!(err.contains("hv0 has no session in"), "{err}");
     run.done(&["vm", "create", "guest1"]).await;
+    run.script().forgets = false;
+    run.done(&["vm", "list"]).await;
+}
+
+#[tokio::test]
+async fn a_session_outlives_commands_that_were_refused() {
+    let run = Run::start();
+    run.done(&["vm", "create", "guest1"]).await;
+    let kept = std::fs::read_to_string(run.session_file()).expect("read");
+    for (refusal, says) in [
+        // Such as with the certificate of an operator.
+        (
+            IdentityRefused { name: "hv0".into(), why: "its certificate is for iommuctl".into() }
+                .into_status(),
+            "its certificate is for iommuctl",
+        ),
+        (ShuttingDown {}.into_status(), "shutting down"),
+    ] {
+        for command in [&["vm", "list"][..], &["vm", "create", "guest2"]] {
+            run.script().refusals.push_back(refusal.clone());
+            let (code, _, err) = run.run(command).await;
+            assert!(code == Some(1) && err.contains(says) && !err.contains("is over"), "{command:?}: {err}");
+            assert_eq!(std::fs::read_to_string(run.session_file()).expect("read"), kept);
+        }
+    }
+    // Not even where the session is over: what is in the file goes when there is another.
+    run.script().forgets = true;
+    run.script()
+        .refusals
+        .extend([BadResumeToken { token: "01".into() }.into_status(), ShuttingDown {}.into_status()]);
+    assert_eq!(run.run(&["vm", "create", "guest2"]).await.0, Some(1));
+    assert_eq!(std::fs::read_to_string(run.session_file()).expect("read"), kept);
+    run.script().forgets = false;
+    run.done(&["vm", "list"]).await;
+}
+
+#[tokio::test]
+async fn a_session_file_that_others_can_read_or_steer_is_refused() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    let run = Run::start();
+    run.done(&["vm", "create", "guest1"]).await;
+    let file = run.session_file();
+    let kept = std::fs::read_to_string(&file).expect("read");
+    let mode = |mode| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).expect("set");
+    let refused = async |says: &str| {
+        let opens = run.script().opens.len();
+        let (code, _, err) = run.run(&["vm", "create", "guest2"]).await;
+        assert!(code == Some(1) && err.contains(says), "{says}: {err}");
+        assert_eq!(run.script().opens.len(), opens, "{says}: nothing was asked");
+    };
+    for open_to in [0o604, 0o640, 0o620] {
+        mode(open_to);
+        refused("chmod 600").await;
+    }
+    mode(0o600);
+    let elsewhere = run.directory.path().join("elsewhere");
+    std::fs::rename(&file, &elsewhere).expect("moved");
+    symlink(&elsewhere, &file).expect("linked");
+    refused("symbolic link").await;
+    assert_eq!(std::fs::read_to_string(&elsewhere).expect("read"), kept);
+}
+
+#[tokio::test]
+async fn a_session_is_kept_over_failures_that_pass() {
+    let run = Run::start();
+    let gone = Status::unavailable("the server is somewhere else");
+    let trouble = async {
+        // Once it keeps something.
+        while run.script().opens.is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        run.script().refusals.extend([gone.clone(), gone]);
+    };
+    tokio::join!(run.done(&["vm", "keep", "--seconds", "1"]), trouble);
+    assert!(run.script().refusals.is_empty());
+    // What does not pass ends it.
+    let refused = IdentityRefused { name: "hv0".into(), why: "not in the configuration".into() };
+    run.script().refusals.push_back(refused.into_status());
+    assert_eq!(run.run(&["vm", "keep", "--seconds", "1"]).await.0, Some(1));
 }
 
 #[tokio::test]

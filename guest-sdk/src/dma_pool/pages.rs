@@ -5,7 +5,7 @@ use std::sync::Arc;
 use iommu_types::errors::{AllocateError, DmaMapError, DmaUnmapError, ModeRefuses};
 use iommu_types::{Direction, DmaAttributes, GpaRange, Iova, IovaRange, Protection};
 
-use crate::guest::without_refusal;
+use crate::error::without_refusal;
 use crate::{Buffer, Coherent, DeviceHandle, DmaMapping, Driver, SdkError};
 
 /// Pages that CPU and device share until they are freed. Dropping them frees nothing and is no leak.

@@ -10,6 +10,19 @@ use bytes::Bytes;
 pub struct DeviceFailure {
     /// In words.
     pub why: String,
+    /// The device did not answer within its deadline. What else its guest has asked for in the same batch ends with it, and would only wait as long.
+    pub timed_out: bool,
+}
+
+impl DeviceFailure {
+    /// The device or its driver failed; the next packet may go well.
+    pub fn new(why: impl Into<String>) -> Self {
+        Self { why: why.into(), timed_out: false }
+    }
+    /// The device did not answer within its deadline.
+    pub fn timeout(why: impl Into<String>) -> Self {
+        Self { why: why.into(), timed_out: true }
+    }
 }
 
 /// The driver of a device that is shared: an ordinary driver of the host, with buffers that stay mapped.

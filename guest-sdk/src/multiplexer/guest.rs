@@ -16,7 +16,8 @@ pub enum MultiplexError {
     /// The entries make no batch; nothing was asked.
     #[error(transparent)]
     Batch(#[from] BadBatch),
-    /// Nothing was done: as many batches of this guest wait as may. Those of one [`MultiplexedDevice`] never do.
+    /// Nothing was done: as many batches of this guest wait as may. Those of one [`MultiplexedDevice`] are no more than that, unless some are left of calls
+    /// that were given up, by a deadline or by dropping their future.
     #[error("{WAITING_PER_GUEST_MAX} batches of this guest wait already; wait for their answers")]
     Busy,
     /// The hypercall was not answered; what became of the batch is known only where it was refused.

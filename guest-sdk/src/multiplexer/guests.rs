@@ -1,6 +1,7 @@
 //! The memory of the guests: whose a range is, and copies in and out.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use iommu_types::GpaRange;
@@ -13,25 +14,47 @@ use crate::{Hypervisor, Never, SdkError};
 
 /// Copies of one batch that are under way at once: enough to hide a round trip, and few beside a connection's 4 MiB.
 const COPIES_MAX: usize = 16;
+/// How often one guest may have the memory of machines asked for.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The guests of a hypervisor, with what is known of their memory. That may be old; the server decides when it is copied.
 #[derive(Debug)]
 pub(super) struct Guests {
     hypervisor: Hypervisor,
     known: HashMap<u32, PageRuns>,
+    asked: Asked,
+}
+
+/// When each guest has had the memory of all asked for: one that names what it does not have must not have the server list all machines each time.
+#[derive(Debug, Default)]
+struct Asked(HashMap<u32, Instant>);
+
+impl Asked {
+    fn may(&mut self, guest: u32, now: Instant) -> bool {
+        self.0.retain(|_, asked| now.duration_since(*asked) < ASK_AGAIN);
+        match self.0.entry(guest) {
+            hash_map::Entry::Occupied(_) => false,
+            hash_map::Entry::Vacant(place) => {
+                place.insert(now);
+                true
+            }
+        }
+    }
 }
 
 impl Guests {
     pub(super) fn new(hypervisor: Hypervisor) -> Self {
-        Self { hypervisor, known: HashMap::new() }
+        Self { hypervisor, known: HashMap::new(), asked: Asked::default() }
     }
 
-    /// Which of the entries are refused: those whose range is not all the guest's own memory. What is not known yet is asked for once.
+    /// Which of the entries are refused: those whose range is not all the guest's own memory. What is not known yet is asked
+    /// for, at most once in [`ASK_AGAIN`] for each guest: memory that a guest was given right after it had named what it did not have is its own a moment later.
     pub(super) async fn own(&mut self, guest: u32, entries: &[Entry]) -> Vec<Option<Ended>> {
         let covered = |guests: &Self, entry: &Entry| {
             guests.known.get(&guest).is_some_and(|memory| memory.cover(entry.range))
         };
         if !entries.iter().all(|entry| covered(self, entry))
+            && self.asked.may(guest, Instant::now())
             && let Err(error) = self.learn().await
         {
             tracing::warn!(vm = guest, %error, "the memory of guests is not known");
@@ -128,4 +151,31 @@ where
         take(&mut results, joined);
     }
     results
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn i7_a_guest_has_memory_asked_for_once_in_a_while_and_keeps_no_other_from_it() {
+        let (mut asked, start) = (Asked::default(), Instant::now());
+        let rows = [
+            (1, 0, true),
+            (1, 1, false),
+            (2, 1, true),
+            (1, 99, false),
+            (1, 100, true),
+            (1, 150, false),
+            (2, 101, true),
+        ];
+        for (guest, at_ms, may) in rows {
+            assert_eq!(
+                asked.may(guest, start + Duration::from_millis(at_ms)),
+                may,
+                "vm:{guest} at {at_ms} ms"
+            );
+        }
+        assert!(asked.may(3, start + ASK_AGAIN * 9) && asked.0.len() == 1, "what is long ago is forgotten");
+    }
 }

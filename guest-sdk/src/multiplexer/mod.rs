@@ -38,6 +38,9 @@ mod guests;
 mod queues;
 
 use std::convert::Infallible;
+use std::time::{Duration, Instant};
+
+use iommu_proto::limits::HYPERCALL_TIMEOUT_MS;
 
 use crate::convert::bad_answer;
 use crate::{Hypercall, Hypercalls, Hypervisor, Never, SdkError};
@@ -56,6 +59,11 @@ const _: () = assert!(VMS_MAX * WAITING_PER_GUEST_MAX < Hypercalls::IN_FLIGHT_MA
 /// Virtual machines that a hypervisor has at most, as the server allows.
 const VMS_MAX: usize = 256;
 
+const HYPERCALL_TIMEOUT: Duration = Duration::from_millis(HYPERCALL_TIMEOUT_MS as u64);
+/// How long a batch waits for its turns: less than its guest waits for the answer, by what the last turn and the ways take.
+const LONGEST_WAIT: Duration = Duration::from_secs(8);
+const _: () = assert!(LONGEST_WAIT.as_millis() < HYPERCALL_TIMEOUT_MS as u128);
+
 /// Shares a device among the virtual machines of a hypervisor.
 #[derive(Debug)]
 #[must_use = "a multiplexer does nothing until it runs"]
@@ -63,6 +71,7 @@ pub struct Multiplexer<B> {
     hypervisor: Hypervisor,
     backend: B,
     counters: MultiplexerCounters,
+    longest_wait: Duration,
 }
 
 /// A multiplexer whose guests' calls come to it.
@@ -73,12 +82,19 @@ pub struct Listening<B> {
     guests: Guests,
     backend: B,
     counters: MultiplexerCounters,
+    longest_wait: Duration,
 }
 
 impl<B: Backend> Multiplexer<B> {
     /// Shares the device behind `backend` among the virtual machines of `hypervisor`, whose hypercalls all come here.
     pub fn new(hypervisor: Hypervisor, backend: B) -> Self {
-        Self { hypervisor, backend, counters: MultiplexerCounters::default() }
+        Self { hypervisor, backend, counters: MultiplexerCounters::default(), longest_wait: LONGEST_WAIT }
+    }
+
+    /// How long a batch may wait for its turns, 8 s unless said: what is not begun then is refused, as its guest is about to be told that there is no answer and
+    /// may put the memory to other use. Longer than the time of a hypercall (10 s) is of no use to anybody.
+    pub fn longest_wait(self, longest_wait: Duration) -> Self {
+        Self { longest_wait: longest_wait.min(HYPERCALL_TIMEOUT), ..self }
     }
 
     /// What was done, for whom; goes on counting while it runs.
@@ -88,9 +104,9 @@ impl<B: Backend> Multiplexer<B> {
 
     /// Takes the hypercalls over. Guests that ask from now on are served once [`Listening::run`] is called.
     pub async fn listen(self) -> Result<Listening<B>, SdkError<Never>> {
-        let Self { hypervisor, backend, counters } = self;
+        let Self { hypervisor, backend, counters, longest_wait } = self;
         let calls = hypervisor.serve_hypercalls().await?;
-        Ok(Listening { calls, guests: Guests::new(hypervisor), backend, counters })
+        Ok(Listening { calls, guests: Guests::new(hypervisor), backend, counters, longest_wait })
     }
 
     /// Serves until the stream of hypercalls ends, and gives why. Guests whose batches are not carried out then are told so.
@@ -105,12 +121,12 @@ impl<B: Backend> Multiplexer<B> {
 impl<B: Backend> Listening<B> {
     /// Serves, as [`Multiplexer::run`] does.
     pub async fn run(self) -> SdkError<Never> {
-        let Self { mut calls, guests, backend, counters } = self;
+        let Self { mut calls, guests, backend, counters, longest_wait } = self;
         let queues = Queues::new();
         let intake = async {
             loop {
                 match calls.next().await {
-                    Some(Ok(call)) => admit(&queues, &counters, call),
+                    Some(Ok(call)) => admit(&queues, &counters, call, longest_wait),
                     Some(Err(error)) => return error,
                     None => return bad_answer("the stream of hypercalls has ended before").into(),
                 }
@@ -123,21 +139,31 @@ impl<B: Backend> Listening<B> {
     }
 }
 
-/// A batch and whom to answer.
-type Asked = (Batch, Hypercall);
+/// A batch, how far it is, and whom to answer.
+struct Asked {
+    batch: Batch,
+    /// How its entries ended, so far.
+    ended: Vec<Ended>,
+    call: Hypercall,
+    /// When nobody waits for the answer any more.
+    until: Instant,
+}
 
 /// Puts a call into its guest's queue, or answers it at once.
-fn admit(queues: &Queues<Asked>, counters: &MultiplexerCounters, call: Hypercall) {
+fn admit(queues: &Queues<Asked>, counters: &MultiplexerCounters, call: Hypercall, longest_wait: Duration) {
     let guest = call.vm();
     let (refused, call) = match Batch::decode(call.payload()) {
         Err(bad) => {
             tracing::debug!(vm = guest, %bad, "not a batch");
             (Reply::Malformed, call)
         }
-        Ok(batch) => match queues.push(guest, (batch, call)) {
-            Ok(()) => return,
-            Err((_, call)) => (Reply::Busy, call),
-        },
+        Ok(batch) => {
+            let until = Instant::now() + longest_wait;
+            match queues.push(guest, Asked { batch, ended: Vec::new(), call, until }) {
+                Ok(()) => return,
+                Err(asked) => (Reply::Busy, asked.call),
+            }
+        }
     };
     counters.of(guest, |counted| counted.refused += 1);
     answer(call, &refused);
@@ -147,7 +173,7 @@ fn answer(call: Hypercall, reply: &Reply) {
     call.answer(reply.encode()).expect("a reply fits a hypercall");
 }
 
-/// Carries out batch after batch, the guests in turn.
+/// Carries out batch after batch, a command of the device at a time, the guests in turn.
 async fn work(
     queues: &Queues<Asked>,
     counters: &MultiplexerCounters,
@@ -155,40 +181,53 @@ async fn work(
     mut backend: impl Backend,
 ) -> Infallible {
     loop {
-        let (guest, (batch, call)) = queues.next().await;
-        let ended = carry_out(&mut guests, &mut backend, guest, batch.entries()).await;
-        counters.of(guest, |counted| counted.add(&ended));
-        answer(call, &Reply::Ended(ended));
+        let (guest, mut asked) = queues.next().await;
+        if Instant::now() >= asked.until {
+            // The guest has been told that there is no answer, and may use the memory for something else.
+            counters.of(guest, |counted| counted.refused += 1);
+            asked.call.refuse("the batch waited for too long");
+            continue;
+        }
+        carry_on(&mut guests, &mut backend, guest, &mut asked).await;
+        if asked.ended.len() < asked.batch.entries().len() {
+            queues.put_back(guest, asked);
+            continue;
+        }
+        counters.of(guest, |counted| counted.add(&asked.ended));
+        answer(asked.call, &Reply::Ended(asked.ended));
     }
 }
 
-/// Carries out a batch in its order: packets of one kind that follow each other go to the device together.
-async fn carry_out(
-    guests: &mut Guests,
+/// Carries out the next packets of a batch that are of one kind: those go to the device together. After a deadline of the device the rest has failed too.
+async fn carry_on(guests: &mut Guests, backend: &mut impl Backend, guest: u32, asked: &mut Asked) {
+    let Asked { batch, ended, until, .. } = asked;
+    let rest = batch.entries().get(ended.len()..).unwrap_or_default();
+    let Some(same) = rest.chunk_by(|one, next| one.kind == next.kind).next() else { return };
+    let own = guests.own(guest, same).await;
+    let admitted: Vec<Entry> =
+        same.iter().zip(&own).filter(|(_, refused)| refused.is_none()).map(|(entry, _)| *entry).collect();
+    let mut timed_out = false;
+    let done = match admitted.first().map(|entry| entry.kind) {
+        None => Vec::new(),
+        Some(Kind::Transmit) => transmit(guests, backend, guest, &admitted, &mut timed_out).await,
+        Some(Kind::Receive) => receive(guests, backend, guest, &admitted, *until, &mut timed_out).await,
+    };
+    let mut done = done.into_iter();
+    ended.extend(
+        own.into_iter().map(|refused| refused.or_else(|| done.next()).unwrap_or(Ended::DeviceFailed)),
+    );
+    if timed_out {
+        ended.resize(batch.entries().len(), Ended::DeviceFailed);
+    }
+}
+
+async fn transmit(
+    guests: &Guests,
     backend: &mut impl Backend,
     guest: u32,
     entries: &[Entry],
+    timed_out: &mut bool,
 ) -> Vec<Ended> {
-    let own = guests.own(guest, entries).await;
-    let asked: Vec<(Entry, Option<Ended>)> = entries.iter().copied().zip(own).collect();
-    let mut ended = Vec::with_capacity(entries.len());
-    for same in asked.chunk_by(|(one, _), (next, _)| one.kind == next.kind) {
-        let admitted: Vec<Entry> =
-            same.iter().filter(|(_, refused)| refused.is_none()).map(|(entry, _)| *entry).collect();
-        let done = match admitted.first().map(|entry| entry.kind) {
-            None => Vec::new(),
-            Some(Kind::Transmit) => transmit(guests, backend, guest, &admitted).await,
-            Some(Kind::Receive) => receive(guests, backend, guest, &admitted).await,
-        };
-        let mut done = done.into_iter();
-        ended.extend(
-            same.iter().map(|(_, refused)| refused.or_else(|| done.next()).unwrap_or(Ended::DeviceFailed)),
-        );
-    }
-    ended
-}
-
-async fn transmit(guests: &Guests, backend: &mut impl Backend, guest: u32, entries: &[Entry]) -> Vec<Ended> {
     let read = guests.read(guest, entries).await;
     let packets: Vec<_> = read.iter().filter_map(|read| read.as_ref().ok().cloned()).collect();
     let mut sent = if packets.is_empty() { Vec::new() } else { backend.transmit(&packets).await }.into_iter();
@@ -196,27 +235,38 @@ async fn transmit(guests: &Guests, backend: &mut impl Backend, guest: u32, entri
         Err(ended) => ended,
         Ok(packet) => match sent.next() {
             Some(Ok(())) => Ended::Done { bytes: packet.len() as u32 },
-            failed => device_failed(failed.and_then(Result::err)),
+            failed => device_failed(failed.and_then(Result::err), timed_out),
         },
     };
     read.into_iter().map(of).collect()
 }
 
-async fn receive(guests: &Guests, backend: &mut impl Backend, guest: u32, entries: &[Entry]) -> Vec<Ended> {
+async fn receive(
+    guests: &Guests,
+    backend: &mut impl Backend,
+    guest: u32,
+    entries: &[Entry],
+    until: Instant,
+    timed_out: &mut bool,
+) -> Vec<Ended> {
     let sizes: Vec<u32> = entries.iter().map(|entry| entry.length()).collect();
     let mut received = backend.receive(&sizes).await.into_iter();
     let packets = entries.iter().map(|entry| match received.next() {
         // What there is no room for is not the guest's.
         Some(Ok(packet)) => Ok(packet.slice(..packet.len().min(entry.length() as usize))),
-        failed => Err(device_failed(failed.and_then(Result::err))),
+        failed => Err(device_failed(failed.and_then(Result::err), timed_out)),
     });
     let packets: Vec<Result<bytes::Bytes, Ended>> = packets.collect();
+    if Instant::now() >= until {
+        // The device took its time, and the buffers may be something else by now.
+        return vec![Ended::MemoryFailed; entries.len()];
+    }
     guests.write(guest, entries, packets).await
 }
 
-fn device_failed(failure: Option<DeviceFailure>) -> Ended {
-    let why =
-        failure.map_or_else(|| "it told nothing of the packet".to_owned(), |failure| failure.to_string());
-    tracing::debug!(%why, "packet failed in the device");
+fn device_failed(failure: Option<DeviceFailure>, timed_out: &mut bool) -> Ended {
+    let failure = failure.unwrap_or_else(|| DeviceFailure::new("it told nothing of the packet"));
+    tracing::debug!(why = %failure, "packet failed in the device");
+    *timed_out |= failure.timed_out;
     Ended::DeviceFailed
 }

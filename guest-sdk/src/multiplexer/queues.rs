@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 /// Batches of one guest that wait, beside the one that is carried out. A guest that wants more waits for an answer first.
 pub const WAITING_PER_GUEST_MAX: usize = 4;
 
-/// The batches that wait. A turn is one batch, which is bounded in bytes and entries; so a guest that always has more to do takes as many turns as
+/// The batches that wait. A turn is one command of the device, which is bounded in bytes and entries, and what is left of a batch is put back; so a guest that always has more to do takes as many turns as
 /// every other that has something to do, and no more (I7).
 #[derive(Debug)]
 pub(super) struct Queues<T> {
@@ -43,6 +43,16 @@ impl<T> Queues<T> {
         drop(state);
         self.came.notify_one();
         Ok(())
+    }
+
+    /// Puts back what is left of a batch: before the others of its guest, and its guest behind the others.
+    pub(super) fn put_back(&self, guest: u32, rest: T) {
+        let mut state = self.lock();
+        let queue = state.waiting.entry(guest).or_default();
+        queue.push_front(rest);
+        if queue.len() == 1 {
+            state.turns.push_back(guest);
+        }
     }
 
     /// The next batch of the guest whose turn it is; waits for one.
@@ -99,6 +109,25 @@ mod tests {
             order.push(queues.next().await);
         }
         assert_eq!(order, [(1, 0), (2, 0), (3, 0), (1, 1), (1, 2), (2, 1), (1, 3)]);
+        assert!(queues.lock().waiting.is_empty() && queues.lock().turns.is_empty(), "nothing is kept");
+    }
+
+    #[tokio::test]
+    async fn i7_what_is_left_of_a_batch_comes_after_the_other_guests_and_before_the_guests_own() {
+        let queues = Queues::new();
+        for (guest, batch) in [(1, 10), (1, 11), (2, 20), (3, 30)] {
+            queues.push(guest, batch).expect("room");
+        }
+        let mut order = vec![queues.next().await];
+        queues.put_back(1, 19);
+        for _ in 0..2 {
+            order.push(queues.next().await);
+        }
+        queues.put_back(3, 39);
+        for _ in 0..3 {
+            order.push(queues.next().await);
+        }
+        assert_eq!(order, [(1, 10), (2, 20), (3, 30), (1, 19), (3, 39), (1, 11)]);
         assert!(queues.lock().waiting.is_empty() && queues.lock().turns.is_empty(), "nothing is kept");
     }
 

@@ -173,13 +173,18 @@ impl Kernel {
         assert!(is_new, "{owner} is forgotten before it gets another account");
         self.accounts().open(owner, limits)
     }
-    /// Closes the account of an owner that is gone and holds nothing. Its tag is never used again.
-    pub fn forget_account(&self, owner: Owner) {
+    /// Closes the account of an owner that is gone and holds nothing; `false`, and nothing is done, when it holds something still. Its tag is never
+    /// used again.
+    #[must_use = "an account that is not empty stays"]
+    pub fn forget_account(&self, owner: Owner) -> bool {
         let account = self.accounts().by_owner.get(&owner).map(Arc::clone);
-        let Some(account) = account else { return };
-        assert!(account.is_empty(), "{owner} is forgotten when it holds nothing: {account:?}");
+        let Some(account) = account else { return true };
+        if !account.is_empty() {
+            return false;
+        }
         self.accounts().by_owner.remove(&owner);
         self.interrupts.forget(owner);
+        true
     }
     fn accounts(&self) -> MutexGuard<'_, Accounts> {
         self.accounts.lock().expect("nothing panics while it holds the accounts")

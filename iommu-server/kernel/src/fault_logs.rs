@@ -17,12 +17,15 @@ pub struct FaultLogs {
     records_per_owner: u32,
     /// Declared owners are bounded, and so are the logs.
     logs: BTreeMap<Option<Owner>, SequenceLog<FaultRecord>>,
+    /// The highest number of a log that was forgotten: later logs go on after it, so that who watches a number of an owner that comes again
+    /// misses nothing.
+    forgotten_latest: u64,
 }
 
 impl FaultLogs {
     /// Empty logs that keep so many records each.
     pub fn new(records_per_owner: u32) -> Self {
-        Self { records_per_owner, logs: BTreeMap::new() }
+        Self { records_per_owner, logs: BTreeMap::new(), forgotten_latest: 0 }
     }
     /// Takes what the unit has recorded and files it by the device's owner, with the domain that the device is attached to now. Returns
     /// the owners that got records.
@@ -51,7 +54,7 @@ impl FaultLogs {
         owners
     }
     fn append(&mut self, record: FaultRecord) {
-        let empty = || SequenceLog::new(self.records_per_owner as usize);
+        let empty = || SequenceLog::after_another(self.records_per_owner as usize, self.forgotten_latest);
         let log = self.logs.entry(record.owner).or_insert_with(empty);
         log.append(|sequence| FaultRecord { sequence, ..record });
     }
@@ -59,7 +62,9 @@ impl FaultLogs {
     /// behind with their next owner: a record is of whoever had the device when it was [collected](Self::collect), so it is to be collected before
     /// a device changes hands.
     pub fn forget(&mut self, owner: Owner) {
-        self.logs.remove(&Some(owner));
+        if let Some(log) = self.logs.remove(&Some(owner)) {
+            self.forgotten_latest = self.forgotten_latest.max(log.latest());
+        }
     }
     /// Records after `after` (sequence numbers of that owner's log), oldest first, with how many between were overwritten.
     pub fn after(&self, owner: Option<Owner>, after: u64, limit: usize) -> (Vec<FaultRecord>, u64) {
@@ -134,7 +139,14 @@ mod tests {
         assert_eq!(logs.owners(), [Some(other)]);
         assert_eq!((logs.after(Some(gone), 0, 10), logs.latest(Some(gone))), ((vec![], 0), 0));
         logs.append(record(Some(gone)));
-        assert_eq!(logs.latest(Some(gone)), 1, "it begins anew");
+        assert_eq!(
+            logs.latest(Some(gone)),
+            3,
+            "numbers go on, so that a watcher of the number misses nothing"
+        );
+        let (records, missed) = logs.after(Some(gone), 2, 10);
+        assert_eq!((records.len(), missed), (1, 0));
+        assert_eq!(logs.after(Some(gone), 0, 10).1, 0, "what was the other's is not missed");
         assert_eq!(logs.latest(Some(other)), 1);
     }
 }

@@ -39,6 +39,27 @@ impl Topology {
         let entry = self.device(address)?;
         Ok(group_in(self.all(), entry))
     }
+    /// The isolation group of every device, named after the lowest address in it.
+    pub fn groups(&self) -> BTreeMap<DeviceAddress, DeviceAddress> {
+        let bridges = Bridges::of(self.all());
+        let mut lowest: BTreeMap<DeviceAddress, DeviceAddress> = BTreeMap::new();
+        let named = |entry: &DeviceEntry| {
+            let representative = representative(self.all(), &bridges, entry);
+            // Devices come by address, so the first of a group is its lowest.
+            (entry.address, *lowest.entry(representative).or_insert(entry.address))
+        };
+        self.devices().map(named).collect()
+    }
+    /// Another function of the isolation group of a device that somebody else than `owner` has.
+    pub fn neighbour_of_another(
+        &self,
+        address: DeviceAddress,
+        owner: Owner,
+    ) -> Result<Option<(DeviceAddress, Owner)>, UnknownDevice> {
+        let others = self.group_of(address)?.into_iter().filter(|member| *member != address);
+        let owned = others.filter_map(|member| Some((member, self.device(member).ok()?.owner?)));
+        Ok(owned.into_iter().find(|(_, other)| *other != owner))
+    }
     /// Who has devices of the isolation group of a device.
     pub fn owners_in_group(&self, address: DeviceAddress) -> Result<Vec<Owner>, UnknownDevice> {
         let group = self.group_of(address)?;
@@ -54,20 +75,21 @@ fn owners_of(devices: &Devices, group: &[DeviceAddress]) -> Vec<Owner> {
 }
 
 fn group_in(devices: &Devices, entry: &DeviceEntry) -> Vec<DeviceAddress> {
-    let mine = representative(devices, entry);
-    let is_mine = |other: &&DeviceEntry| representative(devices, other) == mine;
+    let bridges = Bridges::of(devices);
+    let mine = representative(devices, &bridges, entry);
+    let is_mine = |other: &&DeviceEntry| representative(devices, &bridges, other) == mine;
     devices.values().filter(is_mine).map(|other| other.address).collect()
 }
 
 /// The function that stands for a group: equal for two functions when they share one.
-fn representative(devices: &Devices, entry: &DeviceEntry) -> DeviceAddress {
+fn representative(devices: &Devices, bridges: &Bridges<'_>, entry: &DeviceEntry) -> DeviceAddress {
     let mut entry = entry;
     if let FunctionKind::VirtualFunction { physical } = entry.function.kind
         && let Some(physical) = devices.get(&physical).filter(|physical| !physical.function.acs)
     {
         entry = physical;
     }
-    let lacking = bridges_above(devices, entry.address).filter(|bridge| !bridge.function.acs);
+    let lacking = bridges.above(entry.address).filter(|bridge| !bridge.function.acs);
     // Bridges above one bus lie inside each other, so the uppermost has the lowest bus below it.
     if let Some(uppermost) = lacking.min_by_key(|bridge| buses(&bridge.function)) {
         entry = uppermost;
@@ -80,14 +102,22 @@ fn representative(devices: &Devices, entry: &DeviceEntry) -> DeviceAddress {
     first.map_or(entry.address, |first| first.address)
 }
 
-/// The bridges on the way from a function to the root.
-fn bridges_above(devices: &Devices, address: DeviceAddress) -> impl Iterator<Item = &DeviceEntry> {
-    let bus = address.source_id.bus();
-    devices.values().filter(move |other| {
-        let below = buses(&other.function);
-        other.address.segment == address.segment
-            && below.is_some_and(|(first, last)| (first..=last).contains(&bus))
-    })
+/// All bridges, so that they are looked for once and not for every function.
+struct Bridges<'a>(Vec<&'a DeviceEntry>);
+
+impl<'a> Bridges<'a> {
+    fn of(devices: &'a Devices) -> Self {
+        Self(devices.values().filter(|entry| entry.function.is_bridge()).collect())
+    }
+    /// Those on the way from a function to the root.
+    fn above(&self, address: DeviceAddress) -> impl Iterator<Item = &'a DeviceEntry> {
+        let bus = address.source_id.bus();
+        self.0.iter().copied().filter(move |bridge| {
+            let below = buses(&bridge.function);
+            bridge.address.segment == address.segment
+                && below.is_some_and(|(first, last)| (first..=last).contains(&bus))
+        })
+    }
 }
 
 /// The functions of the device that a function is of, by address.
@@ -107,7 +137,7 @@ fn refuse<T>(field: &str, why: String) -> Result<T, InvalidField> {
 pub(crate) fn check_declared(devices: &Devices, entry: &DeviceEntry) -> Result<(), InvalidField> {
     match entry.function.kind {
         FunctionKind::Endpoint => {}
-        FunctionKind::VirtualFunction { physical } => check_physical(devices, entry.address, physical)?,
+        FunctionKind::VirtualFunction { physical } => check_physical(devices, entry, physical)?,
         FunctionKind::Bridge { secondary_bus, subordinate_bus } => {
             check_buses(devices, entry.address, secondary_bus, subordinate_bus)?;
             if let Some(owner) = entry.owner {
@@ -115,9 +145,19 @@ pub(crate) fn check_declared(devices: &Devices, entry: &DeviceEntry) -> Result<(
             }
         }
     }
+    if let Some(going) = Bridges::of(devices).above(entry.address).find(|bridge| bridge.is_going) {
+        return refuse("device", format!("lies below {}, which is being removed", going.address));
+    }
     let mut with = devices.clone();
     with.insert(entry.address, entry.clone());
     let group = group_in(&with, entry);
+    if let Some(other) = group.iter().find(|member| with[*member].declared_by != entry.declared_by) {
+        // Whoever declares a function cannot take those of others out of their hands by it.
+        return refuse(
+            "function",
+            format!("lacks isolation: it would share the group of {other}, which somebody else declared"),
+        );
+    }
     match owners_of(&with, &group)[..] {
         [one, other, ..] => {
             refuse("function", format!("lacks isolation: {one} and {other} would share its group"))
@@ -128,11 +168,20 @@ pub(crate) fn check_declared(devices: &Devices, entry: &DeviceEntry) -> Result<(
 
 fn check_physical(
     devices: &Devices,
-    address: DeviceAddress,
+    entry: &DeviceEntry,
     physical: DeviceAddress,
 ) -> Result<(), InvalidField> {
+    let address = entry.address;
     let field = "function.virtual_function.physical";
-    match devices.get(&physical).map(|entry| entry.function.kind) {
+    let declared = devices.get(&physical);
+    let is_anothers = |one: &DeviceEntry| one.declared_by.is_some() && one.declared_by != entry.declared_by;
+    match declared.map(|one| one.function.kind) {
+        _ if declared.is_some_and(is_anothers) => {
+            refuse(field, format!("{physical} was declared by somebody else"))
+        }
+        _ if declared.is_some_and(|one| one.is_going) => {
+            refuse(field, format!("{physical} is being removed"))
+        }
         _ if physical.segment != address.segment => {
             refuse(field, format!("{physical} is in another segment"))
         }

@@ -7,6 +7,8 @@ use std::collections::VecDeque;
 pub struct SequenceLog<T> {
     capacity: usize,
     entries: VecDeque<T>,
+    /// Sequence number before the first entry.
+    began_after: u64,
     latest: u64,
     overwritten: u64,
 }
@@ -14,7 +16,12 @@ pub struct SequenceLog<T> {
 impl<T: Clone> SequenceLog<T> {
     /// An empty log of so many entries, of one at least.
     pub fn new(capacity: usize) -> Self {
-        Self { capacity: capacity.max(1), entries: VecDeque::new(), latest: 0, overwritten: 0 }
+        Self::after_another(capacity, 0)
+    }
+    /// The same, with numbers after those of a log whose place it takes: who has read that one misses nothing of this.
+    pub fn after_another(capacity: usize, latest: u64) -> Self {
+        let (capacity, entries) = (capacity.max(1), VecDeque::new());
+        Self { capacity, entries, began_after: latest, latest, overwritten: 0 }
     }
     /// Adds the entry that `entry` makes of its sequence number. When the log is full, the oldest goes.
     pub fn append(&mut self, entry: impl FnOnce(u64) -> T) {
@@ -33,7 +40,8 @@ impl<T: Clone> SequenceLog<T> {
     pub fn after(&self, after: u64, limit: usize) -> (Vec<T>, u64) {
         let before_oldest = self.latest - self.entries.len() as u64;
         let skip = usize::try_from(after.saturating_sub(before_oldest)).unwrap_or(usize::MAX);
-        (self.entries.iter().skip(skip).take(limit).cloned().collect(), before_oldest.saturating_sub(after))
+        let missed = before_oldest.saturating_sub(after.max(self.began_after));
+        (self.entries.iter().skip(skip).take(limit).cloned().collect(), missed)
     }
     /// Takes out what is there.
     pub fn drain(&mut self) -> Vec<T> {

@@ -26,12 +26,22 @@ pub struct DeviceEntry {
     pub domain_id: Option<DomainId>,
     /// The hypervisor that declared it, by name; `None` when the configuration or an operator did.
     pub declared_by: Option<String>,
+    /// Set while it is being removed: nothing that is declared may refer to it any more.
+    pub is_going: bool,
 }
 
 impl DeviceEntry {
     /// An ordinary function with ACS, attached to nothing.
     pub fn new(address: DeviceAddress, name: String, owner: Option<Owner>) -> Self {
-        Self { address, name, function: PciFunction::ISOLATED, owner, domain_id: None, declared_by: None }
+        Self {
+            address,
+            name,
+            function: PciFunction::ISOLATED,
+            owner,
+            domain_id: None,
+            declared_by: None,
+            is_going: false,
+        }
     }
 }
 
@@ -118,6 +128,12 @@ impl Topology {
     /// Whether a device may go: no virtual function is one of its, and nothing lies below it. To be asked before it is detached.
     pub fn check_removable(&self, address: DeviceAddress) -> Result<(), RemoveDeviceError> {
         Ok(check_removed(&self.devices, self.device(address)?)?)
+    }
+    /// Says that a device is being removed, if it may go: what is declared from now on does not refer to it.
+    pub fn begin_removal(&mut self, address: DeviceAddress) -> Result<(), RemoveDeviceError> {
+        self.check_removable(address)?;
+        self.devices.get_mut(&address).expect("it was just found").is_going = true;
+        Ok(())
     }
     /// Removes a device that no other refers to. It must be detached.
     pub fn remove_device(&mut self, address: DeviceAddress) -> Result<DeviceEntry, RemoveDeviceError> {

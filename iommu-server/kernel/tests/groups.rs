@@ -160,7 +160,7 @@ fn a_declaration_that_makes_no_sense_is_refused_by_field() {
         let mut topology = topology(&drawing);
         let error = topology.declare_device(entry(line, owner)).expect_err(line);
         let DeclareError::InvalidField(invalid) = &error else { panic!("{line}: {error}") };
-        assert!(invalid.field.ends_with(field), "{line}: {error}");
+        assert!(invalid.field.contains(field), "{line}: {error}");
         assert!(topology.device(at(line.split(' ').next().unwrap_or_default())).is_err(), "{line}");
     }
     topology(&drawing).declare_device(entry("04:01.0 bridge 8-9", None)).expect("beside the second");

@@ -12,7 +12,7 @@ use iommu_types::errors::{
     AssignError, DeclareError, GroupInUse, LimitReached, NotAssignable, NotAttached, NotYours, ReleaseError,
     RemoveDeviceError, UnknownDevice,
 };
-use iommu_types::{DeviceAddress, FunctionKind, Generation, Owner, PciFunction, RequestId, Role};
+use iommu_types::{DeviceAddress, Generation, Owner, PciFunction, RequestId, Role};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
@@ -38,6 +38,11 @@ impl Host {
         function: PciFunction,
     ) -> Result<(), DeclareError> {
         let declared_by = Some(hypervisor.name.clone());
+        let own = self.topology.read().devices().filter(|entry| entry.declared_by == declared_by).count();
+        if own >= bounds::FUNCTIONS_PER_HYPERVISOR_MAX {
+            let allowed = bounds::FUNCTIONS_PER_HYPERVISOR_MAX as u64;
+            return Err(LimitReached { limit: "functions_per_hypervisor".to_owned(), allowed }.into());
+        }
         let entry = DeviceEntry::new(address, name.clone(), None);
         self.declare_device(DeviceEntry { function, declared_by, ..entry }).await?;
         self.peer_comes(&name, Role::Device(address)).await;
@@ -51,6 +56,8 @@ impl Host {
         hypervisor: &HypervisorState,
         address: DeviceAddress,
     ) -> Result<(), RemoveDeviceError> {
+        // Nobody assigns it meanwhile.
+        let _in_turn = hypervisor.moves.lock().await;
         {
             let topology = self.topology.read();
             let entry = topology.device(address)?;
@@ -72,7 +79,8 @@ impl Host {
             let is_own = |entry: &&DeviceEntry| entry.declared_by.as_ref() == Some(&hypervisor.name);
             topology.devices().filter(is_own).cloned().collect()
         };
-        own.sort_by_key(|entry| !matches!(entry.function.kind, FunctionKind::VirtualFunction { .. }));
+        // Virtual functions before their physical ones, what lies below a bridge (on a higher bus) before the bridge.
+        own.sort_by_key(|entry| (!entry.function.is_virtual(), std::cmp::Reverse(entry.address)));
         for entry in own {
             if let Err(reason) = self.remove_device(entry.address).await {
                 tracing::error!(device = %entry.address, %reason, "function not forgotten");
@@ -83,9 +91,10 @@ impl Host {
     /// The functions that a hypervisor may assign or has assigned.
     pub fn functions_of(&self, hypervisor: &HypervisorState) -> Vec<FunctionState> {
         let topology = self.topology.read();
+        let groups = topology.groups();
         let state = |entry: &DeviceEntry| {
             let device = self.devices.get(entry.address).ok()?;
-            let group = topology.group_of(entry.address).ok()?.first().copied()?;
+            let group = *groups.get(&entry.address)?;
             Some(FunctionState {
                 device: entry.address,
                 name: entry.name.clone(),
@@ -107,8 +116,7 @@ impl Host {
     ) -> Result<Vec<DeviceEntry>, AssignError> {
         let topology = self.topology.read();
         let named = topology.device(address)?;
-        let is_bridge = |entry: &DeviceEntry| matches!(entry.function.kind, FunctionKind::Bridge { .. });
-        if is_bridge(named) {
+        if named.function.is_bridge() {
             let why = "it is a bridge; assign a function below it".to_owned();
             return Err(NotAssignable { device: address, why }.into());
         }
@@ -118,7 +126,7 @@ impl Host {
         let mut group = Vec::new();
         for member in topology.group_of(address)? {
             let entry = topology.device(member)?;
-            if is_bridge(entry) {
+            if entry.function.is_bridge() {
                 continue;
             }
             match entry.owner {

@@ -32,18 +32,31 @@ type Answer = Result<Bytes, HypercallError>;
 #[derive(Debug)]
 struct Waiting {
     vm: u32,
-    /// Whether the stream has taken it.
-    taken: bool,
+    /// What it says, until a stream takes it.
+    payload: Option<Bytes>,
     answer: oneshot::Sender<Answer>,
 }
 
 #[derive(Debug, Default)]
 struct Exchange {
     last_tag: u64,
-    queue: VecDeque<Calling>,
+    /// Tags of calls that no stream has taken; those whose caller is gone are taken out.
+    queue: VecDeque<u64>,
     waiting: BTreeMap<u64, Waiting>,
     serving: Option<EndSignal>,
     streams: u64,
+}
+
+impl Exchange {
+    /// The oldest call that nobody has taken, for the stream that serves now.
+    fn take(&mut self, stream: u64) -> Option<Calling> {
+        if self.streams != stream {
+            return None;
+        }
+        let tag = self.queue.pop_front()?;
+        let waiting = self.waiting.get_mut(&tag)?;
+        Some(Calling { tag, vm: waiting.vm, payload: waiting.payload.take()? })
+    }
 }
 
 /// The hypercalls of one hypervisor's virtual machines.
@@ -78,8 +91,8 @@ impl Hypercalls {
             exchange.last_tag += 1;
             let tag = exchange.last_tag;
             let (sender, answer) = oneshot::channel();
-            exchange.waiting.insert(tag, Waiting { vm, taken: false, answer: sender });
-            exchange.queue.push_back(Calling { tag, vm, payload });
+            exchange.waiting.insert(tag, Waiting { vm, payload: Some(payload), answer: sender });
+            exchange.queue.push_back(tag);
             (tag, answer)
         };
         self.bell.notify_one();
@@ -94,19 +107,12 @@ impl Hypercalls {
             }
         }
     }
-    /// The next call; waits for one.
-    pub async fn next(&self) -> Calling {
+    /// The next call for a stream; waits for one, for ever when another stream has taken over.
+    pub async fn next(&self, serving: &Serving) -> Calling {
         loop {
             let rung = self.bell.notified();
-            {
-                let mut exchange = self.exchange.lock();
-                while let Some(calling) = exchange.queue.pop_front() {
-                    // One whose caller is gone is asked by nobody any more.
-                    if let Some(waiting) = exchange.waiting.get_mut(&calling.tag) {
-                        waiting.taken = true;
-                        return calling;
-                    }
-                }
+            if let Some(calling) = self.exchange.lock().take(serving.stream) {
+                return calling;
             }
             rung.await;
         }
@@ -116,7 +122,7 @@ impl Hypercalls {
         let waiting = {
             let mut exchange = self.exchange.lock();
             match exchange.waiting.get(&tag) {
-                Some(waiting) if waiting.taken => exchange.waiting.remove(&tag),
+                Some(waiting) if waiting.payload.is_none() => exchange.waiting.remove(&tag),
                 _ => None,
             }
         };
@@ -137,7 +143,9 @@ struct Place<'a> {
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.hypercalls.exchange.lock().waiting.remove(&self.tag);
+        let mut exchange = self.hypercalls.exchange.lock();
+        exchange.waiting.remove(&self.tag);
+        exchange.queue.retain(|tag| *tag != self.tag);
     }
 }
 
@@ -149,8 +157,10 @@ impl Serving {
         exchange.streams += 1;
         let stream = exchange.streams;
         let before = exchange.serving.replace(end.clone());
-        exchange.waiting.retain(|_, waiting| !waiting.taken);
+        exchange.waiting.retain(|_, waiting| waiting.payload.is_some());
         drop(exchange);
+        // What was left to the stream before is this one's.
+        hypervisor.hypercalls.bell.notify_one();
         if let Some(before) = before {
             before.end(Ending::Fenced { by_generation: stream });
         }
@@ -189,7 +199,7 @@ mod tests {
             })
         };
         let asked = ask(1, "ping");
-        let calling = calls.next().await;
+        let calling = calls.next(&serving).await;
         assert_eq!((calling.vm, &*calling.payload), (1, &b"ping"[..]));
         assert!(!calls.answer(calling.tag + 1, Ok(Bytes::new())), "a tag that nobody has");
         assert!(calls.answer(calling.tag, Ok(Bytes::from_static(b"pong"))));
@@ -197,7 +207,7 @@ mod tests {
         assert_eq!(asked.await.expect("no panic"), Ok(Bytes::from_static(b"pong")));
 
         let asked = ask(1, "no");
-        let calling = calls.next().await;
+        let calling = calls.next(&serving).await;
         assert!(calls.answer(calling.tag, Err("not now".to_owned())));
         assert_eq!(
             asked.await.expect("no panic"),
@@ -208,7 +218,7 @@ mod tests {
         assert_eq!(given_up, Err(HypercallTimeout { waited_ms: 1 }.into()));
 
         let asked = ask(2, "unanswered");
-        let _taken = calls.next().await;
+        let _taken = calls.next(&serving).await;
         let later = Serving::begin(&hypervisor);
         assert!(serving.end.ended().is_some(), "a later stream ends the earlier");
         assert_eq!(asked.await.expect("no panic"), Err(NoHypervisor {}.into()));
@@ -219,7 +229,7 @@ mod tests {
     #[tokio::test]
     async fn i7_one_guest_that_calls_without_end_keeps_no_other_out() {
         let hypervisor = Hypervisors::default().get_or_make("hv0").expect("room");
-        let _serving = Serving::begin(&hypervisor);
+        let serving = Serving::begin(&hypervisor);
         let mut asked = tokio::task::JoinSet::new();
         for _ in 0..bounds::HYPERCALLS_PER_VM_MAX {
             let hypervisor = Arc::clone(&hypervisor);
@@ -236,7 +246,7 @@ mod tests {
             tokio::spawn(async move { hypervisor.hypercalls.call(2, Bytes::new(), LONG).await })
         };
         loop {
-            let calling = hypervisor.hypercalls.next().await;
+            let calling = hypervisor.hypercalls.next(&serving).await;
             assert!(hypervisor.hypercalls.answer(calling.tag, Ok(Bytes::new())));
             if calling.vm == 2 {
                 break;

@@ -1,15 +1,16 @@
 //! What the service keeps of each hypervisor: its seat, its virtual machines, and the hypercalls of these.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use dashmap::DashMap;
+use iommu_proto::model::TenantLimits;
 use iommu_types::Owner;
 use iommu_types::errors::LimitReached;
 use parking_lot::Mutex;
 
 use crate::bounds;
 use crate::host::hypercalls::Hypercalls;
+use crate::host::rates::OwnerBounds;
 use crate::session::driver::Seat;
 
 /// A hypervisor.
@@ -19,10 +20,14 @@ pub struct HypervisorState {
     pub name: String,
     /// Its session.
     pub seat: Seat,
+    /// What it may ask in a second and at once.
+    pub bounds: Arc<OwnerBounds>,
     /// What its virtual machines ask of it.
     pub hypercalls: Hypercalls,
     /// Held while functions change hands, and while a virtual machine ends.
     pub moves: tokio::sync::Mutex<()>,
+    /// Held while memory is added to one of its virtual machines, so that what they have together is counted.
+    pub adding: Mutex<()>,
     /// Its virtual machines, by number.
     vms: Mutex<BTreeSet<u32>>,
 }
@@ -31,7 +36,10 @@ impl HypervisorState {
     fn new(name: &str) -> Arc<Self> {
         let (seat, hypercalls) = (Seat::new(), Hypercalls::default());
         let (moves, vms) = (tokio::sync::Mutex::default(), Mutex::default());
-        Arc::new(Self { name: name.to_owned(), seat, hypercalls, moves, vms })
+        let requests_per_second = Some(bounds::HYPERVISOR_REQUESTS_PER_SECOND_MAX);
+        let bounds = OwnerBounds::new(TenantLimits { requests_per_second, ..TenantLimits::default() });
+        let (name, bounds, adding) = (name.to_owned(), Arc::new(bounds), Mutex::default());
+        Arc::new(Self { name, seat, bounds, hypercalls, moves, adding, vms })
     }
     /// Whether it owns a virtual machine.
     pub fn owns(&self, owner: Owner) -> bool {
@@ -57,37 +65,32 @@ impl HypervisorState {
     }
 }
 
-/// All hypervisors that ever opened a session; their number is bounded.
+/// The hypervisors that are known by name; their number is bounded.
 #[derive(Debug, Default)]
 pub struct Hypervisors {
-    by_name: DashMap<String, Arc<HypervisorState>>,
+    by_name: Mutex<BTreeMap<String, Arc<HypervisorState>>>,
 }
 
 impl Hypervisors {
-    /// The hypervisor of that name; made when there is none.
+    /// The hypervisor of that name; made when there is none. One that nobody holds (no session, grace or call of it) makes room.
     pub fn get_or_make(&self, name: &str) -> Result<Arc<HypervisorState>, LimitReached> {
-        if let Some(found) = self.by_name.get(name) {
-            return Ok(Arc::clone(found.value()));
+        let mut by_name = self.by_name.lock();
+        if let Some(found) = by_name.get(name) {
+            return Ok(Arc::clone(found));
         }
-        if self.by_name.len() >= bounds::HYPERVISORS_MAX {
-            // Names that hold nothing and whose session is gone make room.
-            self.by_name.retain(|_, state| !state.vms().is_empty() || state.seat.connected().is_some());
+        if by_name.len() >= bounds::HYPERVISORS_MAX {
+            by_name.retain(|_, state| Arc::strong_count(state) > 1 || !state.vms.lock().is_empty());
         }
-        if self.by_name.len() >= bounds::HYPERVISORS_MAX {
+        if by_name.len() >= bounds::HYPERVISORS_MAX {
             let allowed = bounds::HYPERVISORS_MAX as u64;
             return Err(LimitReached { limit: "hypervisors".to_owned(), allowed });
         }
-        let entry = self.by_name.entry(name.to_owned()).or_insert_with(|| HypervisorState::new(name));
-        Ok(Arc::clone(entry.value()))
+        let state = HypervisorState::new(name);
+        by_name.insert(name.to_owned(), Arc::clone(&state));
+        Ok(state)
     }
     /// All of them, by name.
     pub fn list(&self) -> Vec<Arc<HypervisorState>> {
-        let mut all: Vec<_> = self.by_name.iter().map(|entry| Arc::clone(entry.value())).collect();
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        all
-    }
-    /// Whose a virtual machine is.
-    pub fn of(&self, vm: Owner) -> Option<Arc<HypervisorState>> {
-        self.list().into_iter().find(|hypervisor| hypervisor.owns(vm))
+        self.by_name.lock().values().cloned().collect()
     }
 }

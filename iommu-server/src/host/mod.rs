@@ -29,9 +29,10 @@ use iommu_hardware::memory::{Backing, MemoryConfig, PhysicalMemory};
 use iommu_hardware::vtd::UnitConfig;
 use iommu_kernel::{DeviceEntry, Kernel, KernelConfig, OwnerEntry, OwnerLimits, Topology};
 use iommu_proto::model::TenantLimits;
-use iommu_types::errors::{DeclareError, LimitReached, UnknownOwner};
+use iommu_types::errors::{DeclareError, InvalidField, LimitReached, UnknownOwner};
 use iommu_types::{Capabilities, Identity, Owner, Role};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
+use tonic::Status;
 
 use self::devices::{DeviceState, Devices, Home};
 use self::domains::Domains;
@@ -41,7 +42,7 @@ use self::owners::{OwnerState, Owners};
 use self::sanitizer::SanitizerHub;
 use crate::bounds;
 use crate::config::Config;
-use crate::connection::Connections;
+use crate::connection::{ConnectionHandle, Connections};
 use crate::ending::{EndSignal, Ending};
 use crate::machine::Machines;
 use crate::metrics::Metrics;
@@ -66,6 +67,8 @@ pub struct Host {
     pub devices: Devices,
     /// Domains.
     pub domains: Domains,
+    /// Number of the latest virtual machine. Locked inside of the topology.
+    last_vm: Mutex<u32>,
     /// Bare machines and their clients.
     pub machines: Machines,
     /// Fault logs.
@@ -155,6 +158,7 @@ impl Host {
             hypervisors: Hypervisors::default(),
             devices: Devices::default(),
             domains: Domains::new(Arc::clone(&reports)),
+            last_vm: Mutex::default(),
             machines: Machines::default(),
             faults: FaultHub::default(),
             reports,
@@ -206,6 +210,16 @@ impl Host {
             return Err(declare_error(error, owner_state.owner));
         }
         Ok(())
+    }
+
+    /// Refuses a connection whose certificate has expired or was revoked since it was accepted, and that has not been ended yet.
+    pub(crate) fn certificate_holds(&self, connection: &ConnectionHandle) -> Result<(), Status> {
+        let now_unix_s = crate::telemetry::now_unix_ms() / 1000;
+        let verdict = self.tls.as_ref().zip(connection.certificate());
+        match verdict.and_then(|(tls, certificate)| tls.verdict(certificate, now_unix_s)) {
+            Some(why) => Err(why.into_status()),
+            None => Ok(()),
+        }
     }
 
     /// A peer was declared: it gets a certificate, where the server can issue one.
@@ -270,6 +284,9 @@ fn declare_error(error: iommu_types::errors::AttachError, owner: Owner) -> Decla
         AttachError::UnknownOwner(unknown) => unknown.into(),
         AttachError::OutOfMemory(_) => {
             LimitReached { limit: "physical_memory".to_owned(), allowed: 0 }.into()
+        }
+        AttachError::NotAssignable(_) | AttachError::GroupInUse(_) => {
+            InvalidField { field: "owner".to_owned(), why: error.to_string() }.into()
         }
         AttachError::UnknownDevice(_) | AttachError::UnknownDomain(_) | AttachError::NotYours(_) => {
             UnknownOwner { owner }.into()

@@ -36,7 +36,7 @@ pub struct OwnerState {
     /// Its session.
     pub seat: Seat,
     /// What it may do in a second and have at once, beside what its account counts.
-    pub bounds: OwnerBounds,
+    pub bounds: Arc<OwnerBounds>,
     /// Set when the owner is being destroyed: no device is attached for it and no memory given to it any more.
     pub is_leaving: AtomicBool,
     /// Whose virtual machine it is; `None` for a driver of the host.
@@ -68,7 +68,7 @@ impl OwnerState {
             unmapped_coherent,
             interrupts,
             seat,
-            bounds: OwnerBounds::new(limits),
+            bounds: Arc::new(OwnerBounds::new(limits)),
             is_leaving: AtomicBool::new(false),
             hypervisor: None,
         }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use iommu_kernel::{DeviceEntry, Domain, Topology};
 use iommu_types::errors::{
     AssignError, AttachError, CreateDomainError, DestroyDomainError, DetachError, DmaLimitsError,
-    DomainInUse, GroupInUse, LimitReached, NotAttached, NotYours, RemoveDeviceError, UnknownDevice,
+    DomainInUse, GroupInUse, LimitReached, NotAssignable, NotAttached, NotYours, RemoveDeviceError,
+    UnknownDevice,
 };
 use iommu_types::{
     DMA_MASK_BITS_MAX, DeviceAddress, DmaLimits, DomainId, DomainOptions, Owner, Protection, RequestId, Role,
@@ -21,6 +22,18 @@ use super::owners::OwnerState;
 
 /// Stands where a driver's request is named, for what no driver asked for.
 pub const OPERATOR: RequestId = RequestId(0);
+
+/// Bridges are nobody's, and two owners never have a part each of a group of functions that reach each other.
+fn check_group(topology: &Topology, device: DeviceAddress, owner: Owner) -> Result<(), AttachError> {
+    if topology.device(device)?.function.is_bridge() {
+        let why = "it is a bridge; give a function below it".to_owned();
+        return Err(NotAssignable { device, why }.into());
+    }
+    match topology.neighbour_of_another(device, owner)? {
+        Some((device, owner)) => Err(GroupInUse { device, owner }.into()),
+        None => Ok(()),
+    }
+}
 
 fn not_yours(object: impl std::fmt::Display) -> NotYours {
     NotYours { object: object.to_string() }
@@ -106,6 +119,8 @@ impl Host {
     ) -> Result<DomainId, AttachError> {
         let address = device.address;
         self.still_declared(device)?;
+        owner.still_there()?;
+        check_group(&self.topology.read(), address, owner.owner)?;
         let before = self.topology.read().device(address)?.clone();
         let had_default = self.domains.default_of(owner.owner, address).is_some();
         let default = self.default_domain(owner, address).map_err(create_error)?;
@@ -179,6 +194,7 @@ impl Host {
         topology.device(device.address)?;
         // Whoever destroys an owner says so first, and looks under this lock what it has then.
         owner.still_there()?;
+        check_group(&topology, device.address, owner.owner)?;
         let limits = self.limits_in(&topology, target.id, Some(device));
         target.with(|domain| {
             self.kernel.attach(device.address.source_id, domain)?;
@@ -364,7 +380,8 @@ impl Host {
     /// Forgets a device: session, attachment, interrupts, default domain.
     pub async fn remove_device(self: &Arc<Self>, address: DeviceAddress) -> Result<(), RemoveDeviceError> {
         let device = self.devices.get(address)?;
-        self.topology.read().check_removable(address)?;
+        // From here on nothing that is declared refers to it, so that its entry can go at the end.
+        self.topology.write().begin_removal(address)?;
         device.remove();
         let _placement = device.placement.lock().await;
         self.still_declared(&device)?;

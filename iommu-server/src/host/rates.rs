@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use iommu_proto::model::{LimitState, TenantLimits};
+use iommu_types::Refusal;
 use iommu_types::errors::LimitReached;
 
 use crate::bounds;
@@ -171,6 +172,13 @@ impl OwnerBounds {
             calls: Places::new("calls_per_owner", bounds::CALLS_PER_OWNER_MAX),
             watchers: Places::new("watchers_per_owner", bounds::WATCHERS_PER_OWNER_MAX),
         }
+    }
+    /// Pays for a batch of DMA, or says what it is over. The clock is read once for both rates.
+    #[inline]
+    pub fn pay_dma(&self, operations: u64, bytes: u64) -> Result<(), (Refusal, OverRate)> {
+        let now = now_ns();
+        self.dma_operations.take_at(now, operations).map_err(|over| (Refusal::OverOperationRate, over))?;
+        self.dma_bytes.take_at(now, bytes).map_err(|over| (Refusal::OverByteRate, over))
     }
     /// How they stand.
     pub fn state(&self) -> Vec<LimitState> {

@@ -41,7 +41,9 @@ impl Host {
         for address in &devices {
             let drain = self.kernel.free_interrupts(address.source_id);
             let _drained = drain.await;
-            self.restore(owner, *address).await;
+            if owner.still_there().is_ok() {
+                self.restore(owner, *address).await;
+            }
         }
         for slot in self.domains.list(|slot| slot.owner == owner.owner && slot.default_of.is_none()) {
             match self.destroy_domain(owner.owner, slot.id, OPERATOR).await {

@@ -65,6 +65,19 @@ struct Logs {
     by_owner: BTreeMap<Owner, Log>,
     /// How often each class was reported, repeats included.
     counts: BTreeMap<ReportClass, u64>,
+    /// The highest number of a log that was forgotten; later logs go on after it.
+    forgotten_latest: u64,
+}
+
+impl Logs {
+    fn of(&mut self, owner: Owner) -> &mut Log {
+        let began_after = self.forgotten_latest;
+        self.by_owner.entry(owner).or_insert_with(|| Log {
+            began_after,
+            latest: began_after,
+            ..Log::default()
+        })
+    }
 }
 
 #[derive(Debug, Default)]
@@ -72,6 +85,8 @@ struct Log {
     /// In the order of their sequence numbers, in which there are holes where reports were lost before they got here.
     reports: VecDeque<SanitizerReport>,
     latest: u64,
+    /// Sequence number before the first report.
+    began_after: u64,
     /// The latest report of each domain that has one here.
     latest_of: BTreeMap<DomainId, u64>,
 }
@@ -126,11 +141,11 @@ impl Log {
         let from = self.index_after(after);
         let reports: Vec<_> = self.reports.iter().skip(from).take(limit).copied().collect();
         let through = reports.last().map_or(after, |last| last.sequence);
-        let missed = (through - after) - reports.len() as u64;
+        let missed = (through - after.max(self.began_after).min(through)) - reports.len() as u64;
         Reports { reports, missed }
     }
     fn overwritten(&self) -> u64 {
-        self.latest - self.reports.len() as u64
+        self.latest - self.began_after - self.reports.len() as u64
     }
 }
 
@@ -143,19 +158,22 @@ impl Default for SanitizerHub {
 impl SanitizerHub {
     /// Forgets the log of an owner that is no more.
     pub fn forget(&self, owner: Owner) {
-        self.logs.lock().by_owner.remove(&owner);
+        let mut logs = self.logs.lock();
+        if let Some(log) = logs.by_owner.remove(&owner) {
+            logs.forgotten_latest = logs.forgotten_latest.max(log.latest);
+        }
     }
     /// Files reports of one domain, before which `lost` others were overwritten.
     fn file(&self, reports: Vec<SanitizerReport>, lost: u64) {
         {
             let mut logs = self.logs.lock();
             if let Some(first) = reports.first() {
-                logs.by_owner.entry(first.owner).or_default().latest += lost;
+                logs.of(first.owner).latest += lost;
             }
             for report in reports {
                 let count = logs.counts.entry(report.class).or_default();
                 *count = count.saturating_add(1 + u64::from(report.repeats));
-                logs.by_owner.entry(report.owner).or_default().append(report);
+                logs.of(report.owner).append(report);
             }
         }
         self.bell.send_modify(|count| *count += 1);

@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use iommu_kernel::{Domain, Leaving};
 use iommu_proto::model::{MoveMemory, Revocation};
-use iommu_types::GpaRange;
-use iommu_types::errors::{AddMemoryError, InvalidField, MapError, StillMapped, TakeMemoryError};
+use iommu_types::errors::{
+    AddMemoryError, InvalidField, LimitReached, MapError, StillMapped, TakeMemoryError,
+};
+use iommu_types::{GpaRange, Owner};
 use tokio::time::Instant;
 
 use super::Host;
@@ -32,15 +34,33 @@ impl Host {
         let owner = self.vm_of(hypervisor, vm)?;
         let _steady = owner.direct_maps.lock().await;
         owner.still_there()?;
-        owner.memory.write().add_at(&self.kernel, range)?;
+        {
+            let _in_turn = hypervisor.adding.lock();
+            self.check_share(hypervisor, range.size_bytes())?;
+            owner.memory.write().add_at(&self.kernel, range)?;
+        }
         if let Err(error) = self.open_in_direct_maps(&owner) {
             // Nobody was told of it, but its driver may have looked and mapped it.
             let leaving = owner.memory.write().begin_leaving(&self.kernel, range);
             if let Ok(leaving) = leaving {
                 self.revoke(&owner, range).await;
-                self.finish(&owner, leaving).map(drop).expect("what is revoked has no pins");
+                self.wait_for_pins(&owner, &leaving).await;
+                if let Err(reason) = self.finish(&owner, leaving) {
+                    tracing::error!(owner = %owner.owner, %range, %reason, "memory not taken back");
+                }
             }
             return Err(error);
+        }
+        Ok(())
+    }
+
+    /// All virtual machines of a hypervisor together leave something for the others (I7).
+    fn check_share(&self, hypervisor: &HypervisorState, more_bytes: u64) -> Result<(), LimitReached> {
+        let allowed = self.kernel.memory().size_bytes() / 4 * 3;
+        let own = hypervisor.vms().into_iter().filter_map(|number| self.owners.get(Owner::Vm(number)).ok());
+        let has: u64 = own.map(|owner| owner.account.memory_bytes()).sum();
+        if has.saturating_add(more_bytes) > allowed {
+            return Err(LimitReached { limit: "memory_bytes_per_hypervisor".to_owned(), allowed });
         }
         Ok(())
     }
@@ -130,6 +150,7 @@ impl Host {
         }
         // Where nothing is in use, what is left to revoke are direct maps.
         let revoked = self.revoke(owner, range).await;
+        self.wait_for_pins(owner, &leaving).await;
         let left = self.finish(owner, leaving);
         // A piece of a direct map that could not be cut was closed whole.
         self.open_again_in_direct_maps(owner);
@@ -174,14 +195,21 @@ impl Host {
         }
     }
 
+    /// Waits for what others are about to give up: a domain that is being destroyed has pins until its drain, and is in no list any more.
+    async fn wait_for_pins(&self, owner: &OwnerState, leaving: &Leaving) {
+        while owner.memory.read().pins(&self.kernel, leaving) > 0 {
+            tokio::time::sleep(bounds::RECLAIM_TICK).await;
+        }
+    }
+
     /// Revokes whatever leads to the memory in every domain of the owner, and waits until it is quiet. Returns how many mappings went.
     async fn revoke(&self, owner: &OwnerState, range: GpaRange) -> u64 {
         let mut revoked = 0;
         for slot in self.domains.list(|slot| slot.owner == owner.owner) {
             let revoke = |domain: &mut Domain| {
-                let before = domain.counters().mappings;
+                let before = domain.counters().unmaps;
                 let pending = domain.revoke_memory(&self.kernel, range, telemetry::now());
-                (before - domain.counters().mappings, Some(pending))
+                (domain.counters().unmaps - before, Some(pending))
             };
             if let Ok((count, pending)) = slot.unmap_with(&self.kernel, revoke) {
                 revoked += count;

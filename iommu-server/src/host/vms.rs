@@ -81,13 +81,21 @@ impl Host {
         asked: TenantLimits,
     ) -> Result<u32, CreateVmError> {
         let limits = limits(&self.kernel.config().owner, asked)?;
+        // It is not destroyed before it stands, certificate included.
+        let _in_turn = hypervisor.moves.lock().await;
         let number = {
             let mut topology = self.topology.write();
+            let mut last = self.last_vm.lock();
             let free = |number: &u32| topology.owner(Owner::Vm(*number)).is_err();
             let number = match number {
                 Some(number) => number,
-                None => (1..=u32::MAX).find(free).expect("owners are fewer than numbers"),
+                // Upwards, so that what still means an earlier machine by its number does not mean another one soon.
+                None => {
+                    let upwards = (last.wrapping_add(1).max(1)..=u32::MAX).chain(1..=u32::MAX);
+                    upwards.into_iter().find(free).expect("owners are fewer than numbers")
+                }
             };
+            *last = number;
             let entry = OwnerEntry { owner: Owner::Vm(number), name: name.clone() };
             topology.declare_owner(entry).map_err(declare_error)?;
             number
@@ -133,24 +141,29 @@ impl Host {
         end_for_good(self, &owner, why).await;
         // What of its memory is on the move arrives, or stays, before it is taken back. Not before: calls of its driver wait for this lock too.
         let _steady = owner.direct_maps.lock().await;
-        let devices = self.topology.read().devices_of(owner.owner);
-        for device in devices {
-            if let Err(reason) = self.release(device, owner.owner, OPERATOR).await {
-                tracing::error!(owner = %owner.owner, %device, %reason, "device not released");
-            }
-        }
+        self.release_all(&owner).await;
         for slot in self.domains.list(|slot| slot.owner == owner.owner) {
             self.dissolve(&slot).await;
         }
         self.wait_for_mappings(&owner).await;
         owner.memory.write().free_all(&self.kernel);
-        while !owner.account.is_empty() {
-            // A call that was refused a moment ago is giving back what it had begun to take.
-            tokio::time::sleep(bounds::RECLAIM_TICK).await;
-        }
         self.forget_vm(hypervisor, &owner).await;
         tracing::info!(owner = %owner.owner, hypervisor = %hypervisor.name, reason = why, "virtual machine destroyed");
         Ok(())
+    }
+
+    /// Releases every device of an owner, all at once: one that does not answer its reset holds up no other.
+    async fn release_all(self: &Arc<Self>, owner: &OwnerState) {
+        let mut releases = tokio::task::JoinSet::new();
+        for device in self.topology.read().devices_of(owner.owner) {
+            let (host, owner) = (Arc::clone(self), owner.owner);
+            releases.spawn(async move {
+                if let Err(reason) = host.release(device, owner, OPERATOR).await {
+                    tracing::error!(%owner, %device, %reason, "device not released");
+                }
+            });
+        }
+        releases.join_all().await;
     }
 
     /// Forgets a virtual machine that holds nothing; its number and name are free from the last line on.
@@ -158,7 +171,10 @@ impl Host {
         self.faults.forget(owner.owner);
         self.reports.forget(owner.owner);
         self.peer_goes(&owner.name, Role::Driver(owner.owner)).await;
-        self.kernel.forget_account(owner.owner);
+        while !self.kernel.forget_account(owner.owner) {
+            // A call that was refused a moment ago is giving back what it had begun to take.
+            tokio::time::sleep(bounds::RECLAIM_TICK).await;
+        }
         self.owners.remove(owner.owner);
         hypervisor.remove_vm(owner.owner);
         let removed = self.topology.write().remove_owner(owner.owner);

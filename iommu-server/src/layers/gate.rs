@@ -19,7 +19,7 @@ use tower::{Layer, Service};
 use super::permissions::{Needs, Roles, needs};
 use crate::connection::ConnectionHandle;
 use crate::host::Host;
-use crate::host::owners::OwnerState;
+use crate::host::rates::OwnerBounds;
 use crate::services::{Caller, internal};
 
 /// A call that may go on.
@@ -47,11 +47,11 @@ impl From<Status> for Refused {
 
 /// Given back on drop.
 #[derive(Debug)]
-struct CallPlace(Arc<OwnerState>);
+struct CallPlace(Arc<OwnerBounds>);
 
 impl Drop for CallPlace {
     fn drop(&mut self) {
-        self.0.bounds.calls.leave();
+        self.0.calls.leave();
     }
 }
 
@@ -70,7 +70,7 @@ fn judge(host: &Host, path: &str, connection: Option<&ConnectionHandle>) -> Resu
     let connection = connection.ok_or_else(|| internal("a request came over no connection"))?;
     let Needs::Session(roles) = needs else { return Ok(Admitted::default()) };
     let caller = caller(connection, roles)?;
-    let place = caller.session.owner().map(|owner| place(owner)).transpose()?;
+    let place = caller.session.bounds().map(place).transpose()?;
     Ok(Admitted { caller: Some(caller), place })
 }
 
@@ -93,11 +93,11 @@ fn caller(connection: &ConnectionHandle, roles: Roles) -> Result<Caller, Status>
     Ok(Caller { session: Arc::clone(session), connection: connection.clone() })
 }
 
-/// A place among the calls of an owner, if it has one and is within its rate (I7).
-fn place(owner: &Arc<OwnerState>) -> Result<CallPlace, Refused> {
-    owner.bounds.calls.enter().map_err(WireError::into_status)?;
-    let place = CallPlace(Arc::clone(owner));
-    match owner.bounds.requests.take(1) {
+/// A place among the calls of an owner or a hypervisor, if it is within its rate (I7).
+fn place(bounds: &Arc<OwnerBounds>) -> Result<CallPlace, Refused> {
+    bounds.calls.enter().map_err(WireError::into_status)?;
+    let place = CallPlace(Arc::clone(bounds));
+    match bounds.requests.take(1) {
         Ok(()) => Ok(place),
         Err(over) => Err(Refused { after: over.penalty(), status: over.limit.into_status() }),
     }

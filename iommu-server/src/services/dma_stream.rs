@@ -47,6 +47,8 @@ pub struct DmaStream {
     work: Work,
     inbound: Streaming<pb::DmaStreamRequest>,
     stage: Stage,
+    /// Whether the next batch is paid for.
+    is_paid: bool,
     /// While the owner is over its rate, nothing is read.
     pause: Option<Pin<Box<tokio::time::Sleep>>>,
     end: Pin<Box<dyn Future<Output = Ending> + Send>>,
@@ -85,7 +87,7 @@ impl DmaStream {
             client: NEXT_CLIENT.fetch_add(1, Ordering::Relaxed),
             unmaps: Vec::new(),
         };
-        Ok(Self { work, inbound, stage: Stage::Reading, pause: None, end: Box::pin(end) })
+        Ok(Self { work, inbound, stage: Stage::Reading, is_paid: false, pause: None, end: Box::pin(end) })
     }
 
     fn poll_answer(&mut self, context: &mut Context<'_>) -> Poll<Option<Answer>> {
@@ -104,15 +106,20 @@ impl DmaStream {
                 ready!(pause.as_mut().poll(context));
                 self.pause = None;
             }
+            if !self.is_paid {
+                // Answers of a stream stay in order, so what is over the rate is not refused: it is not read yet.
+                if let Err(over) = self.work.owner.bounds.requests.take(1) {
+                    self.pause = Some(Box::pin(tokio::time::sleep(over.penalty())));
+                    continue;
+                }
+                self.is_paid = true;
+            }
             let budget = ready!(coop::poll_proceed(context));
             let Some(message) = ready!(Pin::new(&mut self.inbound).poll_next(context)) else {
                 return Poll::Ready(None);
             };
             budget.made_progress();
-            if let Err(over) = self.work.owner.bounds.requests.take(1) {
-                // Answers of a stream stay in order, so what is over the rate is not refused here: the next batch waits.
-                self.pause = Some(Box::pin(tokio::time::sleep(over.penalty())));
-            }
+            self.is_paid = false;
             match message.map_err(typed_framing_status).and_then(|message| self.work.take(message)) {
                 Ok(Taken::Answer(answer)) => return Poll::Ready(Some(answer)),
                 Ok(Taken::Waiting(waiting)) => self.stage = Stage::Waiting(waiting),

@@ -183,7 +183,7 @@ impl HypervisorService for HypervisorCalls {
                         Ok(None) => return Ok(()),
                         Err(status) => status,
                     },
-                    calling = hypervisor.hypercalls.next() => {
+                    calling = hypervisor.hypercalls.next(&serving) => {
                         let (tag, vm, payload) = (calling.tag, calling.vm, calling.payload);
                         sender.send(Ok(pb::ServeHypercallsResponse { tag, vm, payload })).await?;
                         continue;

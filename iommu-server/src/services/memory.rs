@@ -17,6 +17,7 @@ use super::{Caller, parse};
 use crate::bounds;
 use crate::host::Host;
 use crate::host::owners::OwnerState;
+use crate::host::rates::OwnerBounds;
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -61,6 +62,14 @@ fn charge(caller: &Caller, size_bytes: u64) -> Result<(), LimitReached> {
             owner.bounds.requests.take(size_bytes / bounds::BYTES_PER_REQUEST).map_err(|over| over.limit)
         }
         None => Ok(()),
+    }
+}
+
+/// The same for a stream, which waits until it may go on.
+async fn pace(bounds: &Option<Arc<OwnerBounds>>, size_bytes: u64) {
+    let Some(bounds) = bounds else { return };
+    while let Err(over) = bounds.requests.take(size_bytes / crate::bounds::BYTES_PER_REQUEST) {
+        tokio::time::sleep(over.penalty()).await;
     }
 }
 
@@ -112,12 +121,14 @@ impl MemoryService for Memory {
         let caller = Caller::of(&request)?;
         let MemoryRead { owner, range } = parse(request.into_inner())?;
         let owner = self.owner(&caller, owner).map_err(WireError::into_status)?;
-        let host = Arc::clone(&self.host);
+        let (host, bounds) =
+            (Arc::clone(&self.host), caller.session.owner().map(|own| Arc::clone(&own.bounds)));
         let stream = feed(&self.host, &caller, None, |sender| async move {
             let mut done = 0;
             while done < range.size_bytes() {
                 let piece = (range.size_bytes() - done).min(bounds::BULK_PIECE_BYTES as u64);
                 let gpa = range.base().checked_add(done).expect("a range does not wrap");
+                pace(&bounds, piece).await;
                 let data = read(&host, &owner, gpa, piece as usize);
                 let failed = data.is_err();
                 let message = data.map(|data| pb::MemoryReadResponse { data });
@@ -137,6 +148,7 @@ impl MemoryService for Memory {
         request: Request<Streaming<pb::MemoryWriteRequest>>,
     ) -> Result<Response<pb::MemoryWriteResponse>, Status> {
         let caller = Caller::of(&request)?;
+        let bounds = caller.session.owner().map(|own| Arc::clone(&own.bounds));
         let mut messages = request.into_inner();
         let mut written_bytes = 0_u64;
         loop {
@@ -147,6 +159,7 @@ impl MemoryService for Memory {
                 message = messages.message() => message.map_err(typed_framing_status)?,
             };
             let Some(message) = message else { break };
+            pace(&bounds, message.data.len() as u64).await;
             let ask: MemoryWrite = parse(message)?;
             let owner = self.owner(&caller, ask.owner).map_err(WireError::into_status)?;
             written_bytes += write(&self.host, &owner, &ask).map_err(WireError::into_status)?;

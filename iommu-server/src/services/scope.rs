@@ -13,6 +13,8 @@ use crate::host::hypervisors::HypervisorState;
 pub(super) enum Scope {
     /// One: an owner's, or that of what nobody owns.
     One(Option<Owner>),
+    /// That of one virtual machine, for as long as it is the hypervisor's: its number may come again, and be another's.
+    Vm(Arc<HypervisorState>, Owner),
     /// Those of a hypervisor's virtual machines.
     Vms(Arc<HypervisorState>),
     /// All there are.
@@ -24,7 +26,8 @@ impl Scope {
     pub(super) fn of(caller: &Caller, named: Option<Owner>, what: &str) -> Result<Self, NotYours> {
         if let Some(named) = named {
             caller.must_see(Some(named), format!("{what} {named}"))?;
-            return Ok(Self::One(Some(named)));
+            let of_hypervisor = caller.session.hypervisor().map(|own| Self::Vm(Arc::clone(own), named));
+            return Ok(of_hypervisor.unwrap_or(Self::One(Some(named))));
         }
         if caller.sees_all() {
             return Ok(Self::All);
@@ -36,6 +39,7 @@ impl Scope {
     pub(super) fn has(&self, log: Option<Owner>) -> bool {
         match self {
             Self::One(only) => *only == log,
+            Self::Vm(hypervisor, only) => log == Some(*only) && hypervisor.owns(*only),
             Self::Vms(hypervisor) => log.is_some_and(|owner| hypervisor.owns(owner)),
             Self::All => true,
         }

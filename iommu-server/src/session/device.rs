@@ -125,6 +125,10 @@ impl DeviceSession {
         self.mailbox.withdraw_resets();
         self.mailbox
             .push(pb::server_to_device::Message::Reset(pb::Reset { tag, assignment_generation: assignment }));
+        if self.acknowledged().saturating_add(1) < assignment {
+            // It has not answered the reset before either, so it is not waited for again; all its DMA is stale already.
+            return false;
+        }
         let answered = done.wait_for(|done| *done >= tag);
         match tokio::time::timeout(bounds::RESET_TIMEOUT, answered).await {
             // At the end of a session nobody waits any more, and nothing was said.

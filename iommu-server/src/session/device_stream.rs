@@ -138,6 +138,7 @@ impl DeviceStream {
         let address = hello.address;
         let identity = Identity { name: hello.name.clone(), role: Role::Device(address) };
         self.connection.must_be_certified(&identity).map_err(WireError::into_status)?;
+        self.host.certificate_holds(&self.connection)?;
         let device = self.known(&hello.name, address).map_err(WireError::into_status)?;
         // The agent of the same device may come back on the connection that it has; anybody else may not (I8).
         if !self.connection.identify(&identity) && self.connection.identity() != Some(&identity) {
@@ -290,8 +291,11 @@ impl Live {
         let executed = if self.is_stale(batch) {
             // Whoever moves the device raised its generation first and then waits for `executing`.
             refuse(batch, Refusal::StaleGeneration)
-        } else if executing.is_err() || self.session.ended().is_some() {
+        } else if self.session.ended().is_some() {
             refuse(batch, Refusal::Fenced)
+        } else if executing.is_err() {
+            // Of a session that has not ended, whoever waits for the end of a batch is resetting the device.
+            refuse(batch, Refusal::StaleGeneration)
         } else if let Err(over) = self.payer.pay(&self.device, batch) {
             self.penalty = Some(Box::pin(tokio::time::sleep(over.penalty)));
             refuse(batch, over.refusal)

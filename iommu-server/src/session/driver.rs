@@ -14,6 +14,7 @@ use super::replay::Replay;
 use crate::ending::{EndSignal, Ending};
 use crate::host::hypervisors::HypervisorState;
 use crate::host::owners::OwnerState;
+use crate::host::rates::OwnerBounds;
 use crate::machine::BareClient;
 
 /// Who holds things.
@@ -157,6 +158,14 @@ impl ClientSession {
         match &self.tenant {
             Some((Tenant::Hypervisor(hypervisor), _)) => Some(hypervisor),
             _ => None,
+        }
+    }
+    /// What it may ask in a second and at once; `None` for those who are not counted.
+    pub fn bounds(&self) -> Option<&Arc<OwnerBounds>> {
+        match &self.tenant {
+            Some((Tenant::Driver(owner), _)) => Some(&owner.bounds),
+            Some((Tenant::Hypervisor(hypervisor), _)) => Some(&hypervisor.bounds),
+            Some((Tenant::Bare(_), _)) | None => None,
         }
     }
     /// What it holds.

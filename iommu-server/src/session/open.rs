@@ -7,7 +7,9 @@ use std::sync::Arc;
 use iommu_proto::errors::WireError;
 use iommu_proto::limits;
 use iommu_proto::model::{Open, ResumeToken, SessionRole};
-use iommu_types::errors::{IdentityRefused, LimitReached, SessionError, SessionExists, ShuttingDown};
+use iommu_types::errors::{
+    BadResumeToken, IdentityRefused, LimitReached, SessionError, SessionExists, ShuttingDown,
+};
 use iommu_types::{Identity, Owner};
 use tonic::Status;
 
@@ -17,6 +19,9 @@ use crate::ending::{EndSignal, Ending};
 use crate::host::Host;
 use crate::host::owners::OwnerState;
 use crate::machine::BareClient;
+
+/// Bytes of a resume token that a refusal repeats.
+const TOKEN_BYTES_SHOWN: usize = 4;
 
 /// A session that stands.
 #[derive(Debug)]
@@ -39,6 +44,12 @@ fn fresh_token() -> Result<ResumeToken, Status> {
     }
 }
 
+/// What of a token may be told and logged: enough to tell one from another, and too little to come back with.
+fn beginning(token: ResumeToken) -> String {
+    let shown: String = token.0.iter().take(TOKEN_BYTES_SHOWN).map(|byte| format!("{byte:02x}")).collect();
+    shown + "..."
+}
+
 /// Opens a session on a connection.
 pub async fn open(host: &Arc<Host>, connection: &ConnectionHandle, open: Open) -> Result<Opened, Status> {
     let refuse = |error: SessionError| Err(error.into_status());
@@ -49,6 +60,7 @@ pub async fn open(host: &Arc<Host>, connection: &ConnectionHandle, open: Open) -
         return refuse(SessionExists {}.into());
     }
     connection.must_be_certified(&identity(&open)).map_err(WireError::into_status)?;
+    host.certificate_holds(connection)?;
     let Some(tenant) = tenant(host, &open).map_err(WireError::into_status)? else {
         return open_without_tenancy(host, connection, open).map_err(WireError::into_status);
     };
@@ -122,8 +134,7 @@ async fn open_tenancy(
     if let Some(token) = open.resume_token
         && !seated.tenancy.as_ref().is_some_and(|tenancy| tenancy.token_is(token))
     {
-        let why = "the resume token is not one of a session that is still kept; open without one".to_owned();
-        return Err(IdentityRefused { name: open.name, why }.into_status());
+        return Err(BadResumeToken { token: beginning(token) }.into_status());
     }
     let fresh = fresh_token()?;
     let identity = identity(&open);

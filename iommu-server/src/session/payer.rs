@@ -48,13 +48,7 @@ impl Payer {
             self.as_of_change = Some(change);
         }
         let Some(owner) = &self.owner else { return Ok(()) };
-        let unpaid =
-            |refusal| move |over: crate::host::rates::OverRate| Unpaid { refusal, penalty: over.penalty() };
-        owner
-            .bounds
-            .dma_operations
-            .take(batch.iova.len() as u64)
-            .map_err(unpaid(Refusal::OverOperationRate))?;
-        owner.bounds.dma_bytes.take(asked_bytes(batch)).map_err(unpaid(Refusal::OverByteRate))
+        let paid = owner.bounds.pay_dma(batch.iova.len() as u64, asked_bytes(batch));
+        paid.map_err(|(refusal, over)| Unpaid { refusal, penalty: over.penalty() })
     }
 }

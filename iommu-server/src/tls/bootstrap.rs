@@ -3,7 +3,9 @@
 
 use std::path::PathBuf;
 
-use iommu_pki::{AUTHORITY_DAYS, CREDENTIAL_DAYS, Directory, Overwrite, PkiError, SERVER, Usage, Validity};
+use iommu_pki::{
+    AUTHORITY_DAYS, CREDENTIAL_DAYS, Directory, Overwrite, PkiError, SERVER, Usage, Validity, is_host,
+};
 use iommu_types::{Identity, Role};
 
 use super::{Tls, TlsError};
@@ -47,19 +49,8 @@ fn hosts(config: &Config) -> Vec<String> {
     let mut hosts: Vec<String> =
         addresses.filter(|address| !address.is_unspecified()).map(|address| address.to_string()).collect();
     let system = rustix::system::uname();
-    hosts.extend(system.nodename().to_str().ok().filter(|name| is_label(name)).map(str::to_owned));
+    hosts.extend(system.nodename().to_str().ok().filter(|name| is_host(name)).map(str::to_owned));
     hosts
-}
-
-/// Whether a certificate can carry the name of this machine.
-fn is_label(name: &str) -> bool {
-    !name.is_empty()
-        && name.split('.').all(|label| {
-            (1..=63).contains(&label.len())
-                && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-        })
 }
 
 /// What is there already stays, also when another server on this directory was quicker.

@@ -14,7 +14,7 @@ use super::Tls;
 use super::metrics::Handshake;
 use crate::bounds;
 use crate::connection::{Connection, ConnectionHandle, Connections};
-use crate::telemetry::warn_limited;
+use crate::telemetry::{now_unix_ms, warn_limited};
 
 /// How a refused handshake is counted.
 fn outcome_of(error: &io::Error) -> Handshake {
@@ -61,6 +61,10 @@ impl Tls {
         };
         match shaken {
             Ok(Ok((stream, certificate))) => {
+                // It was verified by the list that was in force when the handshake began.
+                if let Some(why) = self.verdict(&certificate, now_unix_ms() / 1000) {
+                    return self.refuse(&handle, Handshake::Revoked, why.label());
+                }
                 self.metrics.handshake(Handshake::Ok);
                 let cut = connections.certify(&handle, certificate);
                 if cut > 0 {

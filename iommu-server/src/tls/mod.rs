@@ -15,9 +15,10 @@ mod verifier;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use iommu_pki::{Directory, PkiError, Serial};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
 use self::material::{Material, Stamps};
@@ -55,6 +56,8 @@ pub struct Tls {
     directory: Directory,
     current: RwLock<Arc<Material>>,
     seen: RwLock<Stamps>,
+    /// The last reload, where it failed: why, and when that was told.
+    failed: Mutex<Option<(String, Instant)>>,
     asked: Notify,
     /// What is counted about handshakes and reloads.
     pub metrics: TlsMetrics,
@@ -69,6 +72,7 @@ impl Tls {
             directory,
             current: RwLock::new(Arc::new(material)),
             seen: RwLock::new(stamps),
+            failed: Mutex::new(None),
             asked: Notify::new(),
             metrics: TlsMetrics::default(),
         })

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use iommu_pki::{CREDENTIAL_DAYS, Overwrite, PkiError, Validity};
+use iommu_pki::{CREDENTIAL_DAYS, Directory, Overwrite, PkiError, Usage, Validity};
 use iommu_types::Identity;
 
 use super::Tls;
@@ -14,25 +14,35 @@ impl Tls {
         if !self.directory.has_authority_key() {
             return Ok(());
         }
-        if self.directory.has(peer)? {
-            tell_of_another(&self.directory, peer);
-            return Ok(());
-        }
         let validity = Validity::of_days(CREDENTIAL_DAYS)?;
-        unless_there(self.directory.issue(peer, validity, None, Overwrite::Never)).map(drop)
+        if !self.directory.has(peer)? {
+            return unless_there(self.directory.issue(peer, validity, None, Overwrite::Never)).map(drop);
+        }
+        match Directory::show(&self.directory.file(&peer.credential_file()?))?.usage {
+            Usage::Peer(other) if other == *peer => Ok(()),
+            // Of one that had the number or the address in an earlier run of the server, under another name: it is no more.
+            Usage::Peer(other) => {
+                self.directory.revoke_all_of(&other)?;
+                self.reload(true);
+                self.directory.issue(peer, validity, None, Overwrite::Replace).map(drop)
+            }
+            Usage::Server(_) => {
+                tell_of_another(&self.directory, peer);
+                Ok(())
+            }
+        }
     }
 
     fn revoke_if_possible(&self, peer: &Identity) -> Result<(), PkiError> {
         if !self.directory.has_authority_key() {
             return Ok(());
         }
-        let (path, uri) = (self.directory.file(&peer.credential_file()?), peer.uri()?);
-        let its = self.directory.issued()?.into_iter().filter(|record| record.subject == uri);
-        let serials: Vec<_> = its.map(|record| record.serial).collect();
-        self.directory.revoke(&serials)?;
+        let path = self.directory.file(&peer.credential_file()?);
+        self.directory.revoke_all_of(peer)?;
         // Whoever is declared next gets a new one. It may be gone already.
         let _gone = std::fs::remove_file(path);
-        self.reload_soon();
+        // Before the number is free: a certificate of this one opens nothing of the next.
+        self.reload(true);
         Ok(())
     }
 

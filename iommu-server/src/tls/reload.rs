@@ -19,30 +19,53 @@ use crate::telemetry::{now_unix_ms, warn_limited};
 const A_DAY: Duration = Duration::from_secs(86_400);
 
 impl Tls {
-    /// Reads the files anew when they have changed, or in any case when that was asked for.
-    fn reload(&self, asked: bool) {
+    /// Reads the files anew when they have changed, or in any case when that was asked for. What cannot be read is tried again next time.
+    pub(super) fn reload(&self, asked: bool) {
+        // Taken before the files are read: one that changes in between looks changed again next time.
         let now = Stamps::of(&self.directory);
         if !asked && now == *self.seen.read() {
             return;
         }
-        // Taken before the files are read: one that changes in between looks changed again next time.
-        *self.seen.write() = now;
         match Material::load(&self.directory) {
             Ok(material) => {
                 let (revoked, own_not_after_unix_s) = (material.revoked.len(), material.own_not_after_unix_s);
                 *self.current.write() = Arc::new(material);
+                *self.seen.write() = now;
+                *self.failed.lock() = None;
                 self.metrics.reload(true);
                 tracing::info!(directory = %self.directory().display(), revoked, own_not_after_unix_s, "certificates read anew");
             }
-            Err(error) => {
-                self.metrics.reload(false);
-                tracing::error!(reason = %error, "certificates cannot be read anew; those that were read before stay in force");
-            }
+            Err(error) => self.reload_failed(asked, &error.to_string()),
+        }
+    }
+
+    /// Told when it is another failure than before, when somebody asked, and once in a while.
+    fn reload_failed(&self, asked: bool, reason: &str) {
+        self.metrics.reload(false);
+        let mut failed = self.failed.lock();
+        let told = failed
+            .as_ref()
+            .is_some_and(|(before, at)| before == reason && at.elapsed() < bounds::RELOAD_FAILURE_TOLD_AGAIN);
+        if told && !asked {
+            return;
+        }
+        *failed = Some((reason.to_owned(), Instant::now()));
+        tracing::error!(
+            reason,
+            "certificates cannot be read anew; those that were read before stay in force"
+        );
+    }
+
+    /// [`reload`](Self::reload) where nobody waits for it: a list may have megabytes, and each signature is verified.
+    async fn reload_off_the_runtime(self: &Arc<Self>, asked: bool) {
+        let tls = Arc::clone(self);
+        if tokio::task::spawn_blocking(move || tls.reload(asked)).await.is_err() {
+            tracing::error!("reading certificates anew ended early");
         }
     }
 
     /// Why a connection with this certificate must end now.
-    fn verdict(&self, certificate: &PeerCertificate, now_unix_s: u64) -> Option<Ending> {
+    pub(crate) fn verdict(&self, certificate: &PeerCertificate, now_unix_s: u64) -> Option<Ending> {
         if now_unix_s > certificate.not_after_unix_s {
             return Some(Ending::CertificateExpired { expired_unix_s: certificate.not_after_unix_s });
         }
@@ -90,7 +113,7 @@ pub(crate) async fn run(host: Arc<Host>, tls: Arc<Tls>) {
             _ = tick.tick() => false,
             () = tls.asked.notified() => true,
         };
-        tls.reload(asked);
+        tls.reload_off_the_runtime(asked).await;
         let now_unix_s = now_unix_ms() / 1000;
         for connection in host.connections.certified() {
             let why = connection.certificate().and_then(|one| tls.verdict(one, now_unix_s));
@@ -102,5 +125,32 @@ pub(crate) async fn run(host: Arc<Host>, tls: Arc<Tls>) {
             warned = Some(Instant::now());
             tls.warn_of_own(now_unix_s);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iommu_pki::{Directory, REVOCATIONS, Validity};
+
+    use super::*;
+
+    #[test]
+    fn a_reload_that_failed_is_tried_again_without_a_change() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let directory = Directory::at(parent.path().join("pki"));
+        directory.init(Validity::of_days(1).expect("a validity")).expect("an authority");
+        let validity = Validity::of_days(1).expect("a validity");
+        let never = iommu_pki::Overwrite::Never;
+        directory.issue_server(&[], validity, None, never).expect("issued");
+        let tls = Tls::open(directory.clone()).expect("certificates");
+        let seen = *tls.seen.read();
+        // Something cannot be read for a moment, and comes back as it was: as when there are no file descriptors.
+        let (list, aside) = (directory.file(REVOCATIONS), parent.path().join("aside"));
+        std::fs::rename(&list, &aside).expect("moved");
+        tls.reload(false);
+        assert!(tls.failed.lock().is_some() && *tls.seen.read() == seen, "what failed has not been seen");
+        std::fs::write(&list, std::fs::read(&aside).expect("read")).expect("written");
+        tls.reload(false);
+        assert!(tls.failed.lock().is_none() && *tls.seen.read() == Stamps::of(&directory));
     }
 }

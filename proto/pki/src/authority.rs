@@ -54,6 +54,11 @@ impl Validity {
     }
 }
 
+/// The time, in seconds since the UNIX epoch.
+pub(crate) fn now_unix_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
 pub(crate) fn at(unix_s: u64) -> Result<OffsetDateTime, PkiError> {
     let time = i64::try_from(unix_s).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
     time.ok_or(PkiError::UnfitValidity { seconds: unix_s })
@@ -194,7 +199,8 @@ impl Authority {
     }
 }
 
-fn is_host(host: &str) -> bool {
+/// Whether a certificate of a server can carry this as a host name.
+pub fn is_host(host: &str) -> bool {
     (1..=253).contains(&host.len())
         && host.split('.').all(|label| {
             (1..=63).contains(&label.len())

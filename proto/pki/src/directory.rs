@@ -9,19 +9,20 @@
 //! | `operator-iommuctl.pem` and the like | certificate and key of one peer | 600 |
 //! | `issued` | what was issued, a line each | 600 |
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use iommu_types::Identity;
 use x509_parser::pem::parse_x509_pem;
 
-use crate::authority::{Authority, Credential, Validity};
+use crate::authority::{Authority, Credential, Validity, now_unix_s};
 use crate::files::{self, Secrecy};
-use crate::index::IssuedRecord;
+use crate::index::{ISSUED_MAX, IssuedRecord, REVOKED_MAX};
 use crate::peer::{self, Usage};
-use crate::{PkiError, Revocations, Serial};
+use crate::{PkiError, Revocations, Revoked, Serial};
 
 /// Certificate of the authority.
-pub const AUTHORITY: &str = "ca.crt";
+pub const AUTHORITY: &str = iommu_types::AUTHORITY_FILE;
 /// Key of the authority.
 pub const AUTHORITY_KEY: &str = "ca.key";
 /// What is revoked.
@@ -70,6 +71,11 @@ pub struct Shown {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Directory {
     path: PathBuf,
+}
+
+/// Those of the records that nobody takes any more.
+fn expired(records: &[IssuedRecord], now_unix_s: u64) -> HashSet<&Serial> {
+    records.iter().filter(|record| !record.counts(now_unix_s)).map(|record| &record.serial).collect()
 }
 
 impl Directory {
@@ -175,6 +181,14 @@ impl Directory {
         let credential = issue(&authority)?;
         let (serial, not_after_unix_s) = (credential.serial.clone(), credential.not_after_unix_s);
         // First the line, then the file: a certificate that nobody could revoke must not come to be.
+        let (records, now) = (self.issued()?, now_unix_s());
+        let count = records.iter().filter(|record| record.counts(now)).count();
+        self.bounded(count + 1, ISSUED_MAX, "issued")?;
+        if let Some(compacted) = IssuedRecord::compacted(&records, now) {
+            // The list first: what the index has forgotten would stay on it for ever.
+            self.forget_expired(&authority, &expired(&records, now))?;
+            files::replace(&self.file(ISSUED), compacted.as_bytes(), Secrecy::Secret)?;
+        }
         let record = IssuedRecord { serial: serial.clone(), not_after_unix_s, subject };
         files::append(&self.file(ISSUED), &record.line())?;
         let pem = credential.pem();
@@ -185,17 +199,49 @@ impl Directory {
         Ok(Issued { path, serial, not_after_unix_s })
     }
 
-    /// Revokes certificates; gives those that were not revoked before.
+    fn forget_expired(&self, authority: &Authority, expired: &HashSet<&Serial>) -> Result<(), PkiError> {
+        let mut list = self.revocations()?;
+        let before = list.revoked.len();
+        list.revoked.retain(|revoked| !expired.contains(&revoked.serial));
+        if list.revoked.len() == before {
+            return Ok(());
+        }
+        files::replace(&self.file(REVOCATIONS), list.sign(authority)?.as_bytes(), Secrecy::Public)
+    }
+
+    fn bounded(&self, count: usize, limit: usize, what: &'static str) -> Result<(), PkiError> {
+        if count > limit {
+            return Err(PkiError::Full { path: self.path.clone(), count: count - 1, what, limit });
+        }
+        Ok(())
+    }
+
+    /// Revokes certificates; gives those that were not revoked before. What has expired is taken by nobody, so it is neither put on the list nor kept
+    /// there; where the index does not know a certificate it is in its time.
     pub fn revoke(&self, serials: &[Serial]) -> Result<Vec<Serial>, PkiError> {
         let authority = self.authority()?;
         let _lock = files::lock(&self.file(LOCK))?;
         let mut list = self.revocations()?;
-        let fresh: Vec<Serial> =
-            serials.iter().filter(|serial| list.add((*serial).clone())).cloned().collect();
+        let (records, now) = (self.issued()?, now_unix_s());
+        let expired = expired(&records, now);
+        let mut there: HashSet<Serial> = list.revoked.iter().map(|revoked| revoked.serial.clone()).collect();
+        let asked = serials.iter().filter(|serial| !expired.contains(serial));
+        let fresh: Vec<Serial> = asked.filter(|serial| there.insert((*serial).clone())).cloned().collect();
         if !fresh.is_empty() {
+            list.revoked.retain(|revoked| !expired.contains(&revoked.serial));
+            self.bounded(list.revoked.len() + fresh.len(), REVOKED_MAX, "revoked")?;
+            list.revoked
+                .extend(fresh.iter().map(|serial| Revoked { serial: serial.clone(), at_unix_s: now }));
             files::replace(&self.file(REVOCATIONS), list.sign(&authority)?.as_bytes(), Secrecy::Public)?;
         }
         Ok(fresh)
+    }
+
+    /// Revokes everything that was issued for a peer and is still in its time; gives those that were not revoked before.
+    pub fn revoke_all_of(&self, identity: &Identity) -> Result<Vec<Serial>, PkiError> {
+        let (uri, now) = (identity.uri()?, now_unix_s());
+        let its = self.issued()?.into_iter().filter(|record| record.subject == uri && record.counts(now));
+        self.revoke(&its.map(|record| record.serial).collect::<Vec<_>>())
     }
 
     /// What is revoked.

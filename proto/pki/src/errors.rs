@@ -44,6 +44,27 @@ pub enum PkiError {
         /// Its permissions.
         mode: u32,
     },
+    /// The directory is of somebody else.
+    #[error("{} is of user {owner}, who could put a certificate authority of their own there; chown it, or give another directory", path.display())]
+    OfAnother {
+        /// The directory.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
+    /// There is no place for another certificate that can be revoked.
+    #[error("{} counts {count} certificates that are {what} and not expired, and {limit} is the limit; issue for shorter (--valid), \
+         or begin a new authority in another directory", path.display())]
+    Full {
+        /// The directory.
+        path: PathBuf,
+        /// How many.
+        count: usize,
+        /// Issued or revoked.
+        what: &'static str,
+        /// The limit.
+        limit: usize,
+    },
     /// A file is not what it should be.
     #[error("{} is not {expected}: {why}", path.display())]
     Unreadable {

@@ -1,12 +1,15 @@
 //! Files that are whole or not there, and private where they are secret.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::PkiError;
+
+/// Largest file that is read: an index or a list of as many certificates as may be issued and revoked (see [`index`](crate::index)) has less.
+const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// Who may read a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,14 +29,23 @@ impl Secrecy {
     }
 }
 
-/// Makes a directory for its owner alone, with those above it; one that is there must not be writable by others.
+/// Makes a directory for its owner alone, with those above it; one that is there must be this user's, or root's, and not writable by others.
 pub(crate) fn private_directory(path: &Path) -> Result<(), PkiError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(PkiError::file(path))?;
-    let mode = std::fs::metadata(path).map_err(PkiError::file(path))?.mode() & 0o777;
+    let found = std::fs::metadata(path).map_err(PkiError::file(path))?;
+    let (mode, owner) = (found.mode() & 0o777, found.uid());
+    if !is_trusted(owner, rustix::process::geteuid().as_raw()) {
+        return Err(PkiError::OfAnother { path: path.to_owned(), owner });
+    }
     if mode & 0o022 != 0 {
         return Err(PkiError::Exposed { path: path.to_owned(), mode });
     }
     Ok(())
+}
+
+/// Whether a directory of that user may be relied on by this one. Root could do as it likes anyway.
+fn is_trusted(owner: u32, user: u32) -> bool {
+    owner == user || owner == 0
 }
 
 /// A file beside `path` that nobody else writes. Gone when this value is dropped.
@@ -89,11 +101,20 @@ pub(crate) fn replace(path: &Path, content: &[u8], secrecy: Secrecy) -> Result<(
     put().map_err(PkiError::file(path))
 }
 
-/// Adds a line to a file of lines.
+/// Adds a line to a file of lines. What a crash left of the line before stays a line of its own.
 pub(crate) fn append(path: &Path, line: &str) -> Result<(), PkiError> {
     let add = || {
-        let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
-        file.write_all(line.as_bytes())?;
+        let mut file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
+        let mut added = String::with_capacity(line.len() + 1);
+        if let Some(end) = file.metadata()?.len().checked_sub(1) {
+            let mut last = [0];
+            file.read_exact_at(&mut last, end)?;
+            if last != *b"\n" {
+                added.push('\n');
+            }
+        }
+        added.push_str(line);
+        file.write_all(added.as_bytes())?;
         file.sync_all()
     };
     add().map_err(PkiError::file(path))
@@ -101,7 +122,15 @@ pub(crate) fn append(path: &Path, line: &str) -> Result<(), PkiError> {
 
 /// Reads a file of ours: certificates are small, and what is not is not ours.
 pub(crate) fn read(path: &Path) -> Result<String, PkiError> {
-    std::fs::read_to_string(path).map_err(PkiError::file(path))
+    let bounded = || {
+        let mut text = String::new();
+        File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > FILE_BYTES_MAX {
+            return Err(io::Error::other("it is larger than what is kept of certificates"));
+        }
+        Ok(text)
+    };
+    bounded().map_err(PkiError::file(path))
 }
 
 /// Keeps other processes from changing the directory until it is dropped.
@@ -110,4 +139,43 @@ pub(crate) fn lock(path: &Path) -> Result<File, PkiError> {
     let file = file.map_err(PkiError::file(path))?;
     file.lock().map_err(PkiError::file(path))?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_a_crash_cut_takes_no_other_with_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("lines");
+        for (there, after) in
+            [(None, "new\n"), (Some("one\n"), "one\nnew\n"), (Some("one\ntw"), "one\ntw\nnew\n")]
+        {
+            if let Some(there) = there {
+                std::fs::write(&path, there).expect("written");
+            }
+            append(&path, "new\n").expect("added");
+            assert_eq!(read(&path).expect("read"), after, "{there:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_too_large_is_not_read() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("large");
+        for (bytes, fits) in [(FILE_BYTES_MAX, true), (FILE_BYTES_MAX + 1, false)] {
+            File::create(&path).and_then(|file| file.set_len(bytes)).expect("made");
+            assert_eq!(read(&path).is_ok(), fits, "{bytes} bytes");
+        }
+    }
+
+    #[test]
+    fn a_directory_is_relied_on_where_it_is_ours_or_roots() {
+        for (owner, user, trusted) in
+            [(1000, 1000, true), (0, 1000, true), (0, 0, true), (1000, 0, false), (1001, 1000, false)]
+        {
+            assert_eq!(is_trusted(owner, user), trusted, "of {owner}, for {user}");
+        }
+    }
 }

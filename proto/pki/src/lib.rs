@@ -15,9 +15,9 @@ mod index;
 mod peer;
 mod revocation;
 
-pub use authority::{AUTHORITY_DAYS, Authority, CREDENTIAL_DAYS, Credential, Validity};
+pub use authority::{AUTHORITY_DAYS, Authority, CREDENTIAL_DAYS, Credential, Validity, is_host};
 pub use directory::{AUTHORITY, AUTHORITY_KEY, Directory, Issued, Overwrite, REVOCATIONS, SERVER, Shown};
 pub use errors::PkiError;
-pub use index::IssuedRecord;
+pub use index::{ISSUED_MAX, IssuedRecord, REVOKED_MAX};
 pub use peer::{ParseSerialError, PeerCertificate, Serial, UnfitCertificate, Usage, not_after_unix_s};
 pub use revocation::{Revocations, Revoked};

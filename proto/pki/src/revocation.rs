@@ -81,15 +81,6 @@ impl Revocations {
     pub fn contains(&self, serial: &Serial) -> bool {
         self.revoked.iter().any(|revoked| revoked.serial == *serial)
     }
-    /// Puts a certificate on it; `false` when it was there already.
-    pub fn add(&mut self, serial: Serial) -> bool {
-        if self.contains(&serial) {
-            return false;
-        }
-        let at_unix_s = u64::try_from(OffsetDateTime::now_utc().unix_timestamp()).unwrap_or(0);
-        self.revoked.push(Revoked { serial, at_unix_s });
-        true
-    }
     /// The list as PEM, signed, with the next number.
     pub fn sign(&self, authority: &Authority) -> Result<String, PkiError> {
         let now = OffsetDateTime::now_utc();

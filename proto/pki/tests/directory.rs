@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use iommu_pki::{
-    AUTHORITY, AUTHORITY_KEY, Directory, Overwrite, PkiError, REVOCATIONS, Revocations, SERVER, Serial,
-    Usage, Validity,
+    AUTHORITY, AUTHORITY_KEY, Directory, ISSUED_MAX, Overwrite, PkiError, REVOCATIONS, Revocations, SERVER,
+    Serial, Usage, Validity,
 };
 use iommu_types::{Identity, Owner, Role};
 
@@ -188,6 +188,59 @@ fn a_list_holds_what_was_revoked_and_only_its_authority_signs_it() {
     for (index, (lists, authorities, genuine)) in rows.into_iter().enumerate() {
         assert_eq!(Revocations::read_genuine(&lists, &authorities).is_ok(), genuine, "row {index}");
     }
+}
+
+#[test]
+fn a_list_grows_by_no_certificate_that_has_expired_or_is_there() {
+    let (_parent, directory) = fresh();
+    let issue = || directory.issue(&alice(), days(1), None, Overwrite::Replace).expect("issued").serial;
+    let (old, new) = (issue(), issue());
+    directory.revoke(std::slice::from_ref(&old)).expect("revoked");
+    // As if the first had been issued long ago: it expired in 1970.
+    let index = content(&directory, "issued");
+    let (line, rest) = index.split_once('\n').expect("two lines");
+    let words: Vec<&str> = line.split(' ').collect();
+    std::fs::write(directory.file("issued"), format!("{} 1000 {}\n{rest}", words[0], words[2]))
+        .expect("written");
+    let number = directory.revocations().expect("a list").number;
+    assert_eq!(directory.revoke(std::slice::from_ref(&old)).expect("no error"), []);
+    assert_eq!(directory.revocations().expect("a list").number, number, "nothing was to be written");
+    assert_eq!(directory.revoke_all_of(&alice()).expect("revoked"), std::slice::from_ref(&new));
+    let list = directory.revocations().expect("a list");
+    assert_eq!(
+        list.revoked.iter().map(|one| &one.serial).collect::<Vec<_>>(),
+        [&new],
+        "the old one has gone"
+    );
+    assert_eq!(directory.revoke_all_of(&alice()).expect("no error"), []);
+    assert_eq!(directory.revocations().expect("a list").number, list.number);
+}
+
+#[test]
+fn what_the_index_forgets_goes_from_the_list_too() {
+    let (_parent, directory) = fresh();
+    let serials: Vec<Serial> =
+        (1..=300_u32).map(|number| Serial::from_bytes(&number.to_be_bytes())).collect();
+    directory.revoke(&serials).expect("revoked");
+    let lines: String = serials.iter().map(|serial| format!("{serial} 1000 server\n")).collect();
+    std::fs::write(directory.file("issued"), lines).expect("written");
+    let issued = directory.issue(&alice(), days(1), None, Overwrite::Never).expect("issued");
+    let index: Vec<Serial> =
+        directory.issued().expect("the index").into_iter().map(|one| one.serial).collect();
+    assert_eq!(index, [issued.serial]);
+    assert_eq!(directory.revocations().expect("a list").revoked, []);
+}
+
+#[test]
+fn a_full_directory_says_what_to_do() {
+    let (_parent, directory) = fresh();
+    let lines: String =
+        (0..ISSUED_MAX).map(|number| format!("{:032x} 99999999999 server\n", number + 1)).collect();
+    std::fs::write(directory.file("issued"), lines).expect("written");
+    let refused = directory.issue(&alice(), days(1), None, Overwrite::Never).expect_err("it is full");
+    assert!(matches!(refused, PkiError::Full { count: ISSUED_MAX, .. }), "{refused}");
+    assert!(refused.to_string().contains("new authority"), "{refused}");
+    assert!(!directory.has(&alice()).expect("a fit name"));
 }
 
 #[test]

@@ -1248,7 +1248,7 @@ pub mod driver_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// DMA API (Linux dma_map_single, dma_map_page and dma_map_resource): any offset and size; the server chooses the address and returns it.
-        /// Errors: INVALID_RANGE, INVALID_FIELD, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, NOT_OWNED, IOVA_EXHAUSTED, OUT_OF_MEMORY, LIMIT_REACHED,
+        /// Errors: INVALID_RANGE, INVALID_FIELD, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, NOT_OWNED, MEMORY_LEAVING, IOVA_EXHAUSTED, OUT_OF_MEMORY, LIMIT_REACHED,
         /// RING_OVERFLOW, NOT_CONTIGUOUS, SEGMENT_OVER_LIMIT, BEYOND_MASK, BEYOND_WIDTH, MODE_REFUSES.
         pub async fn dma_map(
             &mut self,
@@ -1577,7 +1577,7 @@ pub mod driver_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Domain API (virtio-iommu MAP): fixed address, whole pages; mapping over any existing mapping is refused whole.
-        /// Errors: UNALIGNED, RANGE_OVERLAPS, BEYOND_WIDTH, RESERVED_RANGE, NOT_OWNED, UNKNOWN_DOMAIN, NOT_YOURS, INVALID_RANGE, OUT_OF_MEMORY, LIMIT_REACHED,
+        /// Errors: UNALIGNED, RANGE_OVERLAPS, BEYOND_WIDTH, RESERVED_RANGE, NOT_OWNED, MEMORY_LEAVING, UNKNOWN_DOMAIN, NOT_YOURS, INVALID_RANGE, OUT_OF_MEMORY, LIMIT_REACHED,
         /// MODE_REFUSES (the device's addresses are not the caller's to choose).
         pub async fn map(
             &mut self,
@@ -1808,7 +1808,7 @@ pub mod driver_service_server {
             tonic::Status,
         >;
         /// DMA API (Linux dma_map_single, dma_map_page and dma_map_resource): any offset and size; the server chooses the address and returns it.
-        /// Errors: INVALID_RANGE, INVALID_FIELD, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, NOT_OWNED, IOVA_EXHAUSTED, OUT_OF_MEMORY, LIMIT_REACHED,
+        /// Errors: INVALID_RANGE, INVALID_FIELD, UNKNOWN_DEVICE, NOT_YOURS, NOT_ATTACHED, NOT_OWNED, MEMORY_LEAVING, IOVA_EXHAUSTED, OUT_OF_MEMORY, LIMIT_REACHED,
         /// RING_OVERFLOW, NOT_CONTIGUOUS, SEGMENT_OVER_LIMIT, BEYOND_MASK, BEYOND_WIDTH, MODE_REFUSES.
         async fn dma_map(
             &self,
@@ -1916,7 +1916,7 @@ pub mod driver_service_server {
             tonic::Status,
         >;
         /// Domain API (virtio-iommu MAP): fixed address, whole pages; mapping over any existing mapping is refused whole.
-        /// Errors: UNALIGNED, RANGE_OVERLAPS, BEYOND_WIDTH, RESERVED_RANGE, NOT_OWNED, UNKNOWN_DOMAIN, NOT_YOURS, INVALID_RANGE, OUT_OF_MEMORY, LIMIT_REACHED,
+        /// Errors: UNALIGNED, RANGE_OVERLAPS, BEYOND_WIDTH, RESERVED_RANGE, NOT_OWNED, MEMORY_LEAVING, UNKNOWN_DOMAIN, NOT_YOURS, INVALID_RANGE, OUT_OF_MEMORY, LIMIT_REACHED,
         /// MODE_REFUSES (the device's addresses are not the caller's to choose).
         async fn map(
             &self,
@@ -3356,7 +3356,7 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("iommu.v1.AdminService", "DeclareDevice"));
             self.inner.unary(req, path, codec).await
         }
-        /// Detaches a device, ends its session and forgets it. Errors: UNKNOWN_DEVICE.
+        /// Detaches a device, ends its session and forgets it. Errors: UNKNOWN_DEVICE, INVALID_FIELD (another function refers to it).
         pub async fn remove_device(
             &mut self,
             request: impl tonic::IntoRequest<super::RemoveDeviceRequest>,
@@ -3407,7 +3407,8 @@ pub mod admin_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Gives a device to an owner and attaches it to a domain of that owner. A device that is attached is detached first (invalidated and drained).
-        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner).
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner), NOT_ASSIGNABLE (a bridge), GROUP_IN_USE (another owner has
+        /// a function of its isolation group).
         pub async fn attach_to_owner(
             &mut self,
             request: impl tonic::IntoRequest<super::AttachToOwnerRequest>,
@@ -3552,7 +3553,7 @@ pub mod admin_service_server {
             tonic::Response<super::DeclareDeviceResponse>,
             tonic::Status,
         >;
-        /// Detaches a device, ends its session and forgets it. Errors: UNKNOWN_DEVICE.
+        /// Detaches a device, ends its session and forgets it. Errors: UNKNOWN_DEVICE, INVALID_FIELD (another function refers to it).
         async fn remove_device(
             &self,
             request: tonic::Request<super::RemoveDeviceRequest>,
@@ -3569,7 +3570,8 @@ pub mod admin_service_server {
             tonic::Status,
         >;
         /// Gives a device to an owner and attaches it to a domain of that owner. A device that is attached is detached first (invalidated and drained).
-        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner).
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, UNKNOWN_DOMAIN, NOT_YOURS (the domain is of another owner), NOT_ASSIGNABLE (a bridge), GROUP_IN_USE (another owner has
+        /// a function of its isolation group).
         async fn attach_to_owner(
             &self,
             request: tonic::Request<super::AttachToOwnerRequest>,
@@ -6353,7 +6355,7 @@ pub struct CreateVmRequest {
     /// Name under which its driver opens its session: 1 to 64 letters, digits, dots, dashes or underscores.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
-    /// Its number, at least 1; absent for the next free one.
+    /// Its number, at least 1; absent for the next one that was not given yet.
     #[prost(uint32, optional, tag = "3")]
     pub number: ::core::option::Option<u32>,
     /// What it may hold and do; absent for the defaults.
@@ -6838,7 +6840,7 @@ pub mod hypervisor_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Gives a virtual machine zeroed memory at a guest-physical address; the frames behind it may lie anywhere. Errors: UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE,
-        /// MEMORY_OVERLAPS, RESERVED_RANGE, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// INVALID_FIELD (not below 48 bits, or where devices mean interrupts), MEMORY_OVERLAPS, OUT_OF_MEMORY, LIMIT_REACHED.
         pub async fn add_memory(
             &mut self,
             request: impl tonic::IntoRequest<super::AddMemoryRequest>,
@@ -6864,7 +6866,7 @@ pub mod hypervisor_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Takes memory back, whole pages of what was given, and wipes it. Answered when no translation to it exists, cached or waiting for a flush, and no DMA
-        /// through one is in flight (I9). Errors: UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE, NOT_OWNED, STILL_MAPPED (it is in use, and `how` does not
+        /// through one is in flight (I9). Errors: INVALID_FIELD, UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE, NOT_OWNED, STILL_MAPPED (it is in use, and `how` does not
         /// revoke), MEMORY_LEAVING (another call is taking some of it).
         pub async fn remove_memory(
             &mut self,
@@ -6943,7 +6945,8 @@ pub mod hypervisor_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
-        /// Forgets a function that this hypervisor declared and that is assigned to nobody. Errors: UNKNOWN_DEVICE, NOT_YOURS, GROUP_IN_USE.
+        /// Forgets a function that this hypervisor declared and that is assigned to nobody. Errors: UNKNOWN_DEVICE, NOT_YOURS, GROUP_IN_USE,
+        /// INVALID_FIELD (another function refers to it).
         pub async fn remove_function(
             &mut self,
             request: impl tonic::IntoRequest<super::RemoveFunctionRequest>,
@@ -6995,7 +6998,7 @@ pub mod hypervisor_service_client {
         }
         /// Assigns the isolation group of a function to a virtual machine: all functions of the group, since they can reach each other around the IOMMU. Each is attached to
         /// a default (strict) domain of the virtual machine. A group that another virtual machine of this hypervisor has moves: it is released first.
-        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, NOT_YOURS, NOT_ASSIGNABLE, GROUP_IN_USE, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, NOT_YOURS, NOT_ASSIGNABLE (a bridge), GROUP_IN_USE, OUT_OF_MEMORY, LIMIT_REACHED.
         pub async fn assign_group(
             &mut self,
             request: impl tonic::IntoRequest<super::AssignGroupRequest>,
@@ -7114,7 +7117,7 @@ pub mod hypervisor_service_server {
             request: tonic::Request<super::ListVmsRequest>,
         ) -> std::result::Result<tonic::Response<super::ListVmsResponse>, tonic::Status>;
         /// Gives a virtual machine zeroed memory at a guest-physical address; the frames behind it may lie anywhere. Errors: UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE,
-        /// MEMORY_OVERLAPS, RESERVED_RANGE, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// INVALID_FIELD (not below 48 bits, or where devices mean interrupts), MEMORY_OVERLAPS, OUT_OF_MEMORY, LIMIT_REACHED.
         async fn add_memory(
             &self,
             request: tonic::Request<super::AddMemoryRequest>,
@@ -7123,7 +7126,7 @@ pub mod hypervisor_service_server {
             tonic::Status,
         >;
         /// Takes memory back, whole pages of what was given, and wipes it. Answered when no translation to it exists, cached or waiting for a flush, and no DMA
-        /// through one is in flight (I9). Errors: UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE, NOT_OWNED, STILL_MAPPED (it is in use, and `how` does not
+        /// through one is in flight (I9). Errors: INVALID_FIELD, UNKNOWN_OWNER, NOT_YOURS, UNALIGNED, INVALID_RANGE, NOT_OWNED, STILL_MAPPED (it is in use, and `how` does not
         /// revoke), MEMORY_LEAVING (another call is taking some of it).
         async fn remove_memory(
             &self,
@@ -7149,7 +7152,8 @@ pub mod hypervisor_service_server {
             tonic::Response<super::DeclareFunctionResponse>,
             tonic::Status,
         >;
-        /// Forgets a function that this hypervisor declared and that is assigned to nobody. Errors: UNKNOWN_DEVICE, NOT_YOURS, GROUP_IN_USE.
+        /// Forgets a function that this hypervisor declared and that is assigned to nobody. Errors: UNKNOWN_DEVICE, NOT_YOURS, GROUP_IN_USE,
+        /// INVALID_FIELD (another function refers to it).
         async fn remove_function(
             &self,
             request: tonic::Request<super::RemoveFunctionRequest>,
@@ -7167,7 +7171,7 @@ pub mod hypervisor_service_server {
         >;
         /// Assigns the isolation group of a function to a virtual machine: all functions of the group, since they can reach each other around the IOMMU. Each is attached to
         /// a default (strict) domain of the virtual machine. A group that another virtual machine of this hypervisor has moves: it is released first.
-        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, NOT_YOURS, NOT_ASSIGNABLE, GROUP_IN_USE, OUT_OF_MEMORY, LIMIT_REACHED.
+        /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, NOT_YOURS, NOT_ASSIGNABLE (a bridge), GROUP_IN_USE, OUT_OF_MEMORY, LIMIT_REACHED.
         async fn assign_group(
             &self,
             request: tonic::Request<super::AssignGroupRequest>,

@@ -44,6 +44,9 @@ pub struct ParseIdentityError {
     pub why: &'static str,
 }
 
+/// Name of the file with the authority's certificate, beside those of peers.
+pub const AUTHORITY_FILE: &str = "ca.crt";
+
 /// Longest part of a foreign URI that an error repeats, in bytes.
 const SHOWN_BYTES_MAX: usize = 200;
 

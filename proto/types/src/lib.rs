@@ -32,7 +32,9 @@ pub use explain::{CacheState, Explanation, Outcome, Step, Structure, Translation
 pub use fault::{DmaFault, Fault, FaultReason, FaultRecord, InterruptFault, Refusal, TranslationFault};
 pub use function::{FunctionKind, PciFunction};
 pub use identity::{Generation, Identity, Owner, ParseOwnerError, RequestId, Role};
-pub use identity_uri::{NAME_BYTES_MAX, ParseIdentityError, TRUST_DOMAIN, UnfitName, is_name};
+pub use identity_uri::{
+    AUTHORITY_FILE, NAME_BYTES_MAX, ParseIdentityError, TRUST_DOMAIN, UnfitName, is_name,
+};
 pub use invalidation::{FunctionMask, Granularity, Invalidation};
 pub use protection::{
     BOUNCE_BYTES_MAX, BOUNCE_BYTES_MIN, BouncePool, DEFERRED_BATCH_MAX, DEFERRED_INTERVAL_MS_MAX, Deferral,

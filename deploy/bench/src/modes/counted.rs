@@ -58,7 +58,7 @@ impl DmaPath {
 fn ignore(_: DeliveredInterrupt) {}
 
 /// A device with mapped pages.
-struct Stage {
+pub(crate) struct Stage {
     host: Host,
     domain: Domain,
     device: DeviceState,
@@ -68,7 +68,8 @@ struct Stage {
 }
 
 impl Stage {
-    fn new(path: DmaPath) -> anyhow::Result<Self> {
+    /// Maps, attaches, and opens a port.
+    pub(crate) fn new(path: DmaPath) -> anyhow::Result<Self> {
         let mut host = Host::boot(64 << 20, Caches { iotlb: LARGE, paging: LARGE })?;
         let mut options = DomainOptions::new(Protection::Strict);
         options.sanitizer = path == DmaPath::On;
@@ -86,7 +87,7 @@ impl Stage {
     }
 
     /// Writes and reads in turn, each read where the write before it was.
-    fn batch(&self, operations: u32) -> pb::DmaBatch {
+    pub(crate) fn batch(&self, operations: u32) -> pb::DmaBatch {
         let mut batch = Batch::new();
         for pair in 0..operations.div_ceil(2) {
             let base = self.bases[(pair % PAGES) as usize];
@@ -112,7 +113,7 @@ impl Stage {
     }
 
     /// The same once, unseen by the counter.
-    fn uncounted(&mut self, batch: &pb::DmaBatch) -> Result<Executed, String> {
+    pub(crate) fn uncounted(&mut self, batch: &pb::DmaBatch) -> Result<Executed, String> {
         execute_for(&self.device, &mut self.port, batch, ignore)
     }
 

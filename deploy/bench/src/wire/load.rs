@@ -10,13 +10,13 @@ use iommu_types::Iova;
 
 /// Which way data moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Read,
     Write,
 }
 
 impl Kind {
-    pub(super) const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Read => "read",
             Self::Write => "write",
@@ -26,7 +26,7 @@ impl Kind {
 
 /// One kind of load.
 #[derive(Clone, Debug)]
-pub(super) struct Load {
+pub(crate) struct Load {
     kind: Kind,
     size_bytes: u32,
     operations_per_batch: usize,
@@ -37,7 +37,7 @@ pub(super) struct Load {
 
 impl Load {
     /// Operations of a size, in batches of 128 or of what fits the batch's bytes, over a working set.
-    pub(super) fn new(kind: Kind, size_bytes: u32, iovas: Vec<Iova>) -> Self {
+    pub(crate) fn new(kind: Kind, size_bytes: u32, iovas: Vec<Iova>) -> Self {
         /// Half of what a batch may carry, so that two are under way while one is carried out.
         const BATCH_BYTES: usize = 1 << 20;
         /// Bytes in flight at once, at most.
@@ -50,7 +50,7 @@ impl Load {
     }
 
     /// One operation at a time.
-    pub(super) fn one_at_a_time(mut self) -> Self {
+    pub(crate) fn one_at_a_time(mut self) -> Self {
         (self.operations_per_batch, self.in_flight) = (1, 1);
         self
     }
@@ -82,14 +82,14 @@ impl Load {
     }
 
     /// Keeps the device busy for so long; operations per second. What is in flight at the end is awaited and counts, in both.
-    pub(super) async fn run(&self, dma: &Dma, duration: Duration) -> anyhow::Result<f64> {
+    pub(crate) async fn run(&self, dma: &Dma, duration: Duration) -> anyhow::Result<f64> {
         let start = Instant::now();
         let operations = self.count(dma, duration).await?;
         Ok(operations as f64 / start.elapsed().as_secs_f64())
     }
 
     /// Keeps the device busy for so long; how many operations that were.
-    pub(super) async fn count(&self, dma: &Dma, duration: Duration) -> anyhow::Result<u64> {
+    pub(crate) async fn count(&self, dma: &Dma, duration: Duration) -> anyhow::Result<u64> {
         let mut tickets = VecDeque::with_capacity(self.in_flight);
         let (mut next, mut batches) = (0, 0u64);
         let start = Instant::now();
@@ -108,7 +108,7 @@ impl Load {
     }
 
     /// Times each operation for so long, in nanoseconds.
-    pub(super) async fn time_each(&self, dma: &Dma, duration: Duration) -> anyhow::Result<Vec<u64>> {
+    pub(crate) async fn time_each(&self, dma: &Dma, duration: Duration) -> anyhow::Result<Vec<u64>> {
         let (mut next, mut times) = (0, Vec::new());
         let start = Instant::now();
         while start.elapsed() < duration {

@@ -6,11 +6,11 @@
 pub(crate) mod agents;
 pub(crate) mod echo;
 pub(crate) mod latency;
-mod load;
+pub(crate) mod load;
 pub(crate) mod map_stream;
 pub(crate) mod memory;
 pub(crate) mod modes;
-mod peer;
+pub(crate) mod peer;
 pub(crate) mod start;
 pub(crate) mod throughput;
 

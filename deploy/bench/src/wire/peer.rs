@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use device_runtime::{Agent, DeviceModel, Dma, EndReason, MmioRefusal, Register};
-use guest_sdk::{Buffer, Connection, Direction, DmaMapping, Driver};
+use guest_sdk::{Buffer, Connection, Credentials, Direction, DmaMapping, Driver};
 use iommu_types::Iova;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::stand::{address, name, owner};
 
 /// How long anything may take before it counts as broken.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A device without registers; its DMA comes from outside.
 struct Nothing;
@@ -29,18 +29,28 @@ impl DeviceModel for Nothing {
 
 /// A device with a session.
 #[derive(Debug)]
-pub(super) struct Device {
+pub(crate) struct Device {
     /// For its DMA.
-    pub(super) dma: Dma,
+    pub(crate) dma: Dma,
     stop: CancellationToken,
     running: JoinHandle<Result<(), EndReason>>,
 }
 
 impl Device {
     /// Connects device number `peer`.
-    pub(super) async fn connect(endpoint: &str, peer: u16) -> anyhow::Result<Self> {
+    pub(crate) async fn connect(endpoint: &str, peer: u16) -> anyhow::Result<Self> {
+        Self::connect_with(endpoint, peer, Credentials::from_default_directory()).await
+    }
+
+    /// The same with certificates from elsewhere.
+    pub(crate) async fn connect_with(
+        endpoint: &str,
+        peer: u16,
+        credentials: Credentials,
+    ) -> anyhow::Result<Self> {
         let stop = CancellationToken::new();
-        let agent = Agent::builder(endpoint, name(peer), address(peer)).stop_on(stop.clone()).build();
+        let agent = Agent::builder(endpoint, name(peer), address(peer)).credentials(credentials);
+        let agent = agent.stop_on(stop.clone()).build();
         let dma = agent.dma();
         let running = tokio::spawn(async move { agent.run(Nothing).await });
         let connected = tokio::time::timeout(PATIENCE, dma.connected()).await;
@@ -50,7 +60,7 @@ impl Device {
     }
 
     /// Ends its session.
-    pub(super) async fn leave(self) -> anyhow::Result<()> {
+    pub(crate) async fn leave(self) -> anyhow::Result<()> {
         self.stop.cancel();
         let ended = tokio::time::timeout(PATIENCE, self.running).await.context("a device does not end")?;
         ended.context("a device panicked")?.context("the session of a device was lost")
@@ -59,16 +69,16 @@ impl Device {
 
 /// What a device reads and writes: buffers of the driver, each mapped for it.
 #[derive(Debug)]
-pub(super) struct WorkingSet {
+pub(crate) struct WorkingSet {
     /// Where the mappings begin, for the device.
-    pub(super) iovas: Vec<Iova>,
+    pub(crate) iovas: Vec<Iova>,
     mappings: Vec<DmaMapping>,
     _buffer: Buffer,
 }
 
 impl WorkingSet {
     /// `count` mappings of `size_bytes` each for device number `peer`, filled with a pattern so that every page is there.
-    pub(super) async fn map(driver: &Driver, peer: u16, count: u64, size_bytes: u64) -> anyhow::Result<Self> {
+    pub(crate) async fn map(driver: &Driver, peer: u16, count: u64, size_bytes: u64) -> anyhow::Result<Self> {
         let buffer = driver.allocate(count * size_bytes).await.context("allocate the working set")?;
         let pattern = vec![0x5a; usize::try_from(size_bytes)?];
         let device = driver.device(address(peer));
@@ -83,7 +93,7 @@ impl WorkingSet {
     }
 
     /// Unmaps it; the memory goes with the driver.
-    pub(super) async fn unmap(self) -> anyhow::Result<()> {
+    pub(crate) async fn unmap(self) -> anyhow::Result<()> {
         for mapping in self.mappings {
             mapping.unmap().await.context("unmap the working set")?;
         }
@@ -92,7 +102,7 @@ impl WorkingSet {
 }
 
 /// Driver number `peer`.
-pub(super) async fn driver(endpoint: &str, peer: u16) -> anyhow::Result<Driver> {
+pub(crate) async fn driver(endpoint: &str, peer: u16) -> anyhow::Result<Driver> {
     let connection = Connection::to(endpoint).driver(name(peer), owner(peer));
     let connected = tokio::time::timeout(PATIENCE, connection).await.context("the driver got no session")?;
     connected.with_context(|| format!("driver {peer} was refused"))

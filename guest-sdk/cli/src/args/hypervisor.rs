@@ -14,7 +14,7 @@ pub(crate) struct SessionArgs {
     /// The hypervisor; the server's configuration may restrict hypervisors by name.
     #[arg(long = "as", global = true, env = "IOMMU_HYPERVISOR", default_value = "hv0", value_name = "NAME")]
     pub(crate) hypervisor: String,
-    /// File with the session, made where it is absent and readable for its owner only; iommuctl-NAME.session in XDG_RUNTIME_DIR or else HOME unless given.
+    /// File with the session, made where it is absent and readable for its owner only; iommuctl-NAME.session in XDG_RUNTIME_DIR, or else .iommuctl-NAME.session in HOME, unless given.
     #[arg(long, global = true, env = "IOMMU_SESSION", value_name = "FILE")]
     pub(crate) session: Option<PathBuf>,
 }

@@ -362,11 +362,11 @@ facts! {
         /// How long, in milliseconds.
         stalled_ms: u64,
     } = "the peer did not read its stream for {stalled_ms} ms";
-    /// A resume token that names records of another log, or of the future.
+    /// A resume token that names records of another log or of the future, or a session that is not kept any more.
     BadResumeToken {
-        /// The token.
+        /// The token; of a secret one, which brings a session back, only the beginning.
         token: String,
-    } = "resume token {token:?} is not one of this log; start without one";
+    } = "resume token {token:?} is not one that this server knows; start without one";
     /// Our own bug. Nothing else is said to the peer; the server logs the rest under the reference.
     Internal {
         /// Reference to the log line.

@@ -44,7 +44,7 @@ macro_rules! for_each_operation {
             /// Why a domain was not destroyed.
             DestroyDomainError { UnknownDomain, NotYours, DomainInUse }
             /// Why a device was not attached.
-            AttachError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, OutOfMemory, LimitReached }
+            AttachError { UnknownDevice, UnknownDomain, UnknownOwner, NotYours, NotAssignable, GroupInUse, OutOfMemory, LimitReached }
             /// Why a device was not detached.
             DetachError { UnknownDevice, NotAttached, NotYours }
             /// Why a device was not declared.
@@ -79,7 +79,9 @@ macro_rules! for_each_operation {
             /// Why an inspection was refused.
             InspectError { UnknownDevice, UnknownDomain, UnknownMachine, NotYours }
             /// Why a session was not opened.
-            SessionError { InvalidField, IdentityRefused, VersionMismatch, SessionExists, LimitReached, ShuttingDown }
+            SessionError {
+                InvalidField, IdentityRefused, BadResumeToken, VersionMismatch, SessionExists, LimitReached, ShuttingDown,
+            }
             /// What can befall any call, whatever it does: the session, the framing, the server.
             CallError {
                 SessionRequired, SessionFenced, RoleRefused, RequestTooOld, RequestReused, ProtocolViolation, MalformedMessage,
@@ -115,6 +117,8 @@ impl From<AttachError> for AssignError {
             AttachError::UnknownDomain(error) => error.into(),
             AttachError::UnknownOwner(error) => error.into(),
             AttachError::NotYours(error) => error.into(),
+            AttachError::NotAssignable(error) => error.into(),
+            AttachError::GroupInUse(error) => error.into(),
             AttachError::OutOfMemory(error) => error.into(),
             AttachError::LimitReached(error) => error.into(),
         }
