@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use device_runtime::{Batch, Dma};
 use guest_sdk::errors::{
@@ -12,6 +12,7 @@ use guest_sdk::{
     AccessQuestion, Buffer, Direction, DomainOptions, Driver, FaultFilter, InspectError, Protection, SdkError,
 };
 use iommu_e2e::device::fault;
+use iommu_e2e::random::{Random, seed};
 use iommu_e2e::raw::{self, ask, reason};
 use iommu_e2e::stage::{Stage, address, owner, within};
 use iommu_proto::pb;
@@ -119,32 +120,16 @@ impl Hammer {
     }
 }
 
-fn seed() -> u64 {
-    let given = std::env::var("IOMMU_SEED").ok().and_then(|text| text.parse().ok());
-    given.unwrap_or_else(|| {
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.subsec_nanos().into())
-    })
-}
-
-/// xorshift64*: all the randomness that a pause needs.
-fn next(random: &mut u64) -> u64 {
-    *random ^= *random >> 12;
-    *random ^= *random << 25;
-    *random ^= *random >> 27;
-    random.wrapping_mul(0x2545_f491_4f6c_dd1d)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn i1_after_an_unmap_is_answered_the_memory_never_changes_again() {
-    let seed = seed();
-    eprintln_seed(seed);
+    let seed = seed("isolation");
     within(60, async {
         let stage = Stage::start(&[]).await;
         let driver = stage.driver(0).await;
         let handle = driver.device(address(0));
         let device = stage.device(0).await;
         let hammer = Hammer::start(&device.dma);
-        let mut random = seed | 1;
+        let mut random = Random::of(seed, &[]);
         let started = Instant::now();
         let mut rounds = 0u64;
         while started.elapsed() < HAMMERING {
@@ -160,13 +145,13 @@ async fn i1_after_an_unmap_is_answered_the_memory_never_changes_again() {
             while hammer.written.load(Ordering::SeqCst) == before {
                 tokio::task::yield_now().await;
             }
-            tokio::time::sleep(Duration::from_micros(next(&mut random) % 3000)).await;
+            tokio::time::sleep(Duration::from_micros(random.below(3000))).await;
             mapping.unmap().await.expect("an unmap");
             hammer.aim(Aim::Dead(iova));
             let answered = buffer.read(0, WRITE_BYTES as u64).await.expect("a read");
             assert_ne!(answered[..8], [0; 8], "seed {seed}: the device was writing");
             let watched = Instant::now();
-            while watched.elapsed() < Duration::from_micros(2000 + next(&mut random) % 8000) {
+            while watched.elapsed() < Duration::from_micros(2000 + random.below(8000)) {
                 let now = buffer.read(0, WRITE_BYTES as u64).await.expect("a read");
                 assert_eq!(
                     now, answered,
@@ -203,11 +188,6 @@ async fn every_refusal_left_its_mark(stage: &Stage, refused: u64) {
         let Fault::Dma(fault) = record.fault else { panic!("a DMA fault was expected: {record:?}") };
         assert_eq!((fault.access, fault.reason), (Access::Write, FaultReason::WRITE_DENIED));
     }
-}
-
-#[expect(clippy::print_stderr, reason = "the seed is what replays a failure")]
-fn eprintln_seed(seed: u64) {
-    eprintln!("seed: IOMMU_SEED={seed}");
 }
 
 /// Two drivers, each with a buffer and a domain of its own.

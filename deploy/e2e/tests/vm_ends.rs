@@ -55,7 +55,7 @@ impl Hammer {
     }
 
     /// Nothing lands from now on; it goes on for a while, and stops.
-    async fn dead(self) {
+    async fn dies(self) {
         self.is_dead.store(true, Ordering::SeqCst);
         self.stop.store(true, Ordering::SeqCst);
         self.writing.await.expect("nothing landed");
@@ -107,7 +107,7 @@ async fn i9_a_machine_destroyed_under_load_leaves_nothing_behind_and_reaches_not
             hammer.lands(20).await;
 
             guest.vm.clone().destroy().await.expect("it is destroyed");
-            hammer.dead().await;
+            hammer.dies().await;
             let told = tokio::time::timeout(Duration::from_secs(10), mapping).await.expect("it is told");
             let told = told.expect("the driver ends by being told");
             assert!(!told.contains("no answer within"), "round {round}: {told}");
