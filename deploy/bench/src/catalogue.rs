@@ -50,7 +50,10 @@ pub(crate) const ALL: &[Measurement] = &[
         "modes-sanitizer",
         "instructions per DMA without a sanitizer in the code, with it off, and on",
     ),
-    measurement("tenants-iotlb", "hits beside a neighbour who thrashes, with the server's geometry and partitions"),
+    measurement(
+        "tenants-iotlb",
+        "hits beside a neighbour who thrashes, with the server's geometry and partitions",
+    ),
     measurement("tenants-rates", "what paying for a batch of DMA costs, beside the batch"),
     measurement("start", "from spawning the server to its ready line"),
     measurement("latency-tcp", "one DMA in flight over TCP, beside the echo"),

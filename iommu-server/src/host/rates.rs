@@ -49,7 +49,13 @@ impl Rate {
     /// An empty bucket.
     pub fn new(limit: &'static str, per_second: u64) -> Self {
         assert!(per_second > 0, "a rate of nothing is no rate");
-        Self { limit, per_second, empty_at_ns: AtomicU64::new(0), told_at_ns: AtomicU64::new(0), refused: AtomicU64::new(0) }
+        Self {
+            limit,
+            per_second,
+            empty_at_ns: AtomicU64::new(0),
+            told_at_ns: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        }
     }
     fn cost_ns(&self, amount: u64) -> u64 {
         let cost = u128::from(amount) * 1_000_000_000 / u128::from(self.per_second);

@@ -45,7 +45,8 @@ struct Pace {
 
 impl Pace {
     fn new(per_second: Option<u32>, among: usize) -> Self {
-        let every = per_second.map(|per_second| Duration::from_secs_f64(among as f64 / f64::from(per_second)));
+        let every =
+            per_second.map(|per_second| Duration::from_secs_f64(among as f64 / f64::from(per_second)));
         Self { every, next: Instant::now() }
     }
     async fn wait(&mut self) {

@@ -100,7 +100,8 @@ impl Machines {
 
 /// Drives the device as the host's first driver, and lends it to the machines.
 async fn share(server: &str, hypervisor: &Hypervisor, device: DeviceAddress) -> anyhow::Result<Shared> {
-    let driver = Connection::to(server).driver(name(0), owner(0)).await.context("open a session as driver")?;
+    let driver =
+        Connection::to(server).driver(name(0), owner(0)).await.context("open a session as driver")?;
     let engine = EngineBackend::start(&driver, device).await.context("start the engine")?;
     let bytes = Arc::<AtomicU64>::default();
     let multiplexer = Multiplexer::new(hypervisor.clone(), Counted { engine, bytes: Arc::clone(&bytes) });

@@ -86,8 +86,9 @@ pub(crate) fn thrashed(bench: &mut Bench) -> anyhow::Result<Report> {
         let caches = Caches { iotlb: IOTLB, paging: LARGE };
         let mut host = Host::boot_partitioned(1 << 30, caches, bounds::IOTLB_PARTITIONS)?;
         let mut victim = Tenant::new(&mut host, 1, VICTIM_PAGES)?;
-        let _others: Vec<Tenant> =
-            (3..=u32::from(count)).map(|number| Tenant::new(&mut host, number, 1)).collect::<Result<_, _>>()?;
+        let _others: Vec<Tenant> = (3..=u32::from(count))
+            .map(|number| Tenant::new(&mut host, number, 1))
+            .collect::<Result<_, _>>()?;
         let mut neighbour = Tenant::new(&mut host, 2, NEIGHBOUR_PAGES)?;
         let alone = hits(&host, &mut victim, None, rounds);
         let beside = hits(&host, &mut victim, Some(&mut neighbour), rounds);
@@ -96,7 +97,8 @@ pub(crate) fn thrashed(bench: &mut Bench) -> anyhow::Result<Report> {
         let hits = Figure::alone(&name, "% hits, thrashed", &Samples::exactly(beside));
         let quiet = Samples::exactly(alone);
         report.figures.push(hits.beside("without the neighbour", &quiet, RatioOf::ValueToReference));
-        let lost = Figure::alone(format!("{name}-lost"), "% points of hits", &Samples::exactly(alone - beside));
+        let lost =
+            Figure::alone(format!("{name}-lost"), "% points of hits", &Samples::exactly(alone - beside));
         report.figures.push(lost.judged(Target::value_at_most(1.0)));
     }
     Ok(report)

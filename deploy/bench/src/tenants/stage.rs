@@ -39,7 +39,8 @@ impl Stage {
         for number in 1..=GUESTS.len() as u16 {
             arguments.extend(["--device".into(), format!("{}={}", address(number), device_name(number))]);
         }
-        let server = Server::start(binaries, &ServerOptions { arguments, ..ServerOptions::default() }).await?;
+        let server =
+            Server::start(binaries, &ServerOptions { arguments, ..ServerOptions::default() }).await?;
         let own = binaries.caller.clone().context("cargo did not say where this program is")?;
         Ok(Self { server, hypervisor: None, guests: Vec::new(), own })
     }
@@ -67,7 +68,8 @@ impl Stage {
             arguments.extend(["--device".to_owned(), address(0).to_string()]);
         }
         arguments.extend(last_is_limited.then(|| "--limited".to_owned()));
-        let hypervisor = self.peer("hypervisor", HYPERVISOR.to_owned(), Role::Hypervisor, arguments, false).await?;
+        let hypervisor =
+            self.peer("hypervisor", HYPERVISOR.to_owned(), Role::Hypervisor, arguments, false).await?;
         for ((guest, &vm), number) in GUESTS.into_iter().zip(&hypervisor.vms).zip(1..) {
             let owner = Owner::Vm(vm);
             let mut arguments = vec!["--owner".to_owned(), owner.to_string()];
@@ -90,7 +92,8 @@ impl Stage {
         humble: bool,
     ) -> anyhow::Result<Peer> {
         self.server.admit(&Identity { name: name.clone(), role })?;
-        let mut all: Vec<String> = ["--part", part, "--server", self.server.endpoint()].map(String::from).into();
+        let mut all: Vec<String> =
+            ["--part", part, "--server", self.server.endpoint()].map(String::from).into();
         all.extend(["--name".to_owned(), name.clone()]);
         all.extend(arguments);
         let log = self.server.path(&format!("{name}.log"));

@@ -144,12 +144,29 @@ pub(super) enum Ask {
 #[serde(rename_all = "snake_case")]
 pub(super) enum Told {
     /// It can be asked. A hypervisor tells the numbers of its virtual machines.
-    Ready { vms: Vec<u32> },
-    Packets { packets: u64, copied_bytes: u64, seconds: f64 },
-    Copied { packets: u64, bytes: u64 },
-    Mapped { iova: u64 },
-    Faults { recorded: u64, missed: u64, end: String },
+    Ready {
+        vms: Vec<u32>,
+    },
+    Packets {
+        packets: u64,
+        copied_bytes: u64,
+        seconds: f64,
+    },
+    Copied {
+        packets: u64,
+        bytes: u64,
+    },
+    Mapped {
+        iova: u64,
+    },
+    Faults {
+        recorded: u64,
+        missed: u64,
+        end: String,
+    },
     Requests(RequestsDone),
     Dma(DmaDone),
-    Failed { why: String },
+    Failed {
+        why: String,
+    },
 }
