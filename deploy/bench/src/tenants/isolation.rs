@@ -226,7 +226,8 @@ fn of(rounds: &[Round], what: impl Fn(&Round) -> f64) -> Samples {
     Samples::new(rounds.iter().map(what).collect())
 }
 
-/// The victim beside both. Only everything at once is judged: DESIGN.md's "a neighbour's flood leaves a tenant four fifths, and at most twice the tail".
+/// The victim beside both. Everything at once is judged: I7 is kept in time as well when a flood leaves four fifths, and at most twice the tail. The
+/// parts of it say where a loss comes from.
 fn figures(flood: Flood, paced: &[Round], flooded: &[Round]) -> [Figure; 2] {
     let name = format!("tenants-isolation-{}", flood.name());
     let rate = |rounds| of(rounds, |round: &Round| round.victim.operations as f64 / round.victim.seconds);

@@ -1,8 +1,7 @@
 //! What mutual TLS costs: the same DMA to a server over TLS and to one over plaintext, in turn.
 
-use iommu_launch::{Binaries, Server, ServerOptions, Wire};
-
 use guest_sdk::{Connection, Credentials, Driver};
+use iommu_launch::{Binaries, Server, ServerOptions, Wire};
 
 use crate::figure::{Figure, RatioOf, Target};
 use crate::report::Report;
@@ -12,7 +11,7 @@ use crate::stand::{Bench, address, name, owner};
 use crate::wire::load::{Kind, Load};
 use crate::wire::peer::{Device, WorkingSet};
 
-/// Size of an operation and the share of plaintext that must be left. In batches of 128 the protocol's own work hides some of the cipher's; at 4 KiB
+/// Size of an operation and the share of plaintext that must be left (DESIGN.md §8 found 0.7 to 1.0 before there was this server). In batches of 128 the protocol's own work hides some of the cipher's; at 4 KiB
 /// the cipher has every byte, so that is told and not judged.
 const SIZES: [(u32, Option<f64>); 2] = [(64, Some(0.65)), (4 << 10, None)];
 
