@@ -1,6 +1,6 @@
 //! `DriverService`: buffers, the DMA API, the domain API, interrupts, registers.
 //!
-//! A mutating call is carried out [once](super::once).
+//! A mutating call is carried out once (`once.rs`).
 
 use std::sync::Arc;
 
