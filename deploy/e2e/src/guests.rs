@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use guest_sdk::{Buffer, Direction, Driver, Hypervisor, TenantLimits, Vm, VmOptions};
+use guest_sdk::{Buffer, Direction, Driver, Hypervisor, Vm, VmOptions};
 use iommu_types::{DeviceAddress, Gpa, GpaRange, PciFunction};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -27,18 +27,18 @@ pub struct Guest {
 impl Guest {
     /// Makes a virtual machine with so much memory and the usual limits, and starts its driver.
     pub async fn start(stage: &Stage, hypervisor: &Hypervisor, name: &str, memory_bytes: u64) -> Self {
-        Self::start_with(stage, hypervisor, name, memory_bytes, TenantLimits::default()).await
+        Self::start_with(stage, hypervisor, name, memory_bytes, |options| options).await
     }
 
-    /// The same with limits of its own.
+    /// The same with a number or limits of its own.
     pub async fn start_with(
         stage: &Stage,
         hypervisor: &Hypervisor,
         name: &str,
         memory_bytes: u64,
-        limits: TenantLimits,
+        change: impl FnOnce(VmOptions) -> VmOptions,
     ) -> Self {
-        let vm = hypervisor.create_vm(VmOptions::new(name).with_limits(limits)).await.expect("a machine");
+        let vm = hypervisor.create_vm(change(VmOptions::new(name))).await.expect("a machine");
         vm.add_memory(memory(0, memory_bytes)).await.expect("memory");
         let driver = stage.guest(name, vm.number()).await;
         Self { vm, name: name.to_owned(), driver }

@@ -223,18 +223,18 @@ impl Attacker<'_> {
         let driver = |owner: Owner| WireRole::Driver(pb::DriverRole { owner: Some(owner.into()) });
         let forged = Bytes::from(vec![0x66; 16]);
         let rows = [
-            (other_name.clone(), driver(other), Bytes::new()),
-            (other_name, driver(other), forged.clone()),
-            (own_name.clone(), driver(other), Bytes::new()),
-            (own_name.clone(), WireRole::Hypervisor(pb::HypervisorRole {}), Bytes::new()),
-            (own_name.clone(), WireRole::Operator(pb::OperatorRole {}), Bytes::new()),
-            (own_name, driver(own), forged),
+            (other_name.clone(), driver(other), Bytes::new(), "IDENTITY_REFUSED"),
+            (other_name, driver(other), forged.clone(), "IDENTITY_REFUSED"),
+            (own_name.clone(), driver(other), Bytes::new(), "IDENTITY_REFUSED"),
+            (own_name.clone(), WireRole::Hypervisor(pb::HypervisorRole {}), Bytes::new(), "IDENTITY_REFUSED"),
+            (own_name.clone(), WireRole::Operator(pb::OperatorRole {}), Bytes::new(), "IDENTITY_REFUSED"),
+            (own_name, driver(own), forged, "BAD_RESUME_TOKEN"),
         ];
         let channel = self.spy.door.connect(&self.spy.driver_identity).await;
-        for (name, role, resume_token) in rows {
+        for (name, role, resume_token, expected) in rows {
             let open = pb::OpenRequest { resume_token, ..open_request(&name, role) };
             let opened = ask::<pb::OpenResponse>(&channel, "/iommu.v1.SessionService/Open", &open).await;
-            refused(opened, &format!("a session with {open:?}"), "IDENTITY_REFUSED");
+            refused(opened, &format!("a session with {open:?}"), expected);
         }
     }
 

@@ -138,9 +138,13 @@ async fn i7_a_flood_is_refused_by_the_name_of_its_limit_and_its_neighbour_loses_
             dma_operations_per_second: Some(DMA_OPERATIONS),
             ..TenantLimits::default()
         };
-        let by_count = Guest::start_with(&stage, &hypervisor, "by-count", MEMORY_BYTES, limits).await;
+        let by_count =
+            Guest::start_with(&stage, &hypervisor, "by-count", MEMORY_BYTES, |vm| vm.with_limits(limits))
+                .await;
         let limits = TenantLimits { dma_bytes_per_second: Some(DMA_BYTES), ..TenantLimits::default() };
-        let by_bytes = Guest::start_with(&stage, &hypervisor, "by-bytes", MEMORY_BYTES, limits).await;
+        let by_bytes =
+            Guest::start_with(&stage, &hypervisor, "by-bytes", MEMORY_BYTES, |vm| vm.with_limits(limits))
+                .await;
         let (counted, counted_name) = function(&stage, &hypervisor, &by_count, "00:09.0").await;
         let (heavy, heavy_name) = function(&stage, &hypervisor, &by_bytes, "00:0a.0").await;
         let counted_raw = RawDevice::attach(&stage.server, &counted_name, counted).await.expect("admitted");
