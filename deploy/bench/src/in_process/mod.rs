@@ -5,4 +5,5 @@ pub(crate) mod host;
 pub(crate) mod iotlb;
 pub(crate) mod mapping;
 pub(crate) mod memory;
+pub(crate) mod tenant;
 pub(crate) mod translate;

@@ -7,14 +7,11 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use iommu_hardware::cache::CacheGeometry;
-use iommu_hardware::dma::{Run, Transfer};
-use iommu_hardware::vtd::Port;
-use iommu_kernel::{DmaMap, Domain, Tick};
-use iommu_types::{Direction, DomainOptions, GpaRange, Iova, PAGE_SIZE_BYTES, Protection, RequestId};
 
 use super::costs::Costs;
 use crate::figure::{Figure, RatioOf, Target};
 use crate::in_process::host::{Caches, Host, LARGE};
+use crate::in_process::tenant::Tenant;
 use crate::plot::{Chart, Line, Scale};
 use crate::report::Report;
 use crate::rounds::Random;
@@ -93,24 +90,17 @@ pub(crate) struct Tenants {
     random: Random,
 }
 
-struct Tenant {
-    pages: Vec<Iova>,
-    port: Port,
-    _domain: Domain,
-}
-
 impl Tenants {
     /// So many, the aggressor included: a power of two.
     pub(crate) fn new(tenants: u16, sharing: Sharing) -> anyhow::Result<Self> {
         let partitions = if sharing == Sharing::Partitioned { tenants } else { 1 };
         let caches = Caches { iotlb: IOTLB, paging: LARGE };
         let mut host = Host::boot_partitioned(256 << 20, caches, partitions)?;
-        let buffer = host.buffer(AGGRESSOR_PAGES * PAGE_SIZE_BYTES)?;
-        // Numbers of domains are handed out in order, so that each has a share to itself.
+        // Each owner gets the share with the fewest owners, so that each has one to itself.
         let mut all = Vec::new();
         for number in 0..tenants {
             let pages = if number + 1 == tenants { AGGRESSOR_PAGES } else { PAGES_PER_PACKET };
-            all.push(Tenant::new(&mut host, buffer, pages)?);
+            all.push(Tenant::new(&mut host, number.into(), pages)?);
         }
         let aggressor = all.pop().context("there is a tenant")?;
         Ok(Self { host, victims: all, aggressor, random: Random::new(41) })
@@ -121,7 +111,7 @@ impl Tenants {
         for round in 0..=rounds {
             for (victim, sum) in self.victims.iter_mut().zip(&mut misses) {
                 let before = self.host.kernel.unit().counters().iotlb.misses;
-                victim.read((0..victim.pages.len()).map(|page| page as u64));
+                victim.read(0..PAGES_PER_PACKET);
                 // The first round fills.
                 if round > 0 {
                     *sum += self.host.kernel.unit().counters().iotlb.misses - before;
@@ -150,29 +140,6 @@ impl Tenants {
         self.aggressor.read((0..2 * ENTRIES).map(|_| random.below(AGGRESSOR_PAGES)));
         let missed = self.host.kernel.unit().counters().iotlb.misses - before;
         (missed * PAGES_PER_PACKET) as f64 / (2 * ENTRIES) as f64
-    }
-}
-
-impl Tenant {
-    fn new(host: &mut Host, buffer: GpaRange, pages: u64) -> anyhow::Result<Self> {
-        let mut domain = host.domain_of(DomainOptions::new(Protection::Strict))?;
-        let mut iovas = Vec::new();
-        for page in 0..pages {
-            let base = buffer.base().checked_add(page * PAGE_SIZE_BYTES).context("it lies in the buffer")?;
-            let range = GpaRange::new(base, PAGE_SIZE_BYTES)?;
-            let request = DmaMap::single(range, Direction::ToDevice, RequestId(1));
-            iovas.push(domain.dma_map(&host.kernel, &host.memory, request, Tick(0))?);
-        }
-        let port = host.device(&mut domain)?;
-        Ok(Self { pages: iovas, port, _domain: domain })
-    }
-    fn read(&mut self, pages: impl Iterator<Item = u64>) {
-        let mut run = Run::new(&mut self.port);
-        let mut word = [0; 8];
-        for page in pages {
-            let iova = self.pages[page as usize];
-            run.execute(iova, None, Transfer::Read(&mut word)).expect("every page is mapped");
-        }
     }
 }
 

@@ -3,16 +3,13 @@
 //! Each owner gets the partition with the fewest owners. The victim goes through a quarter of what its partition holds, which it can keep; the neighbour
 //! reads random pages of four times as many as the whole IOTLB has entries.
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use iommu_hardware::cache::CacheGeometry;
-use iommu_hardware::dma::{Run, Transfer};
-use iommu_hardware::vtd::Port;
-use iommu_kernel::{DmaMap, Domain, OwnerMemory, Tick};
 use iommu_server::bounds;
-use iommu_types::{Direction, DomainOptions, GpaRange, Iova, Owner, PAGE_SIZE_BYTES, Protection, RequestId};
 
 use crate::figure::{Figure, RatioOf, Target};
 use crate::in_process::host::{Caches, Host, LARGE};
+use crate::in_process::tenant::Tenant;
 use crate::report::Report;
 use crate::rounds::Random;
 use crate::samples::Samples;
@@ -22,41 +19,6 @@ const IOTLB: CacheGeometry = CacheGeometry { sets: bounds::IOTLB_SETS, ways: 4 }
 const ENTRIES: u64 = bounds::IOTLB_SETS as u64 * 4;
 const VICTIM_PAGES: u64 = ENTRIES / bounds::IOTLB_PARTITIONS as u64 / 4;
 const NEIGHBOUR_PAGES: u64 = 4 * ENTRIES;
-
-/// A tenant: an owner of its own, a domain, a device, and pages that it reads.
-struct Tenant {
-    port: Port,
-    pages: Vec<Iova>,
-    _domain: Domain,
-    _memory: OwnerMemory,
-}
-
-impl Tenant {
-    fn new(host: &mut Host, number: u32, pages: u64) -> anyhow::Result<Self> {
-        let account = host.kernel.account(Owner::Vm(number));
-        let mut memory = OwnerMemory::new(&host.kernel, std::sync::Arc::clone(&account));
-        // One frame is enough: what is looked up is the page, not what is behind it.
-        let frame = memory.allocate(&host.kernel, PAGE_SIZE_BYTES).context("allocate a page")?;
-        let options = DomainOptions::new(Protection::Strict);
-        let mut domain = host.kernel.create_domain(&account, options).context("create a domain")?;
-        let port = host.device(&mut domain)?;
-        let map = |domain: &mut Domain| -> anyhow::Result<Iova> {
-            let range = GpaRange::new(frame.base(), PAGE_SIZE_BYTES)?;
-            let request = DmaMap::single(range, Direction::ToDevice, RequestId(1));
-            domain.dma_map(&host.kernel, &memory, request, Tick(0)).context("map a page")
-        };
-        let pages = (0..pages).map(|_| map(&mut domain)).collect::<Result<_, _>>()?;
-        Ok(Self { port, pages, _domain: domain, _memory: memory })
-    }
-    fn read(&mut self, pages: impl Iterator<Item = u64>) {
-        let mut run = Run::new(&mut self.port);
-        let mut word = [0; 8];
-        for page in pages {
-            let iova = self.pages[page as usize];
-            run.execute(iova, None, Transfer::Read(&mut word)).expect("every page is mapped");
-        }
-    }
-}
 
 /// Percent of the victim's lookups that hit, by itself and beside a neighbour who thrashes.
 fn hits(host: &Host, victim: &mut Tenant, neighbour: Option<&mut Tenant>, rounds: u64) -> f64 {
