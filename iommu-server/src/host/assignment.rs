@@ -9,18 +9,15 @@ use std::sync::Arc;
 use iommu_kernel::DeviceEntry;
 use iommu_proto::model::FunctionState;
 use iommu_types::errors::{
-    AssignError, DeclareError, GroupInUse, LimitReached, NotAssignable, NotAttached, NotYours, ReleaseError,
-    RemoveDeviceError, UnknownDevice,
+    AssignError, DeclareError, GroupInUse, LimitReached, NotAssignable, NotAttached, ReleaseError,
+    RemoveDeviceError,
 };
 use iommu_types::{DeviceAddress, Generation, Owner, PciFunction, RequestId, Role};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
+use super::placement::not_yours;
 use crate::bounds;
-
-fn not_yours(device: DeviceAddress) -> NotYours {
-    NotYours { object: device.to_string() }
-}
 
 impl Host {
     /// Whether a function is a hypervisor's to assign: nobody's, or one of its virtual machines'; and declared by itself or by no hypervisor.
@@ -161,7 +158,12 @@ impl Host {
         // All are released before any is given: two owners never have a part each.
         for entry in &group {
             if let Some(former) = entry.owner.filter(|former| *former != owner.owner) {
-                self.release(entry.address, former, by).await.map_err(released)?;
+                match self.release(entry.address, former, by).await {
+                    // Its driver gave it back meanwhile; that it is nobody's is looked at again when it is given.
+                    Ok(()) | Err(ReleaseError::NotAttached(_)) => {}
+                    Err(ReleaseError::UnknownDevice(error)) => return Err(error.into()),
+                    Err(ReleaseError::NotYours(error)) => return Err(error.into()),
+                }
             }
         }
         let mut given = Vec::new();
@@ -226,14 +228,5 @@ impl Host {
         let unowned = self.topology.write().set_owner(address, None);
         unowned.expect("a declared device that was just detached changes hands");
         Ok(())
-    }
-}
-
-fn released(error: ReleaseError) -> AssignError {
-    match error {
-        ReleaseError::UnknownDevice(error) => error.into(),
-        ReleaseError::NotYours(error) => error.into(),
-        // Somebody else released it meanwhile; the caller looks again.
-        ReleaseError::NotAttached(error) => UnknownDevice { device: error.device }.into(),
     }
 }

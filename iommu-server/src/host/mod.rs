@@ -10,6 +10,7 @@ pub mod domains;
 pub mod faults;
 pub mod hypercalls;
 pub mod hypervisors;
+mod limits;
 pub mod memory;
 pub mod owners;
 pub mod placement;

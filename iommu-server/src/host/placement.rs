@@ -35,7 +35,7 @@ fn check_group(topology: &Topology, device: DeviceAddress, owner: Owner) -> Resu
     }
 }
 
-fn not_yours(object: impl std::fmt::Display) -> NotYours {
+pub(super) fn not_yours(object: impl std::fmt::Display) -> NotYours {
     NotYours { object: object.to_string() }
 }
 

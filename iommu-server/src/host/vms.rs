@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use iommu_kernel::{OwnerEntry, OwnerLimits};
+use iommu_kernel::OwnerEntry;
 use iommu_proto::model::TenantLimits;
 use iommu_types::errors::{
     CreateVmError, DeclareError, DestroyVmError, InvalidField, NotYours, UnknownOwner,
@@ -16,59 +16,23 @@ use iommu_types::{Owner, Role};
 
 use super::Host;
 use super::hypervisors::HypervisorState;
+use super::limits::within;
 use super::owners::OwnerState;
 use super::placement::OPERATOR;
 use crate::bounds;
 use crate::session::open::end_for_good;
 
-fn invalid(field: &str, why: String) -> CreateVmError {
-    InvalidField { field: field.to_owned(), why }.into()
+fn invalid(field: &str, why: String) -> InvalidField {
+    InvalidField { field: field.to_owned(), why }
 }
 
 fn declare_error(error: DeclareError) -> CreateVmError {
     match error {
         DeclareError::InvalidField(error) => error.into(),
         DeclareError::LimitReached(error) => error.into(),
-        DeclareError::DeviceExists(error) => invalid("name", error.to_string()),
-        DeclareError::UnknownOwner(error) => invalid("number", error.to_string()),
+        DeclareError::DeviceExists(error) => invalid("name", error.to_string()).into(),
+        DeclareError::UnknownOwner(error) => invalid("number", error.to_string()).into(),
     }
-}
-
-/// What is asked for, or what every owner may have; more cannot be given.
-fn within<T: Copy + PartialOrd + std::fmt::Display>(
-    field: &str,
-    asked: Option<T>,
-    most: T,
-) -> Result<T, CreateVmError> {
-    match asked {
-        Some(asked) if asked > most => Err(invalid(
-            &format!("limits.{field}"),
-            format!("{asked} is more than {most}, which is the most"),
-        )),
-        asked => Ok(asked.unwrap_or(most)),
-    }
-}
-
-/// A rate that is given is at least 1.
-fn rate(field: &str, asked: Option<u64>, most: u64) -> Result<(), CreateVmError> {
-    if within(field, asked, most)? == 0 {
-        return Err(invalid(&format!("limits.{field}"), "is 0; give at least 1".to_owned()));
-    }
-    Ok(())
-}
-
-fn limits(most: &OwnerLimits, asked: TenantLimits) -> Result<OwnerLimits, CreateVmError> {
-    let (requests, operations) = (bounds::REQUESTS_PER_SECOND_MAX, bounds::DMA_OPERATIONS_PER_SECOND_MAX);
-    rate("requests_per_second", asked.requests_per_second.map(u64::from), requests)?;
-    rate("dma_operations_per_second", asked.dma_operations_per_second.map(u64::from), operations)?;
-    rate("dma_bytes_per_second", asked.dma_bytes_per_second, bounds::DMA_BYTES_PER_SECOND_MAX)?;
-    Ok(OwnerLimits {
-        domains: within("domains", asked.domains, most.domains)?,
-        mappings: within("mappings", asked.mappings, most.mappings)?,
-        mapped_bytes: within("mapped_bytes", asked.mapped_bytes, most.mapped_bytes)?,
-        memory_bytes: within("memory_bytes", asked.memory_bytes, most.memory_bytes)?,
-        interrupts: within("interrupts", asked.interrupts, most.interrupts)?,
-    })
 }
 
 impl Host {
@@ -80,7 +44,7 @@ impl Host {
         number: Option<u32>,
         asked: TenantLimits,
     ) -> Result<u32, CreateVmError> {
-        let limits = limits(&self.kernel.config().owner, asked)?;
+        let limits = within(&self.kernel.config().owner, asked)?;
         // It is not destroyed before it stands, certificate included.
         let _in_turn = hypervisor.moves.lock().await;
         let number = {

@@ -44,6 +44,16 @@ impl Memory {
             }
         }
     }
+
+    /// What a stream waits for, unless its session or the server ends first.
+    async fn unless_ended<T>(&self, caller: &Caller, awaited: impl Future<Output = T>) -> Result<T, Status> {
+        tokio::select! {
+            biased;
+            ending = caller.session.end.wait() => Err(ending.into_status()),
+            ending = self.host.shutdown.wait() => Err(ending.into_status()),
+            done = awaited => Ok(done),
+        }
+    }
 }
 
 /// Whether one message may move so many bytes.
@@ -65,10 +75,10 @@ fn charge(caller: &Caller, size_bytes: u64) -> Result<(), LimitReached> {
     }
 }
 
-/// The same for a stream, which waits until it may go on.
+/// The same for one message of a stream, which waits until it may go on. A message is a request, however small.
 async fn pace(bounds: &Option<Arc<OwnerBounds>>, size_bytes: u64) {
     let Some(bounds) = bounds else { return };
-    let wait = bounds.requests.book(size_bytes / crate::bounds::BYTES_PER_REQUEST);
+    let wait = bounds.requests.book(1 + size_bytes / crate::bounds::BYTES_PER_REQUEST);
     if !wait.is_zero() {
         tokio::time::sleep(wait).await;
     }
@@ -153,14 +163,9 @@ impl MemoryService for Memory {
         let mut messages = request.into_inner();
         let mut written_bytes = 0_u64;
         loop {
-            let message = tokio::select! {
-                biased;
-                ending = caller.session.end.wait() => return Err(ending.into_status()),
-                ending = self.host.shutdown.wait() => return Err(ending.into_status()),
-                message = messages.message() => message.map_err(typed_framing_status)?,
-            };
-            let Some(message) = message else { break };
-            pace(&bounds, message.data.len() as u64).await;
+            let message = self.unless_ended(&caller, messages.message()).await?;
+            let Some(message) = message.map_err(typed_framing_status)? else { break };
+            self.unless_ended(&caller, pace(&bounds, message.data.len() as u64)).await?;
             let ask: MemoryWrite = parse(message)?;
             let owner = self.owner(&caller, ask.owner).map_err(WireError::into_status)?;
             written_bytes += write(&self.host, &owner, &ask).map_err(WireError::into_status)?;

@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use device_runtime::{Agent, Batch, Completed, DeviceModel, Dma, MmioRefusal, Register};
+use device_runtime::{Agent, Batch, Completed, Dma};
 use hdrhistogram::Histogram;
 use iommu_types::{Iova, Refusal};
 
 use super::actor::Options;
 use super::words::{Ask, DmaDone, DmaWork, Shape, Told};
+use crate::wire::peer::Nothing;
 
 /// Nothing is ever mapped here: the allocators hand out addresses from the top of the first 4 GiB down, and rings have small numbers.
 const STRAY: u64 = 0x4000_0000;
@@ -19,19 +20,6 @@ const STRAY_PAGES: u64 = 4096;
 const TIME_MAX: u64 = 60_000_000_000;
 /// How long a session may take to stand.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A device without registers.
-struct Nothing;
-
-impl DeviceModel for Nothing {
-    async fn mmio_read(&self, _register: Register, _dma: &Dma) -> Result<u64, MmioRefusal> {
-        Err(MmioRefusal::new("this device has no registers"))
-    }
-    async fn mmio_write(&self, _register: Register, _value: u64, _dma: &Dma) -> Result<(), MmioRefusal> {
-        Err(MmioRefusal::new("this device has no registers"))
-    }
-    async fn reset(&self) {}
-}
 
 /// The device, connected.
 pub(super) struct Generator {

@@ -3,6 +3,9 @@
 //! The victim's device does batches of one shape, one under way at a time, and faults now and then where nothing is mapped. The neighbour has limits on its
 //! rates. In one round it stays below them by its own pace; in the next it does as much as it can of everything: DMA over both rates, DMA that faults, calls and
 //! map streams, subscriptions, and connections.
+//!
+//! In earnest the neighbour burns the processors of its own machine. So its processes run on one processor here, and the server, the hypervisor and the
+//! victim on the others, in both rounds alike: what is measured is what comes through the server, and not what the scheduler of one machine shares out.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,10 +13,11 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 
 use super::peer::Peer;
+use super::processors::{self, Machines};
 use super::stage::Stage;
 use super::words::{Ask, DmaDone, DmaWork, Requests, RequestsDone, Shape, Told};
 use crate::figure::{Figure, RatioOf, Target};
-use crate::report::Report;
+use crate::report::{Report, Skipped};
 use crate::samples::Samples;
 use crate::stand::Bench;
 
@@ -120,17 +124,29 @@ struct Hall {
 pub(crate) async fn beside_a_flood(bench: &mut Bench) -> anyhow::Result<Report> {
     let binaries = bench.binaries()?;
     bench.progress.detail("processes start");
-    let mut hall = Hall::start(Stage::start(&binaries).await?).await?;
+    let Some(machines) = Machines::divide()? else {
+        let skipped = vec![Skipped { name: "tenants-isolation", skipped: "a single processor" }];
+        return Ok(Report { skipped, ..Report::default() });
+    };
+    let mut hall = Hall::start(Stage::start(&binaries).await?, &machines).await?;
     let measured = hall.all(bench).await;
     hall.stage.stop().await;
     measured
 }
 
 impl Hall {
-    async fn start(mut stage: Stage) -> anyhow::Result<Self> {
+    async fn start(mut stage: Stage, machines: &Machines) -> anyhow::Result<Self> {
         stage.populate(false, true).await?;
-        let victim = stage.generator(1, false).await?;
-        let neighbour = stage.generator(2, true).await?;
+        let victim = stage.generator(1).await?;
+        let neighbour = stage.generator(2).await?;
+        let hypervisor = stage.hypervisor.as_ref().context("the stage is populated")?.id()?;
+        let server = stage.server.process.id().context("the server has ended")?;
+        for process in [server, hypervisor, victim.id()?, stage.guests[0].id()?] {
+            processors::bind(process, &machines.near)?;
+        }
+        for process in [neighbour.id()?, stage.guests[1].id()?] {
+            processors::bind(process, &machines.far)?;
+        }
         let mut iovas = [0; 2];
         for (guest, iova) in stage.guests.iter_mut().zip(&mut iovas) {
             match guest.answer(&Ask::Map { size_bytes: MAPPED_BYTES }).await? {

@@ -10,8 +10,6 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use super::words::{Ask, Told};
 
-/// Who is humble runs at the lowest priority: all threads of it, so it is told before there are any.
-const HUMBLY: [&str; 3] = ["nice", "-n", "19"];
 /// How long an answer may take beyond what was asked for. Generous: machines that build are slow.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -35,14 +33,9 @@ impl Peer {
         arguments: &[String],
         pki: &Path,
         log: std::path::PathBuf,
-        humble: bool,
     ) -> anyhow::Result<Self> {
         let file = std::fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
-        let mut command = if humble { Command::new(HUMBLY[0]) } else { Command::new(own) };
-        if humble {
-            command.args(&HUMBLY[1..]).arg(own);
-        }
-        let mut child = command
+        let mut child = Command::new(own)
             .arg("tenant")
             .args(arguments)
             .env("IOMMU_PKI", pki)

@@ -52,13 +52,13 @@ impl Stage {
     }
 
     /// Starts the process of a device that does what it is told.
-    pub(super) async fn generator(&self, number: u16, humble: bool) -> anyhow::Result<Peer> {
+    pub(super) async fn generator(&self, number: u16) -> anyhow::Result<Peer> {
         let role = Role::Device(address(number));
         let arguments = vec!["--device".to_owned(), address(number).to_string()];
-        self.peer("device", device_name(number), role, arguments, humble).await
+        self.peer("device", device_name(number), role, arguments).await
     }
 
-    /// Starts the hypervisor and then the guests; the last one runs humbly and with limits if it is so said.
+    /// Starts the hypervisor and then the guests; the last one has limits on its rates if it is so said.
     pub(super) async fn populate(&mut self, shares: bool, last_is_limited: bool) -> anyhow::Result<()> {
         let mut arguments = Vec::new();
         for (guest, number) in GUESTS.into_iter().zip(1..) {
@@ -68,15 +68,12 @@ impl Stage {
             arguments.extend(["--device".to_owned(), address(0).to_string()]);
         }
         arguments.extend(last_is_limited.then(|| "--limited".to_owned()));
-        let hypervisor =
-            self.peer("hypervisor", HYPERVISOR.to_owned(), Role::Hypervisor, arguments, false).await?;
+        let hypervisor = self.peer("hypervisor", HYPERVISOR.to_owned(), Role::Hypervisor, arguments).await?;
         for ((guest, &vm), number) in GUESTS.into_iter().zip(&hypervisor.vms).zip(1..) {
             let owner = Owner::Vm(vm);
             let mut arguments = vec!["--owner".to_owned(), owner.to_string()];
             arguments.extend(["--device".to_owned(), address(number).to_string()]);
-            let is_humble = last_is_limited && usize::from(number) == GUESTS.len();
-            let role = Role::Driver(owner);
-            let guest = self.peer("guest", guest.to_owned(), role, arguments, is_humble).await?;
+            let guest = self.peer("guest", guest.to_owned(), Role::Driver(owner), arguments).await?;
             self.guests.push(guest);
         }
         self.hypervisor = Some(hypervisor);
@@ -89,7 +86,6 @@ impl Stage {
         name: String,
         role: Role,
         arguments: Vec<String>,
-        humble: bool,
     ) -> anyhow::Result<Peer> {
         self.server.admit(&Identity { name: name.clone(), role })?;
         let mut all: Vec<String> =
@@ -97,7 +93,7 @@ impl Stage {
         all.extend(["--name".to_owned(), name.clone()]);
         all.extend(arguments);
         let log = self.server.path(&format!("{name}.log"));
-        Peer::start(&self.own, &name, &all, &self.server.pki(), log, humble).await
+        Peer::start(&self.own, &name, &all, &self.server.pki(), log).await
     }
 
     /// Ends the server; the others end when they are dropped.

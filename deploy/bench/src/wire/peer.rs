@@ -15,7 +15,7 @@ use crate::stand::{address, name, owner};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A device without registers; its DMA comes from outside.
-struct Nothing;
+pub(crate) struct Nothing;
 
 impl DeviceModel for Nothing {
     async fn mmio_read(&self, _register: Register, _dma: &Dma) -> Result<u64, MmioRefusal> {

@@ -106,15 +106,7 @@ fn violation(name: &str) -> &'static str {
 }
 
 fn legend() -> String {
-    let all = [
-        Outcome::Refused,
-        Outcome::Deflected,
-        Outcome::Page,
-        Outcome::Window,
-        Outcome::Succeeds,
-        Outcome::None,
-    ];
-    let items: String = all
+    let items: String = Outcome::ALL
         .iter()
         .map(|outcome| {
             format!(

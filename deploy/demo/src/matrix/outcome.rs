@@ -24,6 +24,10 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
+    /// Every one, from the best to the worst, as legends tell them.
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Refused, Self::Deflected, Self::Page, Self::Window, Self::Succeeds, Self::None];
+
     /// In a word or two.
     pub(crate) const fn words(self) -> &'static str {
         match self {

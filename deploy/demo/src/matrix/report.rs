@@ -97,16 +97,8 @@ fn text(outcomes: &Outcomes) -> String {
         text += &format!("\n{lecture}\n");
     }
     text += &format!("\n{}\n", matrix(outcomes));
-    let all = [
-        Outcome::Refused,
-        Outcome::Deflected,
-        Outcome::Page,
-        Outcome::Window,
-        Outcome::Succeeds,
-        Outcome::None,
-    ];
     let legend: Vec<String> =
-        all.iter().map(|outcome| format!("{} {}", outcome.symbol(), outcome.meaning())).collect();
+        Outcome::ALL.iter().map(|outcome| format!("{} {}", outcome.symbol(), outcome.meaning())).collect();
     text += &wrapped("", &legend.join("; ")).join("\n");
     text += "\n";
     for (place, stake, cell) in outcomes.cells().filter(|(_, _, cell)| !cell.passed()) {
