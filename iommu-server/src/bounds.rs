@@ -48,6 +48,8 @@ const _: () = assert!(CONNECTIONS_PER_PEER_MAX + ANONYMOUS_CONNECTIONS_MAX < CON
 /// How long a TLS handshake may take: two round trips and a signature, on a bad network. Handshakes under way are anonymous connections, so
 /// there are at most [`ANONYMOUS_CONNECTIONS_MAX`], and the oldest makes room.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The niceness of the thread of all handshakes: where everybody wants the processors, it has a tenth of one, some 200 handshakes a second.
+pub const HANDSHAKE_NICENESS: i32 = 10;
 /// How long a connection whose handshake was refused is read on, so that its peer reads the alert before it is reset.
 pub const ALERT_LINGER: Duration = Duration::from_secs(1);
 /// Bytes that are read meanwhile: what a client sends before it reads, such as its HTTP/2 settings.

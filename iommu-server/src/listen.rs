@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -19,7 +20,7 @@ use crate::connection::{Admission, Connection, ConnectionHandle, Connections};
 use crate::ending::EndSignal;
 use crate::metrics::Metrics;
 use crate::telemetry::warn_limited;
-use crate::tls::Tls;
+use crate::tls::{Tls, desk};
 
 /// An address that cannot be bound.
 #[derive(Debug, thiserror::Error)]
@@ -136,19 +137,24 @@ impl Listeners {
     pub fn unix_paths(&self) -> Vec<PathBuf> {
         self.unix.iter().map(|(_, file)| file.0.clone()).collect()
     }
-    /// Accepts until `shutdown`.
+    /// Accepts until `shutdown`. Fails where the system gives no thread for handshakes.
     pub fn accept(
         self,
         connections: &Arc<Connections>,
         shutdown: &EndSignal,
         entrance: &Entrance,
-    ) -> ReceiverStream<io::Result<Connection>> {
+    ) -> io::Result<ReceiverStream<io::Result<Connection>>> {
+        let tls = match &entrance.tls {
+            Some(tls) => Some((Arc::clone(tls), desk::start(shutdown)?)),
+            None => None,
+        };
         let (accepted, incoming) = mpsc::channel(bounds::ACCEPTED_QUEUE_MAX);
         let door = || Door {
             connections: Arc::clone(connections),
             accepted: accepted.clone(),
             shutdown: shutdown.clone(),
             entrance: entrance.clone(),
+            tls: tls.clone(),
         };
         for (listener, _) in self.tcp {
             let door = door();
@@ -161,7 +167,7 @@ impl Listeners {
                 drop(file);
             });
         }
-        ReceiverStream::new(incoming)
+        Ok(ReceiverStream::new(incoming))
     }
 }
 
@@ -170,6 +176,8 @@ struct Door {
     accepted: mpsc::Sender<io::Result<Connection>>,
     shutdown: EndSignal,
     entrance: Entrance,
+    /// With the thread that shakes hands.
+    tls: Option<(Arc<Tls>, Handle)>,
 }
 
 impl Door {
@@ -187,8 +195,8 @@ impl Door {
                 }
             };
             let Some((socket, admission)) = admitted else { continue };
-            if let Some(tls) = &self.entrance.tls {
-                self.shake_hands(tls, socket, admission);
+            if let Some((tls, desk)) = &self.tls {
+                self.shake_hands(tls, desk, socket, admission);
                 continue;
             }
             // A peer that is gone before it was set up is nobody's problem.
@@ -200,12 +208,12 @@ impl Door {
         }
     }
     /// In a task of its own, so that one slow peer holds up nobody.
-    fn shake_hands(&self, tls: &Arc<Tls>, socket: TcpStream, admission: Admission) {
+    fn shake_hands(&self, tls: &Arc<Tls>, desk: &Handle, socket: TcpStream, admission: Admission) {
         // A peer that is gone before it was set up is nobody's problem.
         let Ok(handle) = ConnectionHandle::tcp(&socket, admission) else { return };
         let (tls, connections) = (Arc::clone(tls), Arc::clone(&self.connections));
         let (accepted, shutdown) = (self.accepted.clone(), self.shutdown.clone());
-        tokio::spawn(async move {
+        desk.spawn(async move {
             let shaken = tokio::select! {
                 shaken = tls.accept(socket, handle, &connections) => shaken,
                 _ = shutdown.wait() => None,

@@ -89,6 +89,9 @@ pub enum ServerError {
     /// The host.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// The thread for handshakes.
+    #[error("no thread for handshakes: {0}")]
+    Handshakes(io::Error),
     /// The reflection service does not take our schema.
     #[error("reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -194,7 +197,9 @@ impl Server {
             users: UnixUsers::with(&host.config.unix_uids),
             metrics: Arc::clone(&host.metrics),
         };
-        let connections = listeners.accept(&host.connections, &host.shutdown, &entrance);
+        let connections = listeners
+            .accept(&host.connections, &host.shutdown, &entrance)
+            .map_err(ServerError::Handshakes)?;
         let transport = tokio::spawn(serve(Arc::clone(&host), routes, connections));
         let mut background = vec![
             tokio::spawn(Arc::clone(&host.watchdog).run()),

@@ -1,11 +1,12 @@
 //! Who is at the other end of a TCP connection: mutual TLS, by default on every TCP listener.
 //!
 //! The handshake asks for a certificate of the private authority and takes the identity in it (`verifier`); it runs in a task of its own for
-//! each connection, bounded in number and time (`handshake`). Certificates lie in a directory that the server fills at its first start
+//! each connection, bounded in number and time (`handshake`), on a thread that yields to DMA (`desk`). Certificates lie in a directory that the server fills at its first start
 //! (`bootstrap`), and rotate without a restart (`reload`). TLS 1.3 alone: every client of ours and every gRPC library speaks it, and with it
 //! certificates are never shown in the clear. Nothing is resumed, because a resumed session would not show its certificate again (ADR 0009).
 
 pub mod bootstrap;
+pub(crate) mod desk;
 pub(crate) mod handshake;
 mod material;
 pub mod metrics;

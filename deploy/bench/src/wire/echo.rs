@@ -92,7 +92,7 @@ pub(crate) async fn serve(listen: SocketAddr, listen_unix: &Path) -> anyhow::Res
     let addresses: Vec<String> = listeners.tcp_addresses().iter().map(SocketAddr::to_string).collect();
     let ready = serde_json::json!({ "event": "ready", "listen": addresses });
     crate::print(&format!("{ready}\n"))?;
-    let connections = listeners.accept(&Arc::default(), &EndSignal::new(), &Entrance::plaintext());
+    let connections = listeners.accept(&Arc::default(), &EndSignal::new(), &Entrance::plaintext())?;
     let service = DeviceServiceServer::new(Echo)
         .max_decoding_message_size(limits::MESSAGE_BYTES_MAX)
         .max_encoding_message_size(limits::MESSAGE_BYTES_MAX);
