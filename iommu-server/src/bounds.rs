@@ -48,8 +48,9 @@ const _: () = assert!(CONNECTIONS_PER_PEER_MAX + ANONYMOUS_CONNECTIONS_MAX < CON
 /// How long a TLS handshake may take: two round trips and a signature, on a bad network. Handshakes under way are anonymous connections, so
 /// there are at most [`ANONYMOUS_CONNECTIONS_MAX`], and the oldest makes room.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The niceness of the thread of all handshakes: where everybody wants the processors, it has a tenth of one, some 200 handshakes a second.
-pub const HANDSHAKE_NICENESS: i32 = 10;
+/// The niceness of the thread of all handshakes, the lowest there is: where everybody wants the processors, it has a hundredth of one, some 50 handshakes a
+/// second; what nobody wants it has too.
+pub const HANDSHAKE_NICENESS: i32 = 19;
 /// How long a connection whose handshake was refused is read on, so that its peer reads the alert before it is reset.
 pub const ALERT_LINGER: Duration = Duration::from_secs(1);
 /// Bytes that are read meanwhile: what a client sends before it reads, such as its HTTP/2 settings.
@@ -113,10 +114,11 @@ pub const DMA_OPERATIONS_PER_SECOND_MAX: u64 = 50_000_000;
 pub const DMA_BYTES_PER_SECOND_MAX: u64 = 64 << 30;
 /// How much of a rate may come at once: a driver that was away for a moment is not held up, and a flood is noticed in no time.
 pub const RATE_BURST: Duration = Duration::from_millis(100);
-/// How long somebody waits who was refused because of a rate, at least and at most: a flood then costs some hundred refusals a second.
-pub const RATE_PENALTY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
-/// How long at most when many are refused at once, as each then waits for the one before: the calls of one connection take half of it.
-pub const RATE_PENALTY_QUEUE: Duration = Duration::from_secs(1);
+/// How long somebody waits who was refused because of a rate, at least and at most: a flood then costs 200 refusals a
+/// second.
+pub const RATE_PENALTY: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
+/// How long at most when many are refused at once, as each then waits for the one before: the calls of one connection take two thirds of it.
+pub const RATE_PENALTY_QUEUE: Duration = Duration::from_secs(2);
 const _: () = assert!(
     STREAMS_PER_CONNECTION_MAX as u128 * RATE_PENALTY.0.as_millis() <= RATE_PENALTY_QUEUE.as_millis()
 );
@@ -139,6 +141,9 @@ pub const REPLAY_BYTES_MAX: usize = 1 << 20;
 pub const INTERRUPTS_QUEUED_MAX: usize = 1024;
 /// Answers ready for a slow reader of a subscription or bulk stream.
 pub const FEED_DEPTH: usize = 4;
+/// How far apart the messages of one subscription to a log are at least: whoever faults as fast as it can costs each that watches some hundred messages in a
+/// second, and the log keeps what comes meanwhile ([`FAULT_RECORDS_PER_OWNER`]).
+pub const FEED_SPACING: Duration = Duration::from_millis(5);
 /// Items (fault records, mappings, IOTLB entries, table entries) in one message; one takes less than 512 bytes.
 pub const ITEMS_PER_MESSAGE_MAX: usize = 2048;
 const _: () = assert!(ITEMS_PER_MESSAGE_MAX * 512 < limits::MESSAGE_BYTES_MAX);

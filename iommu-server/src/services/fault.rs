@@ -11,7 +11,7 @@ use iommu_types::{FaultRecord, Owner};
 use tonic::{Request, Response, Status};
 
 use super::driver::watcher;
-use super::feed::{Feed, feed};
+use super::feed::{Feed, feed, rung};
 use super::log_token::Positions;
 use super::scope::Scope;
 use super::{Caller, parse};
@@ -149,7 +149,7 @@ impl FaultService for Faults {
                         sender.send(Ok(new.into())).await?;
                     }
                 }
-                if bell.changed().await.is_err() {
+                if !rung(&mut bell).await {
                     return Ok(());
                 }
             }

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use futures_core::Stream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
 use super::Caller;
@@ -56,6 +56,12 @@ impl<T> FeedSender<T> {
     pub async fn closed(&self) {
         self.messages.closed().await;
     }
+}
+
+/// Waits until a bell rings, at least [`bounds::FEED_SPACING`] after the message before; false when it is gone.
+pub async fn rung(bell: &mut watch::Receiver<u64>) -> bool {
+    tokio::time::sleep(bounds::FEED_SPACING).await;
+    bell.changed().await.is_ok()
 }
 
 /// Starts a stream whose messages `produce` makes, in a task of its own that ends when the reader does.
@@ -112,5 +118,44 @@ impl<T> Stream for Feed<T> {
             self.over = true;
         }
         next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn i7_who_watches_an_endless_bell_is_told_so_often_and_of_a_single_ring_at_once() {
+        let bell = watch::Sender::new(0_u64);
+        let mut heard = bell.subscribe();
+        let watcher = tokio::spawn(async move {
+            let mut rings = 0_u32;
+            while rung(&mut heard).await {
+                rings += 1;
+            }
+            rings
+        });
+        tokio::time::sleep(2 * bounds::FEED_SPACING).await;
+        let for_each = Duration::from_millis(1);
+        let rung_times = 100 * bounds::FEED_SPACING.as_millis();
+        for _ in 0..rung_times {
+            bell.send_modify(|count| *count += 1);
+            tokio::time::sleep(for_each).await;
+        }
+        drop(bell);
+        let rings = watcher.await.expect("it ends with the bell");
+        assert!((99..=101).contains(&rings), "{rings} of {rung_times}");
+
+        let bell = watch::Sender::new(0_u64);
+        let mut heard = bell.subscribe();
+        let watcher = tokio::spawn(async move { rung(&mut heard).await });
+        tokio::time::sleep(2 * bounds::FEED_SPACING).await;
+        let begun = tokio::time::Instant::now();
+        bell.send_modify(|count| *count += 1);
+        assert!(watcher.await.expect("it was rung"));
+        assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 }

@@ -10,7 +10,7 @@ use iommu_types::{DomainId, Owner, SanitizerReport};
 use tonic::{Request, Response, Status};
 
 use super::driver::watcher;
-use super::feed::{Feed, feed};
+use super::feed::{Feed, feed, rung};
 use super::log_token::Positions;
 use super::scope::Scope;
 use super::{Caller, parse};
@@ -164,7 +164,7 @@ impl SanitizerService for Sanitizers {
                         sender.send(Ok(new.into())).await?;
                     }
                 }
-                if bell.changed().await.is_err() {
+                if !rung(&mut bell).await {
                     return Ok(());
                 }
             }

@@ -9,6 +9,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
 
 use futures_core::Stream;
 use iommu_hardware::vtd::Port;
@@ -35,9 +36,9 @@ use crate::host::devices::{DeviceState, Home};
 use crate::interrupts::Signal;
 use crate::telemetry::warn_limited;
 
-/// Bytes of a batch that cost one unit of the task's budget, so that a device with large batches lets others run as often as one with small
-/// ones.
-const BYTES_PER_BUDGET_UNIT: u64 = 64 << 10;
+/// Time that costs one unit of the task's budget. A task has 128, so whoever waits for a worker waits for so many microseconds of another's DMA at a time,
+/// and for one batch, however the batches look: large ones, and such that fault throughout, take long.
+const TIME_PER_BUDGET_UNIT: Duration = Duration::from_micros(1);
 
 struct Live {
     port: Port,
@@ -240,9 +241,10 @@ impl DeviceStream {
                 Ok(message) => message.message,
                 Err(status) => return Poll::Ready(Some(Err(typed_framing_status(status)))),
             };
+            let begun = Instant::now();
             match live.take(&self.host, message) {
                 Ok(Some(executed)) => {
-                    spend(context, executed.count.bytes);
+                    spend(context, begun.elapsed());
                     return Poll::Ready(Some(Ok(Message::Dma(executed.completions))));
                 }
                 Ok(None) => {}
@@ -255,9 +257,9 @@ impl DeviceStream {
     }
 }
 
-/// Takes more of the task's budget for a large batch. Running out is no harm: the task yields at its next poll.
-fn spend(context: &mut Context<'_>, bytes: u64) {
-    for _ in 0..bytes / BYTES_PER_BUDGET_UNIT {
+/// Takes more of the task's budget for a batch that took long. Running out is no harm: the task yields at its next poll.
+fn spend(context: &mut Context<'_>, took: Duration) {
+    for _ in 0..took.as_nanos() / TIME_PER_BUDGET_UNIT.as_nanos() {
         match coop::poll_proceed(context) {
             Poll::Ready(budget) => budget.made_progress(),
             Poll::Pending => break,

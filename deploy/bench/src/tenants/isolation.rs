@@ -1,19 +1,21 @@
 //! What a neighbour can do to a tenant: a victim's DMA beside one who keeps to its limits, and beside the same one who floods.
 //!
 //! The victim's device does batches of one shape, one under way at a time, and faults now and then where nothing is mapped. The neighbour has limits on its
-//! rates. In one round it stays below them by its own pace; in the next it does as much as it can of everything: DMA over both rates, DMA that faults, calls and
-//! map streams, subscriptions, and connections.
+//! rates. In one round it keeps just below them by its own pace; in the next it does as much as it can of everything: DMA over both rates, DMA that faults, calls
+//! and map streams, subscriptions, and connections.
 //!
 //! In earnest the neighbour burns the processors of its own machine. So its processes run on one processor here, and the server, the hypervisor and the
 //! victim on the others, in both rounds alike: what is measured is what comes through the server, and not what the scheduler of one machine shares out.
+//! With two processors the server and the victim share one, so that whatever the flood costs the server is taken from the victim.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use iommu_launch::Binaries;
 
 use super::peer::Peer;
-use super::processors::{self, Machines};
+use super::processors::Machines;
 use super::stage::Stage;
 use super::words::{Ask, DmaDone, DmaWork, Requests, RequestsDone, Shape, Told};
 use crate::figure::{Figure, RatioOf, Target};
@@ -28,16 +30,14 @@ const LEAD: Duration = Duration::from_millis(100);
 /// The victim's batch, and the one in so many that goes astray once.
 const VICTIM: Shape = Shape { operations: 64, size_bytes: 64, strays: 0 };
 const VICTIM_STRAYS_EVERY: usize = 64;
-/// Below every limit of the neighbour by a tenth: operations, bytes, requests.
-const PACED_OPERATIONS: u32 = 180_000;
-const PACED_REQUESTS: u32 = 900;
-const PACED: [Shape; 1] = [Shape { operations: 128, size_bytes: 256, strays: 0 }];
+/// Just below every limit of the neighbour: operations, bytes, requests.
+const HELD_OPERATIONS: u32 = 196_000;
+const HELD: [Shape; 1] = [Shape { operations: 128, size_bytes: 320, strays: 0 }];
+const HELD_REQUESTS: u32 = 980;
 
 /// What the neighbour does too much of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flood {
-    /// Nothing: it paces itself.
-    None,
     Dma,
     Faults,
     Calls,
@@ -47,12 +47,20 @@ enum Flood {
     Everything,
 }
 
+/// How the neighbour speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Voice {
+    /// It paces itself, with requests of the kind that it floods with otherwise.
+    Held,
+    /// At the top of it.
+    Loud,
+}
+
 impl Flood {
     const APART: [Self; 5] = [Self::Dma, Self::Faults, Self::Calls, Self::Streams, Self::Connections];
 
     const fn name(self) -> &'static str {
         match self {
-            Self::None => "paced",
             Self::Dma => "dma",
             Self::Faults => "faults",
             Self::Calls => "calls",
@@ -61,41 +69,44 @@ impl Flood {
             Self::Everything => "everything",
         }
     }
-    fn does(self, what: Self) -> bool {
+    fn has(self, what: Self) -> bool {
         self == what || self == Self::Everything
     }
-    fn dma(self, iova: u64, milliseconds: u64) -> DmaWork {
+    fn dma(self, voice: Voice, iova: u64, milliseconds: u64) -> DmaWork {
         let mut shapes = Vec::new();
-        if self.does(Self::Faults) {
+        if voice == Voice::Loud && self.has(Self::Faults) {
             shapes.extend([Shape { operations: 128, size_bytes: 64, strays: 128 }; 64]);
         }
         // More operations than a burst may have, then more bytes.
-        if self.does(Self::Dma) {
+        if voice == Voice::Loud && self.has(Self::Dma) {
             shapes.extend([Shape { operations: 128, size_bytes: 64, strays: 0 }; 120]);
             shapes.extend([Shape { operations: 16, size_bytes: 64 << 10, strays: 0 }; 8]);
         }
-        let is_paced = shapes.is_empty();
-        if is_paced {
-            shapes.extend(PACED);
+        let is_held = shapes.is_empty();
+        if is_held {
+            shapes.extend(HELD);
         }
         let (in_flight, operations_per_second) =
-            if is_paced { (4, Some(PACED_OPERATIONS)) } else { (32, None) };
+            if is_held { (4, Some(HELD_OPERATIONS)) } else { (32, None) };
         DmaWork { iova, mapped_bytes: MAPPED_BYTES, shapes, in_flight, operations_per_second, milliseconds }
     }
-    fn requests(self, milliseconds: u64) -> Requests {
-        let floods = self.does(Self::Calls) || self.does(Self::Streams);
-        let of = |flood: Self, paced: usize, flooding: usize| match (self.does(flood), floods) {
-            (true, _) => flooding,
-            // Who floods with one kind of request does not do the other.
-            (false, true) => 0,
-            (false, false) => paced,
+    fn requests(self, voice: Voice, milliseconds: u64) -> Requests {
+        let is_loud = voice == Voice::Loud;
+        let of_requests = self.has(Self::Calls) || self.has(Self::Streams);
+        // Two calls for a batch of a stream, unless one of the two is the whole flood.
+        let (calls, streams) = match self {
+            Self::Calls => (6, 0),
+            Self::Streams => (0, 6),
+            _ => (4, 2),
         };
+        let times = if is_loud && of_requests { 32 } else { 1 };
+        let if_loud = |what, count| if is_loud && self.has(what) { count } else { 0 };
         Requests {
-            calls: of(Self::Calls, 4, 128),
-            streams: of(Self::Streams, 2, 64),
-            per_second: (!floods).then_some(PACED_REQUESTS),
-            watchers: if self.does(Self::Faults) { 80 } else { 0 },
-            connections: if self.does(Self::Connections) { 16 } else { 0 },
+            calls: calls * times,
+            streams: streams * times,
+            per_second: (times == 1).then_some(HELD_REQUESTS),
+            watchers: if_loud(Self::Faults, 80),
+            connections: if_loud(Self::Connections, 16),
             milliseconds,
         }
     }
@@ -128,7 +139,14 @@ pub(crate) async fn beside_a_flood(bench: &mut Bench) -> anyhow::Result<Report> 
         let skipped = vec![Skipped { name: "tenants-isolation", skipped: "a single processor" }];
         return Ok(Report { skipped, ..Report::default() });
     };
-    let mut hall = Hall::start(Stage::start(&binaries).await?, &machines).await?;
+    machines.enter()?;
+    let measured = in_the_hall(bench, &binaries, &machines).await;
+    machines.leave()?;
+    measured
+}
+
+async fn in_the_hall(bench: &Bench, binaries: &Binaries, machines: &Machines) -> anyhow::Result<Report> {
+    let mut hall = Hall::start(Stage::start(binaries).await?, machines).await?;
     let measured = hall.all(bench).await;
     hall.stage.stop().await;
     measured
@@ -139,13 +157,8 @@ impl Hall {
         stage.populate(false, true).await?;
         let victim = stage.generator(1).await?;
         let neighbour = stage.generator(2).await?;
-        let hypervisor = stage.hypervisor.as_ref().context("the stage is populated")?.id()?;
-        let server = stage.server.process.id().context("the server has ended")?;
-        for process in [server, hypervisor, victim.id()?, stage.guests[0].id()?] {
-            processors::bind(process, &machines.near)?;
-        }
         for process in [neighbour.id()?, stage.guests[1].id()?] {
-            processors::bind(process, &machines.far)?;
+            machines.send_away(process)?;
         }
         let mut iovas = [0; 2];
         for (guest, iova) in stage.guests.iter_mut().zip(&mut iovas) {
@@ -162,15 +175,15 @@ impl Hall {
         let mut report = Report::default();
         let rounds = bench.plan.pick(4, 15);
         bench.progress.detail("everything");
-        let (paced, flooded) = self.in_turn(Flood::Everything, rounds, milliseconds).await?;
-        report.figures.extend(figures(Flood::Everything, &paced, &flooded));
-        report.figures.extend(evidence(&paced, &flooded));
-        report.figures.extend(refusals(&flooded)?);
+        let (held, loud) = self.in_turn(Flood::Everything, rounds, milliseconds).await?;
+        report.figures.extend(figures(Flood::Everything, &held, &loud));
+        report.figures.extend(evidence(&held, &loud));
+        report.figures.extend(refusals(&loud)?);
         if !bench.plan.quick {
             for flood in Flood::APART {
                 bench.progress.detail(flood.name());
-                let (paced, flooded) = self.in_turn(flood, 5, milliseconds).await?;
-                report.figures.extend(figures(flood, &paced, &flooded));
+                let (held, loud) = self.in_turn(flood, 5, milliseconds).await?;
+                report.figures.extend(figures(flood, &held, &loud));
             }
         }
         Ok(report)
@@ -183,26 +196,26 @@ impl Hall {
         rounds: usize,
         milliseconds: u64,
     ) -> anyhow::Result<(Vec<Round>, Vec<Round>)> {
-        let (mut paced, mut flooded) = (Vec::new(), Vec::new());
+        let (mut held, mut loud) = (Vec::new(), Vec::new());
         for round in 0..=rounds {
-            let order = if round % 2 == 0 { [Flood::None, flood] } else { [flood, Flood::None] };
-            for each in order {
-                let measured = self.round(each, milliseconds).await.with_context(|| each.name())?;
-                match (round, each) {
+            let order = if round % 2 == 0 { [Voice::Held, Voice::Loud] } else { [Voice::Loud, Voice::Held] };
+            for voice in order {
+                let measured = self.round(flood, voice, milliseconds).await.with_context(|| flood.name())?;
+                match (round, voice) {
                     (0, _) => {}
-                    (_, Flood::None) => paced.push(measured),
-                    _ => flooded.push(measured),
+                    (_, Voice::Held) => held.push(measured),
+                    (_, Voice::Loud) => loud.push(measured),
                 }
             }
         }
-        Ok((paced, flooded))
+        Ok((held, loud))
     }
 
-    async fn round(&mut self, flood: Flood, milliseconds: u64) -> anyhow::Result<Round> {
+    async fn round(&mut self, flood: Flood, voice: Voice, milliseconds: u64) -> anyhow::Result<Round> {
         let [of_victim, of_neighbour] = self.iovas;
         let longer = milliseconds + 2 * LEAD.as_millis() as u64;
-        self.neighbour.ask(&Ask::Dma(flood.dma(of_neighbour, longer))).await?;
-        self.stage.guests[1].ask(&Ask::Requests(flood.requests(longer))).await?;
+        self.neighbour.ask(&Ask::Dma(flood.dma(voice, of_neighbour, longer))).await?;
+        self.stage.guests[1].ask(&Ask::Requests(flood.requests(voice, longer))).await?;
         tokio::time::sleep(LEAD).await;
         let mut shapes = vec![VICTIM; VICTIM_STRAYS_EVERY];
         shapes[0].strays = 1;
@@ -244,19 +257,19 @@ fn of(rounds: &[Round], what: impl Fn(&Round) -> f64) -> Samples {
 
 /// The victim beside both. Everything at once is judged: I7 is kept in time as well when a flood leaves four fifths, and at most twice the tail. The
 /// parts of it say where a loss comes from.
-fn figures(flood: Flood, paced: &[Round], flooded: &[Round]) -> [Figure; 2] {
+fn figures(flood: Flood, held: &[Round], loud: &[Round]) -> [Figure; 2] {
     let name = format!("tenants-isolation-{}", flood.name());
     let rate = |rounds| of(rounds, |round: &Round| round.victim.operations as f64 / round.victim.seconds);
     let tail = |rounds| of(rounds, |round: &Round| round.victim.p99_us);
-    let beside = "paced neighbour";
-    let rate = Figure::alone(format!("{name}-rate"), "operations/s", &rate(flooded)).beside(
+    let beside = "neighbour at its limits";
+    let rate = Figure::alone(format!("{name}-rate"), "operations/s", &rate(loud)).beside(
         beside,
-        &rate(paced),
+        &rate(held),
         RatioOf::ValueToReference,
     );
-    let tail = Figure::alone(format!("{name}-p99"), "us", &tail(flooded)).beside(
+    let tail = Figure::alone(format!("{name}-p99"), "us", &tail(loud)).beside(
         beside,
-        &tail(paced),
+        &tail(held),
         RatioOf::ValueToReference,
     );
     if flood != Flood::Everything {
@@ -266,8 +279,8 @@ fn figures(flood: Flood, paced: &[Round], flooded: &[Round]) -> [Figure; 2] {
 }
 
 /// That no fault of the victim is missing, whatever the neighbour does; and that nobody refused it anything.
-fn evidence(paced: &[Round], flooded: &[Round]) -> [Figure; 3] {
-    let both = || paced.iter().chain(flooded);
+fn evidence(held: &[Round], loud: &[Round]) -> [Figure; 3] {
+    let both = || held.iter().chain(loud);
     let sum = |what: fn(&Round) -> u64| Samples::exactly(both().map(what).sum::<u64>() as f64);
     let faults = sum(|round| round.victim.faults);
     let recorded = Figure::alone("tenants-isolation-faults", "recorded", &sum(|round| round.recorded))
@@ -283,16 +296,16 @@ fn evidence(paced: &[Round], flooded: &[Round]) -> [Figure; 3] {
 }
 
 /// What the neighbour was refused, by the name of the limit, in a second; and what passed.
-fn refusals(flooded: &[Round]) -> anyhow::Result<Vec<Figure>> {
-    let first = flooded.first().context("there is a round")?;
+fn refusals(loud: &[Round]) -> anyhow::Result<Vec<Figure>> {
+    let first = loud.first().context("there is a round")?;
     let seconds = first.neighbour.seconds;
     let mut refused: BTreeMap<String, u64> = BTreeMap::new();
-    for round in flooded {
+    for round in loud {
         for (name, count) in round.neighbour.refused.iter().chain(&round.requests.refused) {
             *refused.entry(name.clone()).or_default() += count;
         }
     }
-    let each = |count: u64| Samples::exactly(count as f64 / flooded.len() as f64 / seconds);
+    let each = |count: u64| Samples::exactly(count as f64 / loud.len() as f64 / seconds);
     let mut figures = Vec::new();
     for name in ["dma_operations_per_second", "dma_bytes_per_second", "requests_per_second"] {
         let count = refused.remove(name).unwrap_or(0);
@@ -303,7 +316,7 @@ fn refusals(flooded: &[Round]) -> anyhow::Result<Vec<Figure>> {
         let name = name.replace(' ', "_");
         figures.push(Figure::alone(format!("tenants-isolation-over-{name}"), "refused/s", &each(count)));
     }
-    let passed = |what: fn(&Round) -> u64| each(flooded.iter().map(what).sum());
+    let passed = |what: fn(&Round) -> u64| each(loud.iter().map(what).sum());
     let operations = passed(|round| round.neighbour.operations + round.neighbour.faults);
     figures.push(Figure::alone("tenants-isolation-passed-dma", "operations/s", &operations));
     let requests = passed(|round| round.requests.answered);

@@ -9,30 +9,44 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 /// Two sets of processors that have none in common.
 #[derive(Debug)]
 pub(super) struct Machines {
+    all: CpuSet,
     /// All but the last one.
-    pub(super) near: CpuSet,
+    near: CpuSet,
     /// The last one.
-    pub(super) far: CpuSet,
+    far: CpuSet,
 }
 
 impl Machines {
     /// Of the processors that this process may use; none where that is a single one.
     pub(super) fn divide() -> anyhow::Result<Option<Self>> {
-        let mut near = sched_getaffinity(None).context("ask for the processors of this process")?;
-        if near.count() < 2 {
+        let all = sched_getaffinity(None).context("ask for the processors of this process")?;
+        if all.count() < 2 {
             return Ok(None);
         }
+        let mut near = all;
         let last = (0..CpuSet::MAX_CPU).rev().find(|&number| near.is_set(number));
         let last = last.context("a processor is among those counted")?;
         let mut far = CpuSet::new();
         far.set(last);
         near.unset(last);
-        Ok(Some(Self { near, far }))
+        Ok(Some(Self { all, near, far }))
+    }
+    /// Moves this process to the near one. What it starts there sees no other, and has as many threads as fit.
+    pub(super) fn enter(&self) -> anyhow::Result<()> {
+        bind(std::process::id(), &self.near)
+    }
+    /// Moves this process back to all.
+    pub(super) fn leave(&self) -> anyhow::Result<()> {
+        bind(std::process::id(), &self.all)
+    }
+    /// Moves a process to the far one.
+    pub(super) fn send_away(&self, process: u32) -> anyhow::Result<()> {
+        bind(process, &self.far)
     }
 }
 
 /// Binds all threads of a process; those that it starts later inherit it.
-pub(super) fn bind(process: u32, to: &CpuSet) -> anyhow::Result<()> {
+fn bind(process: u32, to: &CpuSet) -> anyhow::Result<()> {
     let path = format!("/proc/{process}/task");
     let mut bound = BTreeSet::new();
     // A thread that was started by one that was not bound yet is found when all are listed again.
@@ -82,7 +96,7 @@ mod tests {
         let all = sched_getaffinity(None).expect("the processors are told");
         match Machines::divide().expect("they can be divided") {
             None => assert_eq!(all.count(), 1),
-            Some(Machines { near, far }) => {
+            Some(Machines { near, far, .. }) => {
                 assert_eq!((near.count(), far.count()), (all.count() - 1, 1));
                 let both = |number: &usize| near.is_set(*number) && far.is_set(*number);
                 assert_eq!((0..CpuSet::MAX_CPU).find(both), None);
