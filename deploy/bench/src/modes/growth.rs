@@ -31,26 +31,49 @@ const SLOTS_APART: usize = TURN as usize;
 const LIVE_PER_RING: usize = 61 << 10;
 const NOW: Tick = Tick(0);
 
-/// The modes that have rows here.
-const MODES: [&str; 6] = ["deferred", "shared", "persistent", "bounce", "ring", "passthrough"];
+/// A mode that has rows here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Deferred,
+    Shared,
+    Persistent,
+    Bounce,
+    Ring,
+    Passthrough,
+}
 
-/// A mode with room for so many live mappings, and the rings that they take.
-fn mode(name: &str, live: usize) -> (Protection, u16) {
-    let rings = live.div_ceil(LIVE_PER_RING) as u16;
-    let protection = match name {
-        "deferred" => Protection::DEFERRED,
-        "shared" => Protection::Shared,
-        // Pages are kept that nobody uses, so that there is something to be reused; the quota is never reached.
-        "persistent" => Protection::Persistent(PersistentQuota { pages_max: 1 << 20 }),
-        "bounce" => Protection::Bounce(BouncePool { bytes_max: 1 << 30 }),
-        "ring" => {
-            let slots = (live / usize::from(rings) + SLOTS_APART) as u32;
-            Protection::Ring(Rings { count: rings, slots })
+impl Mode {
+    const ALL: [Self; 6] =
+        [Self::Deferred, Self::Shared, Self::Persistent, Self::Bounce, Self::Ring, Self::Passthrough];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Deferred => "deferred",
+            Self::Shared => "shared",
+            Self::Persistent => "persistent",
+            Self::Bounce => "bounce",
+            Self::Ring => "ring",
+            Self::Passthrough => "passthrough",
         }
-        "passthrough" => Protection::Passthrough,
-        other => unreachable!("{other} is no mode"),
-    };
-    (protection, if name == "ring" { rings } else { 1 })
+    }
+
+    /// With room for so many live mappings, and the rings that they take.
+    fn protection(self, live: usize) -> (Protection, u16) {
+        let protection = match self {
+            Self::Deferred => Protection::DEFERRED,
+            Self::Shared => Protection::Shared,
+            // Pages are kept that nobody uses, so that there is something to be reused; the quota is never reached.
+            Self::Persistent => Protection::Persistent(PersistentQuota { pages_max: 1 << 20 }),
+            Self::Bounce => Protection::Bounce(BouncePool { bytes_max: 1 << 30 }),
+            Self::Ring => {
+                let count = live.div_ceil(LIVE_PER_RING) as u16;
+                let slots = (live / usize::from(count) + SLOTS_APART) as u32;
+                return (Protection::Ring(Rings { count, slots }), count);
+            }
+            Self::Passthrough => Protection::Passthrough,
+        };
+        (protection, 1)
+    }
 }
 
 /// A host with domains, each with live mappings.
@@ -83,11 +106,11 @@ struct Extent {
 }
 
 impl World {
-    fn new(name: &str, extent: Extent) -> anyhow::Result<Self> {
+    fn new(mode: Mode, extent: Extent) -> anyhow::Result<Self> {
         let mut host = Host::boot(extent.memory_bytes, Caches { iotlb: LARGE, paging: LARGE })?;
         let mut tenants = Vec::new();
         for _ in 0..extent.domains {
-            tenants.push(Tenant::new(&mut host, name, extent)?);
+            tenants.push(Tenant::new(&mut host, mode, extent)?);
         }
         // Whole turns of every domain and every ring, so that what is live is spread evenly.
         for tenant in &mut tenants {
@@ -111,8 +134,8 @@ impl Pairs for World {
 }
 
 impl Tenant {
-    fn new(host: &mut Host, name: &str, extent: Extent) -> anyhow::Result<Self> {
-        let (protection, rings) = mode(name, extent.live);
+    fn new(host: &mut Host, mode: Mode, extent: Extent) -> anyhow::Result<Self> {
+        let (protection, rings) = mode.protection(extent.live);
         let count = (extent.live + SLOTS_APART) as u64;
         let buffer = host.buffer(count * extent.stride_bytes)?;
         let mut domain = host.domain_of(DomainOptions::new(protection))?;
@@ -139,9 +162,10 @@ impl Tenant {
             let iova = mapped.expect("there is room for what is measured");
             let iova = IovaRange::new(iova, self.stride_bytes).expect("what was mapped does not wrap");
             self.live.push_back((range, iova));
-            if let [_, ..] = self.domain.take_evicted().as_slice() {
-                unreachable!("nothing is evicted below the quota");
-            }
+            assert!(
+                self.domain.take_evicted().is_empty(),
+                "the quota is larger than all that is ever mapped"
+            );
         }
     }
     /// Unmaps the oldest, one by one, the last one as the end of the burst.
@@ -158,8 +182,8 @@ impl Tenant {
 
 /// From 1 to 1,024 domains.
 pub(crate) fn domains(bench: &mut Bench) -> anyhow::Result<Report> {
-    let growth = |name: &str| Growth {
-        name: format!("modes-growth-domains-{name}"),
+    let growth = |mode: Mode| Growth {
+        name: format!("modes-growth-domains-{}", mode.name()),
         title: "Map and unmap, by number of domains",
         x: "domains",
         quick: &[1, 1024],
@@ -167,22 +191,22 @@ pub(crate) fn domains(bench: &mut Bench) -> anyhow::Result<Report> {
         target: 1.25,
         reference_is: "the same with 1 domain",
     };
-    each_mode(bench, "modes-growth-domains", growth, |name, domains| {
+    each_mode(bench, "modes-growth-domains", growth, |mode, domains| {
         let (live, stride_bytes) = (LIVE_PER_DOMAIN, PAGE_SIZE_BYTES / 2);
-        World::new(name, Extent { domains, live, stride_bytes, memory_bytes: 3 << 30 })
+        World::new(mode, Extent { domains, live, stride_bytes, memory_bytes: 3 << 30 })
     })
 }
 
 /// From 1 k to 1 M live mappings of one domain; of bounce to 48 k, of which each has a page of shadow.
 pub(crate) fn mappings(bench: &mut Bench) -> anyhow::Result<Report> {
-    let growth = |name: &str| {
-        let (quick, full): (&'static [usize], &'static [usize]) = if name == "bounce" {
+    let growth = |mode: Mode| {
+        let (quick, full): (&'static [usize], &'static [usize]) = if mode == Mode::Bounce {
             (&[THOUSAND, BOUNCE_LIVE_MAX], &[THOUSAND, BOUNCE_LIVE_MAX])
         } else {
             (&[THOUSAND, MILLION], &[THOUSAND, 10 << 10, 100 << 10, MILLION])
         };
         Growth {
-            name: format!("modes-growth-mappings-{name}"),
+            name: format!("modes-growth-mappings-{}", mode.name()),
             title: "Map and unmap, first in first out, by live mappings",
             x: "live mappings",
             quick,
@@ -191,30 +215,30 @@ pub(crate) fn mappings(bench: &mut Bench) -> anyhow::Result<Report> {
             reference_is: "the same with 1,024 live mappings",
         }
     };
-    each_mode(bench, "modes-growth-mappings", growth, |name, live| {
+    each_mode(bench, "modes-growth-mappings", growth, |mode, live| {
         // Sixteen to a page, each at an address of its own: where addresses are the memory's, a million need no more than 256 MiB.
-        World::new(name, Extent { domains: 1, live, stride_bytes: 256, memory_bytes: 2 << 30 })
+        World::new(mode, Extent { domains: 1, live, stride_bytes: 256, memory_bytes: 2 << 30 })
     })
 }
 
 fn each_mode(
     bench: &Bench,
     file: &str,
-    growth: impl Fn(&str) -> Growth,
-    world: impl Fn(&str, usize) -> anyhow::Result<World>,
+    growth: impl Fn(Mode) -> Growth,
+    world: impl Fn(Mode, usize) -> anyhow::Result<World>,
 ) -> anyhow::Result<Report> {
     let mut report = Report::default();
     let mut lines = Vec::new();
     let (mut title, mut x) = ("", "");
-    for name in MODES {
-        let growth = growth(name);
+    for mode in Mode::ALL {
+        let growth = growth(mode);
         (title, x) = (growth.title, growth.x);
         if !bench.wanted.any_of(&growth.name) {
             continue;
         }
-        let (figures, points) = grown(bench, &growth, |count| world(name, count))?;
+        let (figures, points) = grown(bench, &growth, |count| world(mode, count))?;
         report.figures.extend(figures);
-        lines.push(Line { name: name.into(), points, reference: false });
+        lines.push(Line { name: mode.name().into(), points, reference: false });
     }
     let y = "time per map and unmap (ns)";
     report.charts.push(Chart { file: file.into(), title: title.into(), x, y, y_scale: Scale::Linear, lines });
@@ -225,18 +249,19 @@ fn each_mode(
 mod tests {
     use iommu_types::{DomainOptions, PAGE_SIZE_BYTES};
 
-    use super::{BOUNCE_LIVE_MAX, Extent, MILLION, MODES, Pairs, THOUSAND, World, mode};
+    use super::{BOUNCE_LIVE_MAX, Extent, MILLION, Mode, Pairs, THOUSAND, World};
 
     #[test]
     fn every_mode_takes_what_its_rows_ask_of_it() {
-        for name in MODES {
-            let most = if name == "bounce" { BOUNCE_LIVE_MAX } else { MILLION };
+        for mode in Mode::ALL {
+            let name = mode.name();
+            let most = if mode == Mode::Bounce { BOUNCE_LIVE_MAX } else { MILLION };
             for live in [THOUSAND, most] {
-                DomainOptions::new(mode(name, live).0).check().expect(name);
+                DomainOptions::new(mode.protection(live).0).check().expect(name);
             }
             let (domains, live) = (3, 256);
             let extent = Extent { domains, live, stride_bytes: PAGE_SIZE_BYTES / 2, memory_bytes: 32 << 20 };
-            let mut world = World::new(name, extent).expect(name);
+            let mut world = World::new(mode, extent).expect(name);
             world.pairs(12 * 64);
             assert!(world.tenants.iter().all(|tenant| tenant.live.len() == live), "{name}");
         }

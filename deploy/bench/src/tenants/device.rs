@@ -10,7 +10,7 @@ use iommu_types::{Iova, Refusal};
 
 use super::actor::Options;
 use super::words::{Ask, DmaDone, DmaWork, Shape, Told};
-use crate::wire::peer::Nothing;
+use crate::wire::peer::{Nothing, PATIENCE};
 
 /// Nothing is ever mapped here: the allocators hand out addresses from the top of the first 4 GiB down, and rings have small numbers.
 const STRAY: u64 = 0x4000_0000;
@@ -18,8 +18,6 @@ const STRAY: u64 = 0x4000_0000;
 const STRAY_PAGES: u64 = 4096;
 /// Longest time told apart: a minute.
 const TIME_MAX: u64 = 60_000_000_000;
-/// How long a session may take to stand.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The device, connected.
 pub(super) struct Generator {

@@ -75,11 +75,14 @@ impl Guest {
         }
     }
 
-    /// What was recorded after a place in its log, which is the end of it when nothing is told.
+    /// What was recorded after a place in its log, which is the beginning of it when nothing is told.
     async fn faults(&self, after: String) -> anyhow::Result<Told> {
         let filter = FaultFilter { owner: None, device: None };
         let list = self.driver.faults().list(filter, 0).await.context("list faults")?;
-        let sequence: u64 = after.parse().unwrap_or(0);
+        let sequence: u64 = match after.as_str() {
+            "" => 0,
+            place => place.parse().with_context(|| format!("{place:?} is no place in a log"))?,
+        };
         let new = list.records.iter().filter(|record| record.sequence > sequence);
         let recorded = new.map(|record| 1 + u64::from(record.collapsed_count)).sum();
         let end = list.records.last().map_or(sequence, |record| record.sequence);

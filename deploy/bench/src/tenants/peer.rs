@@ -1,12 +1,11 @@
 //! A peer of the server as a process of its own, and the one line in, one line out with it.
 
-use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use iommu_launch::Process;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::process::{ChildStdin, ChildStdout};
 
 use super::words::{Ask, Told};
 
@@ -17,47 +16,30 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(super) struct Peer {
     name: String,
-    child: Child,
+    process: Process,
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
-    log: std::path::PathBuf,
     /// What it said when it was ready.
     pub(super) vms: Vec<u32>,
 }
 
 impl Peer {
-    /// Starts it and waits until it is ready.
-    pub(super) async fn start(
-        own: &Path,
-        name: &str,
-        arguments: &[String],
-        pki: &Path,
-        log: std::path::PathBuf,
-    ) -> anyhow::Result<Self> {
-        let file = std::fs::File::create(&log).with_context(|| format!("create {}", log.display()))?;
-        let mut child = Command::new(own)
-            .arg("tenant")
-            .args(arguments)
-            .env("IOMMU_PKI", pki)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(file)
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("start {name}"))?;
-        let input = child.stdin.take().context("standard input is there once")?;
-        let output = BufReader::new(child.stdout.take().context("standard output is there once")?).lines();
-        let mut peer = Self { name: name.to_owned(), child, input, output, log, vms: Vec::new() };
+    /// Takes a process that was started with an input, and waits until it is ready.
+    pub(super) async fn of(name: String, mut process: Process) -> anyhow::Result<Self> {
+        let input = process.take_stdin().context("standard input is there once")?;
+        let output = process.take_stdout().context("standard output is there once")?;
+        let output = BufReader::new(output).lines();
+        let mut peer = Self { name, process, input, output, vms: Vec::new() };
         match peer.told().await? {
             Told::Ready { vms } => peer.vms = vms,
-            other => bail!("{name} begins with {other:?}"),
+            other => bail!("{} begins with {other:?}", peer.name),
         }
         Ok(peer)
     }
 
     /// Its process.
     pub(super) fn id(&self) -> anyhow::Result<u32> {
-        self.child.id().with_context(|| format!("{} has ended", self.name))
+        self.process.id().with_context(|| format!("{} has ended", self.name))
     }
 
     /// Asks, without waiting for what it tells.
@@ -69,11 +51,13 @@ impl Peer {
     /// What it tells next.
     pub(super) async fn told(&mut self) -> anyhow::Result<Told> {
         let line = tokio::time::timeout(PATIENCE, self.output.next_line()).await;
-        let line = line.with_context(|| format!("{} says nothing; its log:\n{}", self.name, self.log()))?;
+        let line =
+            line.with_context(|| format!("{} says nothing; its log:\n{}", self.name, self.process.log()))?;
         let line = line.with_context(|| format!("read what {} says", self.name))?;
-        let line = line.with_context(|| format!("{} has ended; its log:\n{}", self.name, self.log()))?;
+        let line =
+            line.with_context(|| format!("{} has ended; its log:\n{}", self.name, self.process.log()))?;
         match serde_json::from_str(&line).with_context(|| format!("{} said {line:?}", self.name))? {
-            Told::Failed { why } => bail!("{}: {why}; its log:\n{}", self.name, self.log()),
+            Told::Failed { why } => bail!("{}: {why}; its log:\n{}", self.name, self.process.log()),
             told => Ok(told),
         }
     }
@@ -82,9 +66,5 @@ impl Peer {
     pub(super) async fn answer(&mut self, ask: &Ask) -> anyhow::Result<Told> {
         self.ask(ask).await?;
         self.told().await
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 }

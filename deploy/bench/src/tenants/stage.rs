@@ -89,11 +89,12 @@ impl Stage {
     ) -> anyhow::Result<Peer> {
         self.server.admit(&Identity { name: name.clone(), role })?;
         let mut all: Vec<String> =
-            ["--part", part, "--server", self.server.endpoint()].map(String::from).into();
+            ["tenant", "--part", part, "--server", self.server.endpoint()].map(String::from).into();
         all.extend(["--name".to_owned(), name.clone()]);
         all.extend(arguments);
         let log = self.server.path(&format!("{name}.log"));
-        Peer::start(&self.own, &name, &all, &self.server.pki(), log).await
+        let process = self.server.start_steered_peer(&name, &self.own, &all, log)?;
+        Peer::of(name, process).await
     }
 
     /// Ends the server; the others end when they are dropped.

@@ -2,8 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+use super::column::WINDOW;
+
+/// A window that is open for longer than this was not closed by what should close it: a machine under load is late, but not by so much.
+const WINDOW_MAX: Duration = WINDOW.saturating_mul(2);
 
 /// What comes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -102,7 +108,7 @@ pub(crate) struct Expected {
 }
 
 /// Whether a reason is one of VT-d's, which stand in the fault log.
-fn is_fault(reason: &str) -> bool {
+pub(super) fn is_fault(reason: &str) -> bool {
     reason.strip_prefix("0x").is_some_and(|digits| digits.len() <= 2)
 }
 
@@ -117,6 +123,17 @@ impl Seen {
             let all: Vec<&str> = reasons.iter().map(String::as_str).collect();
             if all.is_empty() { "nothing".to_owned() } else { all.join(", ") }
         };
+        if self.outcome == Outcome::Window {
+            match self.window_us {
+                Some(us) if Duration::from_micros(us) <= WINDOW_MAX => {}
+                Some(us) => wrong.push(format!(
+                    "open for {}, of {} at most",
+                    milliseconds(us),
+                    milliseconds(WINDOW_MAX.as_micros() as u64)
+                )),
+                None => wrong.push("nobody knows for how long it was open".to_owned()),
+            }
+        }
         // Where an attack succeeds, what it was refused beside that is of no account.
         let alike = match expected.outcome {
             Outcome::Succeeds => expected.reasons.is_subset(&self.reasons),
@@ -187,6 +204,26 @@ mod tests {
             Seen { logged: Some(reasons(&[])), ..seen.clone() },
         ] {
             assert_eq!(otherwise.differs(&expected).len(), 1, "{otherwise:?}");
+        }
+    }
+
+    #[test]
+    fn a_window_that_closes_late_is_seen() {
+        let expected = Expected {
+            outcome: Outcome::Window,
+            reasons: reasons(&["0x5"]),
+            held_by: "the flush queue".into(),
+            because: "it is so".into(),
+        };
+        let open_for = |window: Option<Duration>| Seen {
+            outcome: Outcome::Window,
+            reasons: reasons(&["0x5"]),
+            logged: None,
+            window_us: window.map(|window| window.as_micros() as u64),
+            notes: Vec::new(),
+        };
+        for (window, differences) in [(Some(WINDOW), 0), (Some(WINDOW * 3), 1), (None, 1)] {
+            assert_eq!(open_for(window).differs(&expected).len(), differences, "{window:?}");
         }
     }
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::column::Column;
 use super::outcome::{Outcome, milliseconds};
-use super::run::{Cell, LectureResult, Outcomes};
+use super::run::{Cell, Outcomes};
 use crate::report::{table, wrapped};
 
 /// Prints the tables, or the JSON document. Whether every cell came out as it must.
@@ -80,15 +80,8 @@ fn matrix(outcomes: &Outcomes) -> Table {
 
 fn text(outcomes: &Outcomes) -> String {
     let mut text = String::new();
-    for (usage, title) in
-        [("R1", "within one operating system (R1)"), ("R2", "between virtual machines (R2)")]
-    {
-        let of_usage: Vec<&LectureResult> =
-            outcomes.lecture.iter().filter(|result| result.lecture.usage == usage).collect();
-        if of_usage.is_empty() {
-            continue;
-        }
-        let mut lecture = table(&[title, "the attack", "strict", "no protection"]);
+    for (usage, meaning, of_usage) in outcomes.of_usage() {
+        let mut lecture = table(&[&format!("{meaning} ({usage})"), "the attack", "strict", "no protection"]);
         for result in of_usage {
             let of = |cell: &Cell| format!("{} {}", cell.outcome().symbol(), cell.outcome());
             let (strict, none) = (of(&result.strict), of(&result.none));

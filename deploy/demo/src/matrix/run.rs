@@ -10,7 +10,7 @@ use super::catalogue::{ROWS, Row};
 use super::column::Column;
 use super::evidence::Evidence;
 use super::expected::{Lecture, Table};
-use super::outcome::{Expected, Outcome, Seen};
+use super::outcome::{Expected, Outcome, Seen, is_fault};
 use super::rows;
 use super::scene::{Scene, Sides, Stage};
 use crate::report::progress;
@@ -82,6 +82,16 @@ impl Outcomes {
             [(format!("{at}, strict"), stake, &result.strict), (format!("{at}, none"), stake, &result.none)]
         });
         rows.chain(lecture)
+    }
+
+    /// The lecture's tables that were run: R1 or R2, what that is, and the cells.
+    pub(crate) fn of_usage(&self) -> impl Iterator<Item = (&'static str, &'static str, Vec<&LectureResult>)> {
+        let usages = [("R1", "within one operating system"), ("R2", "between virtual machines")];
+        usages.into_iter().filter_map(|(usage, meaning)| {
+            let of_usage: Vec<_> =
+                self.lecture.iter().filter(|result| result.lecture.usage == usage).collect();
+            (!of_usage.is_empty()).then_some((usage, meaning, of_usage))
+        })
     }
 
     pub(crate) fn passed(&self) -> bool {
@@ -183,12 +193,7 @@ async fn carry_out(scene: &mut Scene<'_>, attack: Attack) -> anyhow::Result<Seen
         Attack::Row(number) => rows::attack(number, scene).await?,
         Attack::ScanOfAnotherTenant => rows::scan_of_another_tenant(scene).await?,
     };
-    let due: BTreeSet<String> = evidence
-        .told
-        .iter()
-        .filter(|reason| reason.strip_prefix("0x").is_some_and(|digits| digits.len() <= 2))
-        .cloned()
-        .collect();
+    let due: BTreeSet<String> = evidence.told.iter().filter(|reason| is_fault(reason)).cloned().collect();
     // The unit of a bare machine whose translation is off records nothing.
     let logged = match scene.own.is_bare() {
         true => None,

@@ -204,13 +204,13 @@ impl World {
         }
     }
 
-    async fn round(&self, number: u64, round: &Round) {
+    async fn round(&self, seed: u64, number: u64, round: &Round) {
         let from = usize::try_from(number % 2).expect("0 or 1");
         let pattern = 0xdead_0000_0000_0000 | (from as u64) << 32 | (number + 1);
         let (first, mut mappings) = self.open(from, 0, round, pattern).await;
         let (second, more) = self.open(from, 1, round, pattern).await;
         mappings.extend(more);
-        let racer = Racer::start(self, from, number);
+        let racer = Racer::start(self, from, Random::of(seed, &[number, 0xface]));
         self.hand_over(from, round, mappings).await;
         for (worker, mode) in self.workers[from].iter().zip(round.modes) {
             // A shadow stays open by design, and is not the memory.
@@ -236,13 +236,13 @@ struct Racer {
 const RACING: usize = 3;
 
 impl Racer {
-    fn start(world: &World, tenant: usize, number: u64) -> JoinHandle<()> {
+    fn start(world: &World, tenant: usize, random: Random) -> JoinHandle<()> {
         let workers = &world.workers[tenant];
         let racer = Self {
             driver: world.guests[tenant].driver.clone(),
             devices: [workers[0].address, workers[1].address],
             hammers: [Arc::clone(&workers[0].hammer), Arc::clone(&workers[1].hammer)],
-            random: Random::of(number, &[0xface]),
+            random,
             mapped: VecDeque::new(),
         };
         tokio::spawn(racer.run())
@@ -300,7 +300,7 @@ async fn i9_memory_that_changed_hands_is_never_written_by_the_devices_of_its_old
         let mut number = 0;
         while started.elapsed() < Duration::from_secs(seconds) {
             let round = Round::of(seed, number);
-            let done = tokio::time::timeout(Duration::from_secs(20), world.round(number, &round)).await;
+            let done = tokio::time::timeout(Duration::from_secs(20), world.round(seed, number, &round)).await;
             done.unwrap_or_else(|_| panic!("seed {seed}, round {number} does not end: {round:?}"));
             number += 1;
         }

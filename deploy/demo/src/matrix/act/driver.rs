@@ -113,11 +113,6 @@ impl Driver {
             Ask::RoomyDomain { column, device } => {
                 self.domain(column.roomy().ok_or_else(|| nonsense(column))?, &device).await
             }
-            Ask::Attach { device, domain } => {
-                let device = self.device(&device)?;
-                self.domains.get(&domain).ok_or_else(|| nonsense(domain))?.attach(&device).await?;
-                Ok(Reply::default())
-            }
             Ask::Detach { device } => {
                 self.device(&device)?.detach().await?;
                 Ok(Reply::default())
@@ -147,7 +142,7 @@ impl Driver {
         }
     }
 
-    /// A mapping with the address of an earlier one takes its place: that one was unmapped behind its back.
+    /// A mapping with the address of an earlier one takes its place: that one was unmapped behind its back, or is in another domain.
     fn remember(&mut self, mapping: DmaMapping) {
         if let Some(before) = self.mappings.insert(mapping.iova().get(), mapping) {
             before.leave_mapped();
@@ -162,7 +157,7 @@ impl Driver {
         Ok(Reply::value(id))
     }
 
-    /// Destroys a domain, and all others that nobody is in.
+    /// Destroys a domain. The mappings of all of them are forgotten with it: an attack has one that it maps in.
     async fn destroy(&mut self, domain: u64) -> Result<Reply, Refused> {
         let domain = self.domains.remove(&domain).ok_or_else(|| nonsense(domain))?;
         domain.destroy().await?;

@@ -37,8 +37,6 @@ pub(crate) enum Ask {
     RoomyDomain { column: Column, device: String },
     /// Puts the device back into its default domain and destroys the domain.
     Leave { device: String, domain: u64 },
-    /// Attaches the device to a domain of this driver.
-    Attach { device: String, domain: u64 },
     /// Attaches the device to nothing.
     Detach { device: String },
     /// An interrupt of the device: gives its address and its data word.
@@ -47,7 +45,7 @@ pub(crate) enum Ask {
     Interrupts,
     /// Maps the same page again and again until it is refused, `at_most` times.
     ExhaustMappings { device: String, gpa: Address, at_most: u64 },
-    /// Creates domains until it is refused, `at_most` times, and destroys them.
+    /// Creates domains until it is refused, `at_most` times. They go with the session.
     ExhaustDomains { column: Column, at_most: u64 },
 
     // Everybody who has memory.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, bail, ensure};
-use rogue::language::{Answer, Command, Flood, Kind, Scan};
+use rogue::language::{Answer, Command, Counted, Scan};
 use rogue::text::Address;
 
 use crate::matrix::act::language::{Ask, Way};
@@ -11,12 +11,13 @@ use crate::matrix::column::Column;
 use crate::matrix::evidence::Evidence;
 use crate::matrix::outcome::Outcome;
 use crate::matrix::scene::{PIECE_BYTES, PIECES, Scene, WORKING, piece};
-use crate::matrix::site::{PAGE, Site};
+use crate::matrix::site::{FILL, PAGE, Site};
 
 /// Row 29: a tenant with small limits maps, creates domains and sends DMA without end, and storms with faults; meanwhile another one works.
 pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
     const FAR_TOO_MANY: u64 = 10_000;
-    const STORM: u64 = 4096;
+    const STRAYS: u64 = 64;
+    const OVER_RATE: &str = "0x1005";
     let limits = [("mappings", 64), ("domains", 4), ("dma_operations_per_second", 2000)];
     let limits: BTreeMap<String, u64> = limits.map(|(name, value)| (name.to_owned(), value)).into();
     let mut crowd = scene.crowd(limits).await?;
@@ -35,26 +36,29 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
         let refused = crowd.actor.attempt(ask).await?.err();
         evidence.told(refused.map(|refused| refused.reason));
     }
-    let storm = Command::Flood(Flood {
-        kind: Kind::Write,
-        iova: Address(0xdead_0000_0000),
-        stride: Address(PAGE),
-        span: 0,
-        size: 8,
-        operations: 64,
-        batches: STORM / 64,
-        in_flight: None,
-    });
-    let Answer::Counted(counted) = crowd.rogue.tell(&storm).await? else { bail!("counts were due") };
-    // What is within the rate is refused by translation, which is no news here.
-    evidence.told(counted.refused.keys().find(|reason| *reason == "0x1005").cloned());
-    evidence.notes.push(format!("{STORM} stray writes: {:?}", counted.refused));
+    let strays: Vec<u64> = (0..STRAYS).map(|page| 0xdead_0000_0000 + page * PAGE).collect();
+    crowd.rogue.hammer(&strays, 8, FILL, 4).await?;
+    let over = |counted: &Counted| counted.refused.get(OVER_RATE).copied().unwrap_or(0);
+    let storms = crowd.rogue.hammered_until("a storm over its rate", |counted| over(counted) > 0).await?;
 
-    // The victim works as if nobody else were there.
+    // The victim works as if nobody else were there, until the storm has been refused once more.
     let gpa = scene.victim.allocate(1).await?;
-    let mapping = scene.victim.map(gpa, PAGE, Way::FromDevice).await?;
-    scene.victim.allowed(mapping.iova).await?;
-    scene.victim.unmap(&mapping, true).await?;
+    let work = async {
+        let mut rounds = 0;
+        while rounds == 0 || over(&crowd.rogue.hammered().await?) == over(&storms) {
+            let mapping = scene.victim.map(gpa, PAGE, Way::FromDevice).await?;
+            scene.victim.allowed(mapping.iova).await?;
+            scene.victim.unmap(&mapping, true).await?;
+            rounds += 1;
+        }
+        anyhow::Ok(rounds)
+    };
+    let worked = work.await;
+    let counted = crowd.rogue.stop_hammer().await?;
+    let rounds = worked?;
+    // What is within the rate is refused by translation, which is no news here.
+    evidence.told(counted.refused.keys().find(|reason| *reason == OVER_RATE).cloned());
+    evidence.notes.push(format!("stray writes: {:?}; {rounds} rounds of the victim's", counted.refused));
     let due = [refused].into();
     let kept = scene.judge.since(scene.victim.connect.address, &before, &due).await?;
     ensure!(kept == due, "the victim's fault record is hidden: {kept:?}");

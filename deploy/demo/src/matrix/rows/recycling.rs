@@ -1,5 +1,7 @@
 //! Rows 26 to 28: mistakes that only the server could make, provoked from outside: what is used again too early, and what is acknowledged too early.
 
+use anyhow::ensure;
+use rogue::language::Counted;
 use rogue::text::Address;
 
 use crate::matrix::act::language::{Ask, Way};
@@ -36,6 +38,7 @@ pub(super) async fn domain_number(scene: &mut Scene<'_>) -> anyhow::Result<Evide
             first.end().await?;
         }
         evidence.notes.push(format!("{again} of {ROUNDS} domains had the number of one of {whose} before"));
+        ensure!(between_tenants || again > 0, "no number was used again, so nothing was attacked");
     }
     Ok(evidence)
 }
@@ -45,6 +48,7 @@ pub(super) async fn domain_number(scene: &mut Scene<'_>) -> anyhow::Result<Evide
 pub(super) async fn table_pages(scene: &mut Scene<'_>) -> anyhow::Result<Evidence> {
     const PAGES: u64 = 64;
     const ROUNDS: u64 = 4;
+    const IN_FLIGHT: usize = 4;
     let mut evidence = Evidence::default();
     let (mut blows, mut stale) = (0, Vec::new());
     for _ in 0..ROUNDS {
@@ -56,7 +60,7 @@ pub(super) async fn table_pages(scene: &mut Scene<'_>) -> anyhow::Result<Evidenc
             mappings.push(site.map(gpa + page * PAGE, PAGE, Way::FromDevice).await?);
         }
         stale = mappings.iter().map(|mapping| mapping.iova).collect();
-        site.rogue.hammer(&stale, 64, FILL, 4).await?;
+        site.rogue.hammer(&stale, 64, FILL, IN_FLIGHT).await?;
         site.rogue
             .hammered_until("writes to live mappings", |counted| counted.succeeded >= 2 * PAGES)
             .await?;
@@ -64,16 +68,25 @@ pub(super) async fn table_pages(scene: &mut Scene<'_>) -> anyhow::Result<Evidenc
             site.unmap(mapping, true).await?;
         }
         site.leave().await?;
+        // Answers to what was sent before may still be on their way. With so many more than that, every later one is to a write that was sent afterwards.
+        let then = site.rogue.hammered().await?.answered();
+        let more = |than: u64| move |counted: &Counted| counted.answered() >= than + IN_FLIGHT as u64 * PAGES;
+        let before = site.rogue.hammered_until("writes to what is gone", more(then)).await?;
         // What was freed last is given first: frames of tables become memory of the victim.
         let (at, bytes) = scene.new_memory(PAGES);
         let add = Ask::AddMemory { vm: VICTIM_MEMORY.0, gpa: Address(at), bytes };
         scene.hypervisor()?.request(add).await?;
         scene.victim.seed(at, bytes).await?;
-        let then = scene.attacker.rogue.hammered().await?.answered();
-        let further = |counted: &rogue::language::Counted| counted.answered() >= then + 4 * PAGES;
-        scene.attacker.rogue.hammered_until("writes to what is gone", further).await?;
-        blows += scene.attacker.rogue.stop_hammer().await?.answered();
-        if !scene.victim.is_intact(at, bytes).await? {
+        let rogue = &scene.attacker.rogue;
+        let then = rogue.hammered().await?.answered();
+        rogue.hammered_until("writes while the frames are another's", more(then)).await?;
+        let after = rogue.stop_hammer().await?;
+        blows += after.answered();
+        let grew = |reason: &String, count: u64| count > before.refused.get(reason).copied().unwrap_or(0);
+        let reasons = after.refused.iter().filter(|(reason, count)| grew(reason, **count));
+        evidence.told.extend(reasons.map(|(reason, _)| reason.clone()));
+        // A frame that is walked as a table may lead anywhere: a write that lands at all has gone where nothing is mapped.
+        if after.succeeded > before.succeeded || !scene.victim.is_intact(at, bytes).await? {
             evidence.reached(Outcome::Succeeds);
         }
         scene.attacker.end().await?;
