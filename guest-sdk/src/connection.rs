@@ -82,11 +82,7 @@ impl Core {
             role: Some(role),
             resume_token,
         };
-        let token_given = !open.resume_token.is_empty();
-        let live = match timed(deadline, open_session(&dial, &endpoint_text, &mut open, 1)).await {
-            Err(error) if token_given && is_forgotten(&error) => return Err(TransportError::StateLost.into()),
-            opened => opened?.0,
-        };
+        let live = timed(deadline, open_session(&dial, &endpoint_text, &mut open, 1)).await?;
         Ok(Arc::new(Self {
             dial,
             endpoint_text,
@@ -125,19 +121,11 @@ impl Core {
         if current.epoch != epoch {
             return Ok(current);
         }
-        let token_given = !open.resume_token.is_empty();
+        // Where what we held is gone the token stays as it is, so that every later attempt is told the same.
         let mut asked = open.clone();
         let opened = open_session(&self.dial, &self.endpoint_text, &mut asked, epoch.wrapping_add(1));
-        let (live, resumed) = match opened.await {
-            Err(error) if token_given && is_forgotten(&error) => return Err(TransportError::StateLost.into()),
-            opened => opened?,
-        };
-        if token_given && !resumed {
-            // What we held is gone. The token stays as it is, so that every later attempt is told the same.
-            return Err(TransportError::StateLost.into());
-        }
+        let live = Arc::new(opened.await?);
         *open = asked;
-        let live = Arc::new(live);
         *self.live.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&live);
         tracing::info!(generation = live.generation.0, "session opened again");
         Ok(live)
@@ -357,13 +345,15 @@ pub(crate) async fn serving(
     }
 }
 
-/// Connects and opens; leaves the new token in `open`. Also tells whether the session goes on where it was.
+/// Connects and opens; leaves the new token in `open`. A session that was to go on where it was and does not is [`TransportError::StateLost`],
+/// whether the server refuses its token or opens another one.
 async fn open_session(
     dial: &Dial,
     endpoint_text: &str,
     open: &mut pb::OpenRequest,
     epoch: u64,
-) -> Result<(Live, bool), SdkError<SessionError>> {
+) -> Result<Live, SdkError<SessionError>> {
+    let token_given = !open.resume_token.is_empty();
     let Dialled { channel, trouble } = connect(dial, endpoint_text).await?;
     let answer = SessionServiceClient::new(channel.clone())
         .open(within(CONNECT_TIMEOUT, open.clone()))
@@ -374,12 +364,16 @@ async fn open_session(
             (None, SdkError::Transport(TransportError::Status { code: Code::Unavailable, message })) => {
                 unreachable(endpoint_text, message).into()
             }
+            (None, error) if token_given && is_forgotten(&error) => TransportError::StateLost.into(),
             (None, error) => error,
         })?
         .into_inner();
     if answer.schema_version != SCHEMA_VERSION {
         let why = format!("schema_version: {} where {SCHEMA_VERSION} was agreed", answer.schema_version);
         return Err(TransportError::BadAnswer(why).into());
+    }
+    if token_given && !answer.resumed {
+        return Err(TransportError::StateLost.into());
     }
     let limits = answer.limits.ok_or_else(|| TransportError::BadAnswer("limits: absent".into()))?;
     let limits = SessionLimits {
@@ -393,5 +387,5 @@ async fn open_session(
     }
     let generation = Generation(answer.generation);
     let grace = Duration::from_millis(answer.grace_ms);
-    Ok((Live { channel, epoch, limits, generation, grace }, answer.resumed))
+    Ok(Live { channel, epoch, limits, generation, grace })
 }
