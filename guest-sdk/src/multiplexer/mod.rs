@@ -40,7 +40,7 @@ mod queues;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
-use iommu_proto::limits::HYPERCALL_TIMEOUT_MS;
+use iommu_proto::limits::{HYPERCALL_TIMEOUT_MS, VMS_PER_HYPERVISOR_MAX};
 
 use crate::convert::bad_answer;
 use crate::{Hypercall, Hypercalls, Hypervisor, Never, SdkError};
@@ -55,9 +55,7 @@ use guests::Guests;
 use queues::Queues;
 
 // Every guest's queue and the batch in hand are taken from the stream at once, so that no guest keeps another's calls from being taken.
-const _: () = assert!(VMS_MAX * WAITING_PER_GUEST_MAX < Hypercalls::IN_FLIGHT_MAX);
-/// Virtual machines that a hypervisor has at most, as the server allows.
-const VMS_MAX: usize = 256;
+const _: () = assert!(VMS_PER_HYPERVISOR_MAX * WAITING_PER_GUEST_MAX < Hypercalls::IN_FLIGHT_MAX);
 
 const HYPERCALL_TIMEOUT: Duration = Duration::from_millis(HYPERCALL_TIMEOUT_MS as u64);
 /// How long a batch waits for its turns: less than its guest waits for the answer, by what the last turn and the ways take.
