@@ -246,6 +246,21 @@ impl Core {
         timed(deadline, self.call_once_at_length(attempt)).await
     }
 
+    /// One attempt on the connection that stands, for what comes too late on another one.
+    pub(crate) async fn unary_here<E, M, T, F, A>(&self, message: M, method: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: FnOnce(Channel, Request<M>) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let attempt = method(self.live().channel.clone(), within(self.deadline, message));
+        let answered = async {
+            let answer = attempt.await;
+            answer.map(Response::into_inner).map_err(|status| of_status(&status))
+        };
+        timed(self.deadline, answered).await
+    }
+
     /// The deadline of a call.
     pub(crate) fn deadline(&self) -> Duration {
         self.deadline

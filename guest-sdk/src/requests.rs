@@ -78,7 +78,8 @@ impl Requests {
             TransportError::Deadline { waited, last }
         })?;
         let deadline = waited.saturating_add(longer);
-        core.call_within(deadline, |channel| method(channel, within(deadline, message(request.header())))).await
+        core.call_within(deadline, |channel| method(channel, within(deadline, message(request.header()))))
+            .await
     }
 
     /// The last ID that was used.
