@@ -374,6 +374,21 @@ async fn i2_a_packet_is_written_once() {
 }
 
 #[tokio::test]
+async fn what_is_known_of_memory_serves_while_the_server_tells_no_more() {
+    let fake = Fake::default();
+    fake.state().memory = vec![7; 0x8000];
+    let known = vec![vm(1, &[(0x1000, 0x1000)]), vm(2, &[(0x1000, 0x1000)])];
+    fake.answer("list_vms", pb::ListVmsResponse { vms: known });
+    fake.fail("list_vms", Status::permission_denied("not now"));
+    let entries = [Entry::transmit(range(0x1000, 8)), Entry::transmit(range(0x4000, 8))];
+    let calls = vec![(1, 1, batch(&entries[..1])), (2, 2, batch(&entries))];
+    multiplex(&fake, calls, Loopback::default()).await;
+    let done = Ended::Done { bytes: 8 };
+    assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![done]));
+    assert_eq!(reply(&fake, 2).await, Reply::Ended(vec![done, Ended::MemoryFailed]));
+}
+
+#[tokio::test]
 async fn a_guest_is_told_how_its_packets_ended_or_why_not() {
     let fake = Fake::default();
     fake.answer("list_memory", pb::ListMemoryResponse::default());

@@ -54,14 +54,15 @@ impl Guests {
         let covered = |guests: &Self, entry: &Entry| {
             guests.known.get(&guest).is_some_and(|memory| memory.cover(entry.range))
         };
+        let mut refused = Ended::NotYours;
         if !entries.iter().all(|entry| covered(self, entry))
             && self.asked.may(guest, Instant::now())
             && let Err(error) = self.learn().await
         {
             tracing::warn!(vm = guest, %error, "the memory of guests is not known");
-            return vec![Some(Ended::MemoryFailed); entries.len()];
+            refused = Ended::MemoryFailed;
         }
-        entries.iter().map(|entry| (!covered(self, entry)).then_some(Ended::NotYours)).collect()
+        entries.iter().map(|entry| (!covered(self, entry)).then_some(refused)).collect()
     }
 
     async fn learn(&mut self) -> Result<(), SdkError<Never>> {
