@@ -16,8 +16,6 @@ pub const SCAN_BYTES_MAX: u32 = 4096;
 pub const LISTED_MAX: usize = 64;
 /// Batches that wait to be sent later.
 pub const QUEUED_MAX: usize = 1024;
-/// Batches that are remembered to be sent again.
-pub const REMEMBERED_MAX: usize = 64;
 /// Addresses of a hammer.
 pub const HAMMERED_MAX: usize = 1024;
 /// Batches of a flood.

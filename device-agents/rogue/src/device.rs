@@ -6,7 +6,7 @@ use iommu_proto::credentials::Credentials;
 use iommu_proto::pb;
 use iommu_proto::pb::device_to_server::Message as Up;
 
-use crate::bounds::{BATCH_BYTES_MAX, OPERATIONS_MAX, QUEUED_MAX, REMEMBERED_MAX};
+use crate::bounds::{BATCH_BYTES_MAX, OPERATIONS_MAX, QUEUED_MAX};
 use crate::execute::{answer_of_batch, answer_of_one};
 use crate::language::{Answer, Claim, Command, Connect, Counted, Dma, End, Kind, Raw, Status};
 use crate::load::Hammering;
@@ -41,7 +41,7 @@ pub struct Device {
     stream: Option<Stream>,
     peer: Peer,
     queued: VecDeque<pb::DmaBatch>,
-    writes: VecDeque<pb::DmaBatch>,
+    last_write: Option<pb::DmaBatch>,
     hammer: Option<Hammering>,
 }
 
@@ -54,7 +54,7 @@ impl Device {
             stream: None,
             peer: Peer::default(),
             queued: VecDeque::new(),
-            writes: VecDeque::new(),
+            last_write: None,
             hammer: None,
         }
     }
@@ -84,7 +84,7 @@ impl Device {
                 self.carry(batch).await.map(|(answer, _)| answer)
             }
             Command::Release => self.release().await,
-            Command::Replay => match self.writes.back().cloned() {
+            Command::Replay => match self.last_write.clone() {
                 Some(batch) => self.carry(batch).await.map(|(answer, _)| answer),
                 None => wrong("nothing was written yet, so there is nothing to repeat"),
             },
@@ -268,10 +268,7 @@ impl Device {
     ) -> Result<(Answer, pb::DmaCompletions), Stopped> {
         let shared = self.stream()?.shared();
         if batch.kind.iter().any(|kind| *kind != 0) {
-            if self.writes.len() == REMEMBERED_MAX {
-                self.writes.pop_front();
-            }
-            self.writes.push_back(batch.clone());
+            self.last_write = Some(batch.clone());
         }
         let operations = batch.iova.len() as u64;
         let answer = shared.submit(batch).await?;
