@@ -293,7 +293,7 @@ impl Device {
             let completions = shared.answer(answer).await?;
             together
                 .fault_index
-                .extend(completions.fault_index.iter().map(|index| index + operations as u32));
+                .extend(completions.fault_index.iter().map(|index| index.saturating_add(operations as u32)));
             together.fault_reason.extend(completions.fault_reason);
             together.fault_iova.extend(completions.fault_iova);
             together.fault_done_bytes.extend(completions.fault_done_bytes);
