@@ -24,7 +24,7 @@ pub const FLOOD_BATCHES_MAX: u64 = 1 << 20;
 pub const IN_FLIGHT_MAX: usize = 4096;
 /// How long anything that runs for a time may run.
 pub const RUN_MAX: Duration = Duration::from_secs(600);
-/// How long an answer of the server is waited for: far longer than any drain.
+/// How long an answer of the server is waited for, and room for a message to it: far longer than any drain.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(20);
 /// Resets and register accesses that are remembered.
 pub const TOLD_MAX: usize = 1024;
