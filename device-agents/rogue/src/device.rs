@@ -6,7 +6,7 @@ use iommu_proto::credentials::Credentials;
 use iommu_proto::pb;
 use iommu_proto::pb::device_to_server::Message as Up;
 
-use crate::bounds::{BATCH_BYTES_MAX, OPERATIONS_MAX, QUEUED_MAX};
+use crate::bounds::{BATCH_BYTES_MAX, OPERATIONS_MAX, QUEUED_BYTES_MAX, QUEUED_MAX};
 use crate::execute::{answer_of_batch, answer_of_one};
 use crate::language::{Answer, Claim, Command, Connect, Counted, Dma, End, Kind, Raw, Status};
 use crate::load::Hammering;
@@ -199,8 +199,11 @@ impl Device {
     async fn dma(&mut self, dma: &Dma) -> Result<Answer, Stopped> {
         let batch = self.one(dma)?;
         if dma.later {
-            if self.queued.len() == QUEUED_MAX {
-                return wrong(format!("{QUEUED_MAX} batches wait already; release them first"));
+            let bytes: usize = self.queued.iter().chain([&batch]).map(|queued| queued.payload.len()).sum();
+            if self.queued.len() == QUEUED_MAX || bytes > QUEUED_BYTES_MAX {
+                return wrong(format!(
+                    "at most {QUEUED_MAX} batches and {QUEUED_BYTES_MAX} bytes wait; release them first"
+                ));
             }
             self.queued.push_back(batch);
             return Ok(Answer::Queued { waiting: self.queued.len() as u64 });
@@ -240,8 +243,9 @@ impl Device {
 
     fn raw(&self, raw: &Raw) -> Result<pb::DmaBatch, Stopped> {
         let times = raw.repeat.max(1) as usize;
-        if raw.iova.len().saturating_mul(times) > OPERATIONS_MAX || raw.size.len() > OPERATIONS_MAX {
-            return wrong(format!("iova: at most {OPERATIONS_MAX} operations"));
+        let repeated = [raw.iova.len(), raw.kind.0.len()].map(|entries| entries.saturating_mul(times));
+        if repeated.into_iter().chain([raw.size.len()]).any(|entries| entries > OPERATIONS_MAX) {
+            return wrong(format!("iova, kind, size: at most {OPERATIONS_MAX} operations"));
         }
         if raw.payload.0.len() + raw.zeros as usize > BATCH_BYTES_MAX {
             return wrong(format!("payload: at most {BATCH_BYTES_MAX} bytes"));

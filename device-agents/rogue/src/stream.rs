@@ -19,14 +19,12 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::bounds::{ANSWER_DEADLINE, IN_FLIGHT_MAX};
+use crate::bounds::{ANSWER_DEADLINE, IN_FLIGHT_MAX, MESSAGE_BYTES_MAX};
 use crate::language::{Connect, End};
 use crate::peer::Peer;
 
 /// How soon a full channel is tried again.
 const FULL_AGAIN: Duration = Duration::from_micros(200);
-/// Largest message that is read: whatever the server may send.
-const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
 /// Answers to come, and where messages go.
 #[derive(Debug)]
