@@ -82,15 +82,7 @@ impl Core {
             role: Some(role),
             resume_token,
         };
-        let token_given = !open.resume_token.is_empty();
-        let opening = open_session(&dial, &endpoint_text, &mut open, 1);
-        let opened = tokio::time::timeout(deadline, opening)
-            .await
-            .map_err(|_| TransportError::Deadline { waited: deadline, last: None })?;
-        let live = match opened {
-            Err(error) if token_given && is_forgotten(&error) => return Err(TransportError::StateLost.into()),
-            opened => opened?.0,
-        };
+        let live = timed(deadline, open_session(&dial, &endpoint_text, &mut open, 1)).await?;
         Ok(Arc::new(Self {
             dial,
             endpoint_text,
@@ -129,19 +121,11 @@ impl Core {
         if current.epoch != epoch {
             return Ok(current);
         }
-        let token_given = !open.resume_token.is_empty();
+        // Where what we held is gone the token stays as it is, so that every later attempt is told the same.
         let mut asked = open.clone();
         let opened = open_session(&self.dial, &self.endpoint_text, &mut asked, epoch.wrapping_add(1));
-        let (live, resumed) = match opened.await {
-            Err(error) if token_given && is_forgotten(&error) => return Err(TransportError::StateLost.into()),
-            opened => opened?,
-        };
-        if token_given && !resumed {
-            // What we held is gone. The token stays as it is, so that every later attempt is told the same.
-            return Err(TransportError::StateLost.into());
-        }
+        let live = Arc::new(opened.await?);
         *open = asked;
-        let live = Arc::new(live);
         *self.live.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&live);
         tracing::info!(generation = live.generation.0, "session opened again");
         Ok(live)
@@ -190,32 +174,16 @@ impl Core {
                 delay = (delay * 2).min(RETRY_LONGEST);
             }
         };
-        let ended = tokio::time::timeout(deadline, retried).await;
-        ended.unwrap_or_else(|_| Err(TransportError::Deadline { waited: deadline, last }.into()))
+        match timed(deadline, retried).await {
+            Err(SdkError::Transport(TransportError::Deadline { waited, .. })) => {
+                Err(TransportError::Deadline { waited, last }.into())
+            }
+            ended => ended,
+        }
     }
 
-    /// Calls once, for what must not be done twice and has no request ID. A session that the server does not
-    /// know any more has not done anything, so that is opened again first.
-    pub(crate) async fn call_once<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
-    where
-        E: WireError,
-        F: Fn(Channel) -> A,
-        A: Future<Output = Result<Response<T>, Status>>,
-    {
-        self.call_once_within(self.deadline, attempt).await
-    }
-
-    async fn call_once_within<E, T, F, A>(&self, deadline: Duration, attempt: F) -> Result<T, SdkError<E>>
-    where
-        E: WireError,
-        F: Fn(Channel) -> A,
-        A: Future<Output = Result<Response<T>, Status>>,
-    {
-        let ended = tokio::time::timeout(deadline, self.call_once_at_length(attempt)).await;
-        ended.unwrap_or(Err(TransportError::Deadline { waited: deadline, last: None }.into()))
-    }
-
-    /// The same without a deadline, for transfers that take as long as they take.
+    /// Calls once, for what must not be done twice and has no request ID; without a deadline, for transfers that take as long as they
+    /// take. A session that the server does not know any more has not done anything, so that is opened again first.
     pub(crate) async fn call_once_at_length<E, T, F, A>(&self, attempt: F) -> Result<T, SdkError<E>>
     where
         E: WireError,
@@ -247,10 +215,10 @@ impl Core {
         F: Fn(Channel, Request<M>) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call(|channel| method(channel, self.request(message.clone()))).await
+        self.call(|channel| method(channel, within(self.deadline, message.clone()))).await
     }
 
-    /// [`call_once`](Self::call_once) of a unary method.
+    /// [`call_once_at_length`](Self::call_once_at_length) of a unary method, which has the deadline of a call.
     pub(crate) async fn unary_once<E, M, T, F, A>(&self, message: M, method: F) -> Result<T, SdkError<E>>
     where
         E: WireError,
@@ -258,7 +226,7 @@ impl Core {
         F: Fn(Channel, Request<M>) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call_once(|channel| method(channel, self.request(message.clone()))).await
+        self.unary_once_within(self.deadline, message, method).await
     }
 
     /// The same with a deadline of its own.
@@ -274,25 +242,45 @@ impl Core {
         F: Fn(Channel, Request<M>) -> A,
         A: Future<Output = Result<Response<T>, Status>>,
     {
-        self.call_once_within(deadline, |channel| {
-            let mut request = Request::new(message.clone());
-            request.set_timeout(deadline);
-            method(channel, request)
-        })
-        .await
+        let attempt = |channel| method(channel, within(deadline, message.clone()));
+        timed(deadline, self.call_once_at_length(attempt)).await
+    }
+
+    /// One attempt on the connection that stands, for what comes too late on another one.
+    pub(crate) async fn unary_here<E, M, T, F, A>(&self, message: M, method: F) -> Result<T, SdkError<E>>
+    where
+        E: WireError,
+        F: FnOnce(Channel, Request<M>) -> A,
+        A: Future<Output = Result<Response<T>, Status>>,
+    {
+        let attempt = method(self.live().channel.clone(), within(self.deadline, message));
+        let answered = async {
+            let answer = attempt.await;
+            answer.map(Response::into_inner).map_err(|status| of_status(&status))
+        };
+        timed(self.deadline, answered).await
     }
 
     /// The deadline of a call.
     pub(crate) fn deadline(&self) -> Duration {
         self.deadline
     }
+}
 
-    /// A request with the deadline of one call, for unary methods.
-    pub(crate) fn request<M>(&self, message: M) -> Request<M> {
-        let mut request = message.into_request();
-        request.set_timeout(self.deadline);
-        request
-    }
+/// A request that tells the server how long its answer is waited for.
+pub(crate) fn within<M>(deadline: Duration, message: M) -> Request<M> {
+    let mut request = message.into_request();
+    request.set_timeout(deadline);
+    request
+}
+
+/// Gives the work up when the deadline has passed.
+pub(crate) async fn timed<T, E>(
+    deadline: Duration,
+    work: impl Future<Output = Result<T, SdkError<E>>>,
+) -> Result<T, SdkError<E>> {
+    let ended = tokio::time::timeout(deadline, work).await;
+    ended.unwrap_or_else(|_| Err(TransportError::Deadline { waited: deadline, last: None }.into()))
 }
 
 /// Whether a call that ended so may be made again: there was no answer, or the session is not known any more.
@@ -372,18 +360,18 @@ pub(crate) async fn serving(
     }
 }
 
-/// Connects and opens; leaves the new token in `open`. Also tells whether the session goes on where it was.
+/// Connects and opens; leaves the new token in `open`. A session that was to go on where it was and does not is [`TransportError::StateLost`],
+/// whether the server refuses its token or opens another one.
 async fn open_session(
     dial: &Dial,
     endpoint_text: &str,
     open: &mut pb::OpenRequest,
     epoch: u64,
-) -> Result<(Live, bool), SdkError<SessionError>> {
+) -> Result<Live, SdkError<SessionError>> {
+    let token_given = !open.resume_token.is_empty();
     let Dialled { channel, trouble } = connect(dial, endpoint_text).await?;
-    let mut request = open.clone().into_request();
-    request.set_timeout(CONNECT_TIMEOUT);
     let answer = SessionServiceClient::new(channel.clone())
-        .open(request)
+        .open(within(CONNECT_TIMEOUT, open.clone()))
         .await
         .map_err(|status| match (trouble.take(), of_status(&status)) {
             // The server refused the certificate, which in TLS 1.3 is told with the first answer.
@@ -391,12 +379,16 @@ async fn open_session(
             (None, SdkError::Transport(TransportError::Status { code: Code::Unavailable, message })) => {
                 unreachable(endpoint_text, message).into()
             }
+            (None, error) if token_given && is_forgotten(&error) => TransportError::StateLost.into(),
             (None, error) => error,
         })?
         .into_inner();
     if answer.schema_version != SCHEMA_VERSION {
         let why = format!("schema_version: {} where {SCHEMA_VERSION} was agreed", answer.schema_version);
         return Err(TransportError::BadAnswer(why).into());
+    }
+    if token_given && !answer.resumed {
+        return Err(TransportError::StateLost.into());
     }
     let limits = answer.limits.ok_or_else(|| TransportError::BadAnswer("limits: absent".into()))?;
     let limits = SessionLimits {
@@ -410,5 +402,5 @@ async fn open_session(
     }
     let generation = Generation(answer.generation);
     let grace = Duration::from_millis(answer.grace_ms);
-    Ok((Live { channel, epoch, limits, generation, grace }, answer.resumed))
+    Ok(Live { channel, epoch, limits, generation, grace })
 }

@@ -56,6 +56,20 @@ impl Memory {
         written(answer.written_bytes, size_bytes)
     }
 
+    /// The same, once and on the connection that stands: for what must not be written any more when that is lost. After an error, part may be
+    /// written.
+    pub(crate) async fn write_once(&self, gpa: Gpa, data: Bytes) -> Result<(), SdkError<MemoryError>> {
+        for message in self.pieces(gpa, data) {
+            let size_bytes = message.data.len() as u64;
+            let answer = self
+                .core
+                .unary_here(message, |channel, request| async move { client(channel).write(request).await })
+                .await?;
+            written(answer.written_bytes, size_bytes)?;
+        }
+        Ok(())
+    }
+
     async fn read_bulk(&self, gpa: Gpa, size_bytes: u64) -> Result<Bytes, SdkError<MemoryError>> {
         let request = self.read_request(gpa, size_bytes);
         let mut pieces = self
@@ -78,20 +92,7 @@ impl Memory {
         if gpa.checked_add(size_bytes - 1).is_none() {
             return Err(SdkError::Refused(invalid.into()));
         }
-        let owner = self.owner.map(Into::into);
-        let piece_bytes = self.core.limits().batch_bytes_max as usize;
-        let pieces = || {
-            let (mut at, mut rest) = (gpa.get(), data.clone());
-            std::iter::from_fn(move || {
-                if rest.is_empty() {
-                    return None;
-                }
-                let piece = rest.split_to(piece_bytes.min(rest.len()));
-                let request = pb::MemoryWriteRequest { owner, gpa: at, data: piece };
-                at = at.wrapping_add(request.data.len() as u64);
-                Some(request)
-            })
-        };
+        let pieces = || self.pieces(gpa, data.clone());
         let answer = self
             .core
             .call_once_at_length(|channel| {
@@ -100,6 +101,22 @@ impl Memory {
             })
             .await?;
         written(answer.written_bytes, size_bytes)
+    }
+
+    /// Writes of as much as one message takes.
+    fn pieces(&self, gpa: Gpa, data: Bytes) -> impl Iterator<Item = pb::MemoryWriteRequest> + use<> {
+        let owner = self.owner.map(Into::into);
+        let piece_bytes = self.core.limits().batch_bytes_max as usize;
+        let (mut at, mut rest) = (gpa.get(), data);
+        std::iter::from_fn(move || {
+            if rest.is_empty() {
+                return None;
+            }
+            let piece = rest.split_to(piece_bytes.min(rest.len()));
+            let request = pb::MemoryWriteRequest { owner, gpa: at, data: piece };
+            at = at.wrapping_add(request.data.len() as u64);
+            Some(request)
+        })
     }
 
     fn read_request(&self, gpa: Gpa, size_bytes: u64) -> pb::MemoryReadRequest {

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
-use crate::connection::Core;
+use crate::connection::{Core, within};
 use crate::{SdkError, TransportError};
 
 /// The request IDs of one session identity.
@@ -78,12 +78,8 @@ impl Requests {
             TransportError::Deadline { waited, last }
         })?;
         let deadline = waited.saturating_add(longer);
-        core.call_within(deadline, |channel| {
-            let mut asked = Request::new(message(request.header()));
-            asked.set_timeout(deadline);
-            method(channel, asked)
-        })
-        .await
+        core.call_within(deadline, |channel| method(channel, within(deadline, message(request.header()))))
+            .await
     }
 
     /// The last ID that was used.

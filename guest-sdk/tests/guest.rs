@@ -8,6 +8,7 @@ use guest_sdk::{
     Connection, DeviceAddress, DmaPool, DomainId, DomainOptions, Driver, Gpa, GpaRange, Owner, Protection,
     SdkError, TransportError, errors,
 };
+use iommu_proto::errors::WireError;
 use iommu_proto::pb;
 use support::{Fake, soon};
 use tonic::Status;
@@ -80,7 +81,8 @@ async fn memory_is_learnt_anew_when_it_runs_out_and_when_asked() {
 async fn memory_that_went_away_before_it_was_zeroed_is_looked_for_elsewhere() {
     let fake = Fake::default();
     let driver = guest(&fake, &[(0x1_0000, 0x1000)]).await;
-    fake.state().write_refusals.push_back(errors::NotOwned { gpa: Gpa::new(0x1_0000) }.into());
+    let not_owned = errors::MemoryError::from(errors::NotOwned { gpa: Gpa::new(0x1_0000) });
+    fake.state().write_failures.push_back(not_owned.into_status());
     fake.answer("list_memory", listed(&[(0x2_0000, 0x1000)]));
     assert_eq!(driver.allocate(1).await.expect("elsewhere").gpa(), Gpa::new(0x2_0000));
 }

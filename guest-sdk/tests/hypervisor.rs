@@ -160,10 +160,14 @@ async fn a_saved_session_goes_on_counting_and_a_forgotten_one_says_so() {
     assert_eq!((fake.calls("create_vm"), fake.state().acknowledged.clone()), (vec![1, 2], vec![0, 1]));
     assert_eq!(fake.state().opens[1].resume_token, vec![1; 16]);
 
+    // Whether the server refuses the token or opens another session.
     let unknown = errors::BadResumeToken { token: "01010101...".into() };
     fake.state().open_refusals.push_back(unknown.into_status());
-    let lost = Connection::to(&endpoint).resume_hypervisor("hv0", &saved).await.map(|_: Hypervisor| ());
-    assert_eq!(lost, Err(SdkError::Transport(TransportError::StateLost)));
+    for _ in 0..2 {
+        let lost = Connection::to(&endpoint).resume_hypervisor("hv0", &saved).await.map(|_: Hypervisor| ());
+        assert_eq!(lost, Err(SdkError::Transport(TransportError::StateLost)));
+        fake.state().forgets_state = true;
+    }
 }
 
 #[tokio::test]

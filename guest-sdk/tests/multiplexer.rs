@@ -11,6 +11,7 @@ use guest_sdk::multiplexer::{
     MultiplexerCounters, Reply, WAITING_PER_GUEST_MAX,
 };
 use guest_sdk::{Connection, Gpa, GpaRange, Owner, SdkError, errors};
+use iommu_proto::errors::WireError;
 use iommu_proto::pb;
 use support::{Fake, soon};
 use tokio::sync::Semaphore;
@@ -26,6 +27,7 @@ struct Loopback {
     taken: Arc<Mutex<Vec<Bytes>>>,
     /// Batches may begin when there is a permit, where that is said.
     gate: Option<Arc<Semaphore>>,
+    receive_gate: Option<Arc<Semaphore>>,
     /// It tells nothing of the last packet of a batch.
     forgetful: bool,
     /// It does not answer in time.
@@ -36,10 +38,10 @@ struct Loopback {
 
 impl Backend for Loopback {
     async fn transmit(&mut self, packets: &[Bytes]) -> Vec<Result<(), DeviceFailure>> {
+        *self.commands.lock().expect("no panic") += 1;
         if let Some(gate) = &self.gate {
             gate.acquire().await.expect("open").forget();
         }
-        *self.commands.lock().expect("no panic") += 1;
         if self.silent {
             return vec![Err(DeviceFailure::timeout("no interrupt")); packets.len()];
         }
@@ -51,6 +53,10 @@ impl Backend for Loopback {
     }
 
     async fn receive(&mut self, sizes: &[u32]) -> Vec<Result<Bytes, DeviceFailure>> {
+        *self.commands.lock().expect("no panic") += 1;
+        if let Some(gate) = &self.receive_gate {
+            gate.acquire().await.expect("open").forget();
+        }
         // More than was asked for, as a broken driver would.
         let packet = |size: &u32| Ok(Bytes::from(vec![0x5a; *size as usize + 7]));
         sizes.iter().map(packet).collect()
@@ -161,7 +167,8 @@ async fn the_server_has_the_last_word_on_whose_memory_it_is() {
     let fake = Fake::default();
     fake.state().memory = vec![7; 0x8000];
     fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)])] });
-    fake.state().write_refusals.push_back(errors::NotOwned { gpa: Gpa::new(0x1000) }.into());
+    let not_owned = errors::MemoryError::from(errors::NotOwned { gpa: Gpa::new(0x1000) });
+    fake.state().write_failures.push_back(not_owned.into_status());
     multiplex(&fake, vec![(1, 1, batch(&[Entry::receive(range(0x1000, 8))]))], Loopback::default()).await;
     assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![Ended::NotYours]));
     assert_eq!(fake.state().memory[0x1000], 7);
@@ -294,6 +301,91 @@ async fn i2_a_batch_that_waited_for_too_long_is_not_carried_out_late() {
         fake.state().memory[0x1100..0x1108].iter().all(|byte| *byte == 7),
         "the guest's memory is as it was"
     );
+}
+
+/// Loses the stream while the device has the first command of `calls`; then another call comes, and the device goes on.
+async fn lose_the_stream(calls: &[(u64, Vec<Entry>)]) -> (Fake, Loopback) {
+    let fake = Fake::default();
+    fake.state().memory = vec![7; 0x8000];
+    fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)])] });
+    let hypervisor = fake.hypervisor().await;
+    let (gate, receive_gate) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+    let backend = Loopback {
+        gate: Some(Arc::clone(&gate)),
+        receive_gate: Some(Arc::clone(&receive_gate)),
+        ..Loopback::default()
+    };
+    let lost: Vec<_> = calls.iter().map(|(tag, entries)| call(*tag, 1, batch(entries))).collect();
+    let after = vec![call(9, 1, batch(&[Entry::transmit(range(0x1800, 9))]))];
+    fake.state().hypercalls = [lost, after].into();
+    tokio::spawn(Multiplexer::new(hypervisor, backend.clone()).run());
+    let again = async {
+        while *backend.commands.lock().expect("no panic") == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        fake.state().hypercalls_end.notify_one();
+        while fake.calls("serve_hypercalls").len() < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    soon("the second stream", again).await;
+    gate.add_permits(10);
+    receive_gate.add_permits(10);
+    assert_eq!(reply(&fake, 9).await, Reply::Ended(vec![Ended::Done { bytes: 9 }]));
+    (fake, backend)
+}
+
+#[tokio::test]
+async fn i2_what_is_left_of_batches_whose_stream_was_lost_is_not_carried_out() {
+    let first = vec![Entry::transmit(range(0x1000, 1)), Entry::transmit(range(0x1000, 2))];
+    let second = vec![Entry::receive(range(0x1100, 8))];
+    let alternating = [first, second.clone()].concat();
+    let (fake, backend) = lose_the_stream(&[(1, alternating), (2, second)]).await;
+    assert_eq!(
+        *backend.commands.lock().expect("no panic"),
+        2,
+        "the one that it had, and that of the new stream"
+    );
+    let sizes: Vec<usize> = backend.taken.lock().expect("no panic").iter().map(Bytes::len).collect();
+    assert_eq!(sizes, [1, 2, 9]);
+    assert!(fake.state().memory.iter().all(|byte| *byte == 7), "the guest's memory is as it was");
+}
+
+#[tokio::test]
+async fn i2_what_the_device_gives_after_the_stream_was_lost_is_not_written() {
+    let (fake, backend) = lose_the_stream(&[(1, vec![Entry::receive(range(0x1100, 8))])]).await;
+    assert_eq!(*backend.commands.lock().expect("no panic"), 2);
+    assert_eq!(fake.calls("write"), []);
+}
+
+#[tokio::test]
+async fn i2_a_packet_is_written_once() {
+    let fake = Fake::default();
+    fake.state().memory = vec![7; 0x8000];
+    fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)])] });
+    // Whether it was written before the connection was lost is not known; a retry would write what may be something else by then.
+    fake.state().write_failures.push_back(Status::unavailable("the connection breaks"));
+    let entries = [Entry::receive(range(0x1000, 8)), Entry::receive(range(0x1100, 8))];
+    multiplex(&fake, vec![(1, 1, batch(&entries[..1])), (2, 1, batch(&entries[1..]))], Loopback::default())
+        .await;
+    assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![Ended::MemoryFailed]));
+    assert_eq!(reply(&fake, 2).await, Reply::Ended(vec![Ended::Done { bytes: 8 }]));
+    assert_eq!(fake.calls("write").len(), 2);
+}
+
+#[tokio::test]
+async fn what_is_known_of_memory_serves_while_the_server_tells_no_more() {
+    let fake = Fake::default();
+    fake.state().memory = vec![7; 0x8000];
+    let known = vec![vm(1, &[(0x1000, 0x1000)]), vm(2, &[(0x1000, 0x1000)])];
+    fake.answer("list_vms", pb::ListVmsResponse { vms: known });
+    fake.fail("list_vms", Status::permission_denied("not now"));
+    let entries = [Entry::transmit(range(0x1000, 8)), Entry::transmit(range(0x4000, 8))];
+    let calls = vec![(1, 1, batch(&entries[..1])), (2, 2, batch(&entries))];
+    multiplex(&fake, calls, Loopback::default()).await;
+    let done = Ended::Done { bytes: 8 };
+    assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![done]));
+    assert_eq!(reply(&fake, 2).await, Reply::Ended(vec![done, Ended::MemoryFailed]));
 }
 
 #[tokio::test]

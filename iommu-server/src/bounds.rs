@@ -156,7 +156,7 @@ pub const DUMP_ENTRIES_MAX: usize = 4 << 20;
 /// Names under which hypervisors are known at once.
 pub const HYPERVISORS_MAX: usize = 64;
 /// Virtual machines of one hypervisor.
-pub const VMS_PER_HYPERVISOR_MAX: usize = 256;
+pub const VMS_PER_HYPERVISOR_MAX: usize = limits::VMS_PER_HYPERVISOR_MAX;
 /// Functions that one hypervisor declares.
 pub const FUNCTIONS_PER_HYPERVISOR_MAX: usize = 512;
 const _: () = assert!(FUNCTIONS_PER_HYPERVISOR_MAX < DEVICES_MAX as usize / 4);

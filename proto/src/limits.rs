@@ -23,6 +23,9 @@ pub const NAME_BYTES_MAX: usize = 64;
 /// Longest explanation that a device gives for a refused register access, in bytes.
 pub const MMIO_REFUSED_BYTES_MAX: usize = 256;
 
+/// Most virtual machines of one hypervisor: who serves their hypercalls has room for some of each at once.
+pub const VMS_PER_HYPERVISOR_MAX: usize = 256;
+
 /// Longest payload of a hypercall and of its answer, in bytes: a page, as what is larger goes through memory.
 pub const HYPERCALL_BYTES_MAX: usize = 4096;
 

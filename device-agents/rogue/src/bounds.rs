@@ -14,10 +14,14 @@ pub const SCAN_ADDRESSES_MAX: u64 = 1 << 20;
 pub const SCAN_BYTES_MAX: u32 = 4096;
 /// Addresses that an answer lists; the rest is only counted.
 pub const LISTED_MAX: usize = 64;
+/// Bytes that one batch of a scan reads or writes: what any server allows.
+pub const SCAN_BATCH_BYTES: u64 = 256 << 10;
+/// Operations of one batch of a scan: the same.
+pub const SCAN_BATCH_OPERATIONS: u64 = 512;
 /// Batches that wait to be sent later.
 pub const QUEUED_MAX: usize = 1024;
-/// Batches that are remembered to be sent again.
-pub const REMEMBERED_MAX: usize = 64;
+/// Bytes of their payloads together: sixteen of the largest, as a queue of those alone would be 4 GiB.
+pub const QUEUED_BYTES_MAX: usize = 16 * BATCH_BYTES_MAX;
 /// Addresses of a hammer.
 pub const HAMMERED_MAX: usize = 1024;
 /// Batches of a flood.
@@ -26,7 +30,9 @@ pub const FLOOD_BATCHES_MAX: u64 = 1 << 20;
 pub const IN_FLIGHT_MAX: usize = 4096;
 /// How long anything that runs for a time may run.
 pub const RUN_MAX: Duration = Duration::from_secs(600);
-/// How long an answer of the server is waited for: far longer than any drain.
+/// Largest message that is read or written: whatever a server may send, and more than any command makes.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// How long an answer of the server is waited for, and room for a message to it: far longer than any drain.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(20);
 /// Resets and register accesses that are remembered.
 pub const TOLD_MAX: usize = 1024;

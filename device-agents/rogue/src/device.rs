@@ -6,7 +6,7 @@ use iommu_proto::credentials::Credentials;
 use iommu_proto::pb;
 use iommu_proto::pb::device_to_server::Message as Up;
 
-use crate::bounds::{BATCH_BYTES_MAX, OPERATIONS_MAX, QUEUED_MAX, REMEMBERED_MAX};
+use crate::bounds::{BATCH_BYTES_MAX, OPERATIONS_MAX, QUEUED_BYTES_MAX, QUEUED_MAX};
 use crate::execute::{answer_of_batch, answer_of_one};
 use crate::language::{Answer, Claim, Command, Connect, Counted, Dma, End, Kind, Raw, Status};
 use crate::load::Hammering;
@@ -41,7 +41,7 @@ pub struct Device {
     stream: Option<Stream>,
     peer: Peer,
     queued: VecDeque<pb::DmaBatch>,
-    writes: VecDeque<pb::DmaBatch>,
+    last_write: Option<pb::DmaBatch>,
     hammer: Option<Hammering>,
 }
 
@@ -54,7 +54,7 @@ impl Device {
             stream: None,
             peer: Peer::default(),
             queued: VecDeque::new(),
-            writes: VecDeque::new(),
+            last_write: None,
             hammer: None,
         }
     }
@@ -84,7 +84,7 @@ impl Device {
                 self.carry(batch).await.map(|(answer, _)| answer)
             }
             Command::Release => self.release().await,
-            Command::Replay => match self.writes.back().cloned() {
+            Command::Replay => match self.last_write.clone() {
                 Some(batch) => self.carry(batch).await.map(|(answer, _)| answer),
                 None => wrong("nothing was written yet, so there is nothing to repeat"),
             },
@@ -199,8 +199,11 @@ impl Device {
     async fn dma(&mut self, dma: &Dma) -> Result<Answer, Stopped> {
         let batch = self.one(dma)?;
         if dma.later {
-            if self.queued.len() == QUEUED_MAX {
-                return wrong(format!("{QUEUED_MAX} batches wait already; release them first"));
+            let bytes: usize = self.queued.iter().chain([&batch]).map(|queued| queued.payload.len()).sum();
+            if self.queued.len() == QUEUED_MAX || bytes > QUEUED_BYTES_MAX {
+                return wrong(format!(
+                    "at most {QUEUED_MAX} batches and {QUEUED_BYTES_MAX} bytes wait; release them first"
+                ));
             }
             self.queued.push_back(batch);
             return Ok(Answer::Queued { waiting: self.queued.len() as u64 });
@@ -240,8 +243,9 @@ impl Device {
 
     fn raw(&self, raw: &Raw) -> Result<pb::DmaBatch, Stopped> {
         let times = raw.repeat.max(1) as usize;
-        if raw.iova.len().saturating_mul(times) > OPERATIONS_MAX || raw.size.len() > OPERATIONS_MAX {
-            return wrong(format!("iova: at most {OPERATIONS_MAX} operations"));
+        let repeated = [raw.iova.len(), raw.kind.0.len()].map(|entries| entries.saturating_mul(times));
+        if repeated.into_iter().chain([raw.size.len()]).any(|entries| entries > OPERATIONS_MAX) {
+            return wrong(format!("iova, kind, size: at most {OPERATIONS_MAX} operations"));
         }
         if raw.payload.0.len() + raw.zeros as usize > BATCH_BYTES_MAX {
             return wrong(format!("payload: at most {BATCH_BYTES_MAX} bytes"));
@@ -268,10 +272,7 @@ impl Device {
     ) -> Result<(Answer, pb::DmaCompletions), Stopped> {
         let shared = self.stream()?.shared();
         if batch.kind.iter().any(|kind| *kind != 0) {
-            if self.writes.len() == REMEMBERED_MAX {
-                self.writes.pop_front();
-            }
-            self.writes.push_back(batch.clone());
+            self.last_write = Some(batch.clone());
         }
         let operations = batch.iova.len() as u64;
         let answer = shared.submit(batch).await?;
@@ -296,7 +297,7 @@ impl Device {
             let completions = shared.answer(answer).await?;
             together
                 .fault_index
-                .extend(completions.fault_index.iter().map(|index| index + operations as u32));
+                .extend(completions.fault_index.iter().map(|index| index.saturating_add(operations as u32)));
             together.fault_reason.extend(completions.fault_reason);
             together.fault_iova.extend(completions.fault_iova);
             together.fault_done_bytes.extend(completions.fault_done_bytes);

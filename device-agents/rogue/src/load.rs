@@ -150,15 +150,7 @@ async fn swing(
 impl Device {
     /// As fast as it goes.
     pub(crate) async fn flood(&mut self, flood: &Flood) -> Result<Counted, Stopped> {
-        let batch_bytes = u64::from(flood.size) * u64::from(flood.operations);
-        if flood.operations == 0
-            || flood.operations as usize > OPERATIONS_MAX
-            || batch_bytes > BATCH_BYTES_MAX as u64
-        {
-            return wrong(format!(
-                "operations, size: 1 to {OPERATIONS_MAX} and {BATCH_BYTES_MAX} bytes a batch"
-            ));
-        }
+        let batch_bytes = batch_bytes(flood.operations, flood.size)?;
         if flood.batches == 0 || flood.batches > FLOOD_BATCHES_MAX {
             return wrong(format!("batches: 1 to {FLOOD_BATCHES_MAX}"));
         }
@@ -196,15 +188,12 @@ impl Device {
 
     /// Closed loop, with latencies.
     pub(crate) async fn steady(&mut self, steady: &Steady) -> Result<Answer, Stopped> {
-        let batch_bytes = u64::from(steady.size) * u64::from(steady.operations);
-        if steady.size == 0 || steady.operations == 0 || batch_bytes > BATCH_BYTES_MAX as u64 {
-            return wrong(format!(
-                "operations, size: at least 1, and {BATCH_BYTES_MAX} bytes a batch at most"
-            ));
-        }
+        let batch_bytes = batch_bytes(steady.operations, steady.size)?;
         let run = Duration::from_millis(steady.milliseconds);
-        if run > RUN_MAX || steady.span < u64::from(steady.size) {
-            return wrong(format!("milliseconds, span: at most {RUN_MAX:?}, and room for one operation"));
+        if run > RUN_MAX || steady.size == 0 || steady.span < u64::from(steady.size) {
+            return wrong(format!(
+                "milliseconds, size, span: at most {RUN_MAX:?}, at least 1, and room for one operation"
+            ));
         }
         let slots = steady.span / u64::from(steady.size);
         let generation = self.generation(Claim::Current)?;
@@ -236,6 +225,15 @@ impl Device {
             latency_us: [0.5, 0.9, 0.99, 0.999, 1.0].map(|quantile| latencies.value_at_quantile(quantile)),
         })
     }
+}
+
+/// The bytes of a batch of so many operations of this size, when it may be made.
+fn batch_bytes(operations: u32, size: u32) -> Result<u64, Stopped> {
+    let bytes = u64::from(size) * u64::from(operations);
+    if operations == 0 || operations as usize > OPERATIONS_MAX || bytes > BATCH_BYTES_MAX as u64 {
+        return wrong(format!("operations, size: 1 to {OPERATIONS_MAX} and {BATCH_BYTES_MAX} bytes a batch"));
+    }
+    Ok(bytes)
 }
 
 fn payload(kind: Kind, batch_bytes: u64) -> Bytes {

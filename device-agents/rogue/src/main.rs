@@ -11,7 +11,7 @@ use iommu_types::DeviceAddress;
 use rogue::device::Device;
 use rogue::language::{Answer, Command, Connect};
 use rogue::lines::Lines;
-use rogue::named::{Aim, Attack, Step, got_through};
+use rogue::named::{Aim, Attack, Step, Verdict, is_ready, verdict};
 use rogue::text::{Address, Hex};
 
 const ABOUT: &str = "A hostile PCI device: it says on the wire whatever it is told to say";
@@ -50,11 +50,11 @@ EXAMPLES
   rogue attack spoof --name engine0 --address 00:01.0
 
 EXIT CODES
-   0  the lines ended, or it was told to quit; an attack was refused
+   0  the lines ended, or it was told to quit, or nobody reads its answers any more; an attack was refused
    1  an attack got through
   64  the command line is wrong
   65  a line is longer than 5 MiB, or what came is not text in lines
-  69  an attack could not begin: no session"#;
+  69  an attack did not take place: no session, no answer, or it could not be made ready"#;
 
 #[derive(Parser)]
 #[command(name = "rogue", version, about = ABOUT, after_long_help = TEACH, after_help = "`rogue --help` teaches the language.")]
@@ -144,21 +144,26 @@ async fn obey(mut device: Device) -> anyhow::Result<ExitCode> {
             },
             Err(error) => Answer::Wrong { why: format!("{error}; `rogue --help` teaches the language") },
         };
-        print(&answer)?;
+        if !print(&answer)? {
+            break;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn print(answer: &Answer) -> anyhow::Result<()> {
+/// Prints an answer; `false` when nobody reads them any more.
+fn print(answer: &Answer) -> anyhow::Result<bool> {
+    let line = serde_json::to_string(answer)?;
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}", serde_json::to_string(answer)?)?;
-    out.flush()?;
-    Ok(())
+    match writeln!(out, "{line}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        written => Ok(written.map(|()| true)?),
+    }
 }
 
 async fn strike(mut device: Device, attack: Attack, aim: &Aim) -> anyhow::Result<ExitCode> {
     let mut lines = Lines::of_stdin();
-    let mut through = false;
+    let mut worst = Verdict::Refused;
     for step in attack.steps(aim) {
         let (command, is_verdict) = match step {
             Step::Wait(what) => {
@@ -170,11 +175,18 @@ async fn strike(mut device: Device, attack: Attack, aim: &Aim) -> anyhow::Result
             Step::Prepare(command) => (command, false),
         };
         let Some(answer) = device.obey(command).await else { break };
+        // Whoever does not read the answers is told by the exit code.
         print(&answer)?;
-        if !is_verdict && matches!(answer, Answer::Ended(_) | Answer::Wrong { .. }) {
-            return Ok(ExitCode::from(UNAVAILABLE));
+        if is_verdict {
+            worst = worst.max(verdict(&answer, aim.canary.is_some()));
+        } else if !is_ready(&answer) {
+            worst = Verdict::NotMade;
+            break;
         }
-        through |= is_verdict && got_through(&answer, aim.canary.is_some());
     }
-    Ok(if through { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(match worst {
+        Verdict::Refused => ExitCode::SUCCESS,
+        Verdict::NotMade => ExitCode::from(UNAVAILABLE),
+        Verdict::GotThrough => ExitCode::FAILURE,
+    })
 }

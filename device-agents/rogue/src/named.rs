@@ -2,7 +2,9 @@
 
 use clap::ValueEnum;
 
-use crate::language::{Answer, Claim, Command, Connect, Dma, Flood, GuessInterrupts, Kind, Msi, Scan};
+use crate::language::{
+    Answer, Claim, Command, Connect, Counted, Dma, End, Flood, GuessInterrupts, Kind, Msi, Scan,
+};
 use crate::text::{Address, Hex};
 
 /// An attack.
@@ -38,7 +40,7 @@ pub struct Aim {
 /// A step of an attack.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
-    /// Told to the device; what must not come is [got through](got_through).
+    /// Told to the device; what it comes to is a [verdict].
     Tell(Command),
     /// The same, to make ready: what it comes to is no verdict.
     Prepare(Command),
@@ -103,14 +105,86 @@ impl Attack {
     }
 }
 
-/// Whether an answer says that something was done that an attacker wanted.
-pub fn got_through(answer: &Answer, looks_for_canary: bool) -> bool {
-    match answer {
+/// What an attack came to; of several steps, the last of these that any of them came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    /// It was told no.
+    Refused,
+    /// Nobody said anything: it was not carried out, or not to its end. That holds nothing against the server, and nothing for it.
+    NotMade,
+    /// Something was done that an attacker wanted.
+    GotThrough,
+}
+
+/// Ends of a session that are no answer to what was tried in it.
+const NO_ANSWERS: [&str; 5] = ["CONNECTION", "CREDENTIAL", "NO_ANSWER", "CLOSED", "SHUTTING_DOWN"];
+
+fn ended(end: &End) -> Verdict {
+    if NO_ANSWERS.contains(&end.reason.as_str()) { Verdict::NotMade } else { Verdict::Refused }
+}
+
+/// What an answer says of the attack that it was given to.
+pub fn verdict(answer: &Answer, looks_for_canary: bool) -> Verdict {
+    let got_through = match answer {
         Answer::Connected { .. } | Answer::Done { .. } => true,
         Answer::Batch { succeeded, .. } => *succeeded > 0,
         Answer::Scanned { canary_at, .. } if looks_for_canary => !canary_at.is_empty(),
         Answer::Scanned { answered, .. } => *answered > 0,
         Answer::Counted(counted) => counted.succeeded > 0,
         _ => false,
+    };
+    match answer {
+        _ if got_through => Verdict::GotThrough,
+        Answer::Ended(end) | Answer::Counted(Counted { ended: Some(end), .. }) => ended(end),
+        Answer::Wrong { .. } => Verdict::NotMade,
+        _ => Verdict::Refused,
+    }
+}
+
+/// Whether an answer to what [makes ready](Step::Prepare) leaves anything to go on with.
+pub fn is_ready(answer: &Answer) -> bool {
+    !matches!(answer, Answer::Ended(_) | Answer::Wrong { .. } | Answer::Fault(_))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::language::Fault;
+
+    #[test]
+    fn what_was_not_tried_was_not_refused() {
+        let end = |reason: &str| End { reason: reason.to_owned(), message: String::new() };
+        let counted = |succeeded, reason: Option<&str>| {
+            Answer::Counted(Counted { succeeded, ended: reason.map(end), ..Counted::default() })
+        };
+        let scanned = |answered, canary_at| Answer::Scanned {
+            tried: 9,
+            answered,
+            answered_at: Vec::new(),
+            canary_at,
+            refused: [("0x6".to_owned(), 9 - answered)].into(),
+        };
+        let fault = Answer::Fault(Fault { index: 0, reason: Address(6), iova: Address(0), done_bytes: 0 });
+        for (answer, expected) in [
+            (Answer::Done { data: Hex(vec![1]) }, Verdict::GotThrough),
+            (counted(1, Some("CONNECTION")), Verdict::GotThrough),
+            (scanned(3, vec![Address(0)]), Verdict::GotThrough),
+            (scanned(3, Vec::new()), Verdict::Refused),
+            (fault.clone(), Verdict::Refused),
+            (counted(0, None), Verdict::Refused),
+            (counted(0, Some("LIMIT_REACHED")), Verdict::Refused),
+            (Answer::Ended(end("IDENTITY_REFUSED")), Verdict::Refused),
+            (counted(0, Some("NO_ANSWER")), Verdict::NotMade),
+            (Answer::Ended(end("CONNECTION")), Verdict::NotMade),
+            (Answer::Ended(end("CREDENTIAL")), Verdict::NotMade),
+            (Answer::Ended(end("NO_ANSWER")), Verdict::NotMade),
+            (Answer::Wrong { why: String::new() }, Verdict::NotMade),
+        ] {
+            assert_eq!(verdict(&answer, true), expected, "{answer:?}");
+        }
+        for answer in [fault, Answer::Ended(end("IDENTITY_REFUSED")), Answer::Wrong { why: String::new() }] {
+            assert!(!is_ready(&answer), "{answer:?}");
+        }
+        assert!(is_ready(&Answer::Queued { waiting: 1 }) && is_ready(&Answer::Done { data: Hex(vec![]) }));
     }
 }

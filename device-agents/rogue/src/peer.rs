@@ -33,8 +33,9 @@ impl Peer {
             Down::Reset(reset) => {
                 self.status.resets_told += 1;
                 self.status.told_generation = reset.assignment_generation;
+                let tag = Some(reset.tag);
                 remember(&mut self.resets, reset);
-                (self.behave.resets == Obedience::Answer).then(|| self.reset_done(None)).flatten()
+                (self.behave.resets == Obedience::Answer).then(|| self.reset_done(tag)).flatten()
             }
             Down::Mmio(access) => {
                 self.status.registers_told += 1;
@@ -43,8 +44,9 @@ impl Peer {
                 {
                     self.registers.insert(access.offset, value);
                 }
+                let tag = Some(access.tag);
                 remember(&mut self.accesses, access);
-                (self.behave.registers == Obedience::Answer).then(|| self.access_done(None, None)).flatten()
+                (self.behave.registers == Obedience::Answer).then(|| self.access_done(tag, None)).flatten()
             }
             // A second Welcome, or a kind that this version does not know: a hostile device does not mind.
             Down::Welcome(_) | Down::Dma(_) => None,
@@ -100,4 +102,25 @@ fn remember<T>(kept: &mut VecDeque<T>, one: T) {
         kept.pop_front();
     }
     kept.push_back(one);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_answered_at_once_is_what_was_told_and_what_was_held_before_stays_held() {
+        let mut peer = Peer::behaving(Behave { resets: Obedience::Hold, registers: Obedience::Hold });
+        let reset = |tag| Down::Reset(pb::Reset { tag, assignment_generation: tag });
+        let read =
+            |tag| Down::Mmio(pb::MmioRequest { tag, bar: 0, offset: 8, width_bytes: 8, write_value: None });
+        assert_eq!((peer.told(reset(1)), peer.told(read(2))), (None, None));
+        peer.behave = Behave::default();
+        assert_eq!(peer.told(reset(3)), Some(Up::ResetDone(pb::ResetDone { tag: 3 })));
+        let outcome = Some(pb::mmio_completion::Outcome::Value(0));
+        assert_eq!(peer.told(read(4)), Some(Up::Mmio(pb::MmioCompletion { tag: 4, outcome })));
+        let status = peer.status();
+        assert_eq!((status.resets_held, status.registers_held), (vec![1], vec![2]));
+        assert_eq!(status.assignment_generation, 3);
+    }
 }

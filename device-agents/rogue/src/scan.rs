@@ -4,16 +4,14 @@ use std::collections::{BTreeMap, HashSet};
 
 use iommu_proto::pb;
 
-use crate::bounds::{LISTED_MAX, SCAN_ADDRESSES_MAX, SCAN_BYTES_MAX};
+use crate::bounds::{
+    LISTED_MAX, SCAN_ADDRESSES_MAX, SCAN_BATCH_BYTES, SCAN_BATCH_OPERATIONS, SCAN_BYTES_MAX,
+};
 use crate::device::{Device, Stopped, wrong};
 use crate::execute::count;
 use crate::language::{Answer, Claim, GuessInterrupts, Kind, Scan};
 use crate::text::Address;
 
-/// Bytes that one batch of a scan reads or writes.
-const BATCH_BYTES: u64 = 256 << 10;
-/// Operations of one batch of a scan.
-const BATCH_OPERATIONS: u64 = 512;
 /// FEEx_xxxx in remappable format (VT-d 5.10 §5.1.2.2): bit 4 is the format, bits 19:5 the handle, bit 2 its bit 15.
 const REMAPPABLE: u64 = 0xfee0_0000 | 1 << 4;
 
@@ -87,7 +85,7 @@ impl Device {
             return wrong(format!("from, to, stride: 1 to {SCAN_ADDRESSES_MAX} addresses, ascending"));
         }
         let all: Vec<u64> = (0..=(to - from) / stride).map(|n| from + n * stride).collect();
-        let per_batch = (BATCH_BYTES / u64::from(scan.size)).clamp(1, BATCH_OPERATIONS) as usize;
+        let per_batch = (SCAN_BATCH_BYTES / u64::from(scan.size)).clamp(1, SCAN_BATCH_OPERATIONS) as usize;
         let generation = self.generation(Claim::Current)?;
         let mut found = Found::default();
         for addresses in all.chunks(per_batch) {
@@ -118,7 +116,7 @@ impl Device {
         let all: Vec<u64> = (guess.from..=guess.to).map(interrupt_address).collect();
         let generation = self.generation(Claim::Current)?;
         let mut found = Found::default();
-        for addresses in all.chunks(BATCH_OPERATIONS as usize) {
+        for addresses in all.chunks(SCAN_BATCH_OPERATIONS as usize) {
             let batch = pb::DmaBatch {
                 iova: addresses.to_vec(),
                 size_bytes: vec![4],

@@ -15,17 +15,16 @@ use iommu_proto::pb::device_service_client::DeviceServiceClient;
 use iommu_proto::pb::device_to_server::Message as Up;
 use iommu_proto::pb::server_to_device::Message as Down;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use crate::bounds::{ANSWER_DEADLINE, IN_FLIGHT_MAX};
+use crate::bounds::{ANSWER_DEADLINE, IN_FLIGHT_MAX, MESSAGE_BYTES_MAX};
 use crate::language::{Connect, End};
 use crate::peer::Peer;
 
 /// How soon a full channel is tried again.
 const FULL_AGAIN: Duration = Duration::from_micros(200);
-/// Largest message that is read: whatever the server may send.
-const MESSAGE_BYTES_MAX: usize = 64 << 20;
 
 /// Answers to come, and where messages go.
 #[derive(Debug)]
@@ -131,12 +130,7 @@ impl Stream {
         };
         peer.status.assignment_generation = welcome.assignment_generation;
         peer.status.connected = true;
-        let shared = Arc::new(Shared {
-            traffic: Mutex::new(Traffic { waiting: VecDeque::new(), up: Some(up) }),
-            peer: Mutex::new(peer),
-            ended: watch::Sender::new(None),
-            reading: watch::Sender::new(true),
-        });
+        let shared = Arc::new(Shared::new(up, peer));
         let reader = tokio::spawn(read(Arc::clone(&shared), inbound));
         Ok(Self { shared, welcome, reader })
     }
@@ -151,6 +145,15 @@ impl Stream {
 }
 
 impl Shared {
+    fn new(up: mpsc::Sender<pb::DeviceToServer>, peer: Peer) -> Self {
+        Self {
+            traffic: Mutex::new(Traffic { waiting: VecDeque::new(), up: Some(up) }),
+            peer: Mutex::new(peer),
+            ended: watch::Sender::new(None),
+            reading: watch::Sender::new(true),
+        }
+    }
+
     /// Sends a batch; the answer comes later.
     pub(crate) async fn submit(
         &self,
@@ -166,11 +169,17 @@ impl Shared {
         self.put(message, None).await
     }
 
+    /// Gives up where a server that does not read leaves no room for so long.
     async fn put(&self, message: Up, waiter: Option<oneshot::Sender<pb::DmaCompletions>>) -> Result<(), End> {
         let mut unsent = Some((message, waiter));
+        let give_up = Instant::now() + ANSWER_DEADLINE;
         while self.try_put(&mut unsent).is_some() {
             if unsent.is_none() {
                 return Ok(());
+            }
+            if Instant::now() >= give_up {
+                let message = format!("no room for a message within {ANSWER_DEADLINE:?}");
+                return Err(End { reason: "NO_ANSWER".into(), message });
             }
             tokio::time::sleep(FULL_AGAIN).await;
         }
@@ -262,5 +271,24 @@ async fn take(shared: &Shared, message: Option<Down>) {
     if let Some(answer) = answer {
         // A stream that is over awaits no answer.
         let _ = shared.tell(answer).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_does_not_read_is_not_waited_for_for_ever() {
+        let (up, mut messages) = mpsc::channel(1);
+        let shared = Shared::new(up, Peer::default());
+        let message = || Up::ResetDone(pb::ResetDone { tag: 1 });
+        shared.tell(message()).await.expect("there is room for one");
+        let waited = tokio::time::timeout(ANSWER_DEADLINE * 2, shared.tell(message())).await;
+        let end = waited.expect("it has a deadline").expect_err("there is no room");
+        assert_eq!(end.reason, "NO_ANSWER");
+        // What was given up is not sent later.
+        drop(shared);
+        assert!(messages.recv().await.is_some() && messages.recv().await.is_none());
     }
 }

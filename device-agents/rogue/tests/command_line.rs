@@ -42,8 +42,8 @@ fn exit_codes_are_as_the_help_says() {
         (&nowhere, &long, 65),
         (&nowhere, &[0xff, b'\n'], 65),
         (&attack("scan"), b"", 69),
-        // Nobody listens, so nobody was taken in.
-        (&attack("spoof"), b"", 0),
+        // Nobody was taken in, and nobody was asked.
+        (&attack("spoof"), b"", 69),
         (&["--help"], b"", 0),
     ];
     for (arguments, lines, code) in cases {
@@ -54,6 +54,28 @@ fn exit_codes_are_as_the_help_says() {
             "{arguments:?}: {}",
             String::from_utf8_lossy(&output.stderr)
         );
+    }
+}
+
+#[test]
+fn nobody_who_reads_the_answers_is_no_bad_line() {
+    let attack = ["attack", "spoof", "--name", "engine0", "--address", "00:01.0"];
+    for (arguments, code) in [(&[][..], 0), (&attack[..], 69)] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_rogue"))
+            .args(["--server", "unix:///nonexistent"])
+            .args(arguments)
+            .env_clear()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        drop(child.stdout.take());
+        // It may have ended by itself already.
+        let _ = child.stdin.take().expect("piped").write_all(b"{\"do\":\"status\"}\n");
+        let output = child.wait_with_output().expect("it ends");
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), &*told), (Some(code), ""), "{arguments:?}");
     }
 }
 

@@ -286,17 +286,27 @@ async fn what_makes_no_sense_is_answered_and_the_session_stands() {
         r#"{"do":"dma","iova":0,"size":4294967295}"#,
         r#"{"do":"raw","iova":[0],"repeat":4294967295}"#,
         r#"{"do":"raw","iova":[0],"zeros":4294967295}"#,
+        r#"{"do":"raw","iova":[],"kind":"ff","repeat":4294967295}"#,
+        r#"{"do":"raw","iova":[0],"kind":"ffff","repeat":32769}"#,
         r#"{"do":"flood","iova":0,"size":1,"operations":0,"batches":1}"#,
         r#"{"do":"flood","iova":0,"size":4294967295,"operations":4294967295,"batches":1}"#,
         r#"{"do":"steady","iova":0,"span":0,"size":1,"operations":1,"milliseconds":1}"#,
+        r#"{"do":"steady","iova":0,"span":9,"size":0,"operations":1,"milliseconds":1}"#,
+        r#"{"do":"steady","iova":0,"span":9,"size":1,"operations":65537,"milliseconds":1}"#,
         r#"{"do":"reset_done"}"#,
         r#"{"do":"mmio_answer"}"#,
     ] {
         let answer = bench.tell(line).await;
         assert!(matches!(answer, Answer::Wrong { .. }), "{line}: {answer:?}");
     }
+    // The queue is bounded in bytes: sixteen of the largest batches are as much as it holds.
+    let large = r#"{"do":"dma","kind":"write","iova":0,"size":4194304,"later":true}"#;
+    for waiting in 1..=16 {
+        assert_eq!(bench.tell(large).await, Answer::Queued { waiting });
+    }
+    assert!(matches!(bench.tell(large).await, Answer::Wrong { .. }));
     let Answer::Status(status) = bench.tell(r#"{"do":"status"}"#).await else { panic!("a status") };
-    assert!(status.connected);
+    assert!(status.connected && status.queued == 16);
     bench.tell(r#"{"do":"disconnect"}"#).await;
     assert!(matches!(bench.connected(CONNECT, 1).await.0, Answer::Connected { .. }));
 }

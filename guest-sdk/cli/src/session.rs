@@ -52,6 +52,14 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The last request ID of a command that begins after `last_request_id`.
+fn set_aside(last_request_id: u64) -> anyhow::Result<u64> {
+    let last = last_request_id.checked_add(REQUESTS_PER_COMMAND);
+    last.with_context(|| {
+        format!("last_request_id: no request IDs are left after {last_request_id}; remove the file")
+    })
+}
+
 /// The session in a file of this server and this name; `None` in an empty one.
 fn read(text: &str, cli: &Cli, args: &SessionArgs) -> anyhow::Result<Option<SavedSession>> {
     if text.trim().is_empty() {
@@ -65,6 +73,7 @@ fn read(text: &str, cli: &Cli, args: &SessionArgs) -> anyhow::Result<Option<Save
     }
     let resume_token = crate::memory::from_hex(field("resume_token")?).context("resume_token")?;
     let last_request_id = value["last_request_id"].as_u64().context("it has no last_request_id")?;
+    set_aside(last_request_id)?;
     Ok(Some(SavedSession { resume_token, last_request_id }))
 }
 
@@ -103,7 +112,7 @@ pub(crate) async fn open(cli: &Cli, args: &SessionArgs, absent: Absent) -> anyho
         "server": cli.server,
         "name": name,
         "resume_token": hex(&resume_token),
-        "last_request_id": last_request_id + REQUESTS_PER_COMMAND,
+        "last_request_id": set_aside(last_request_id)?,
     });
     file.replace(&format!("{text:#}\n"))?;
     Ok(Session { hypervisor, _file: file })

@@ -457,6 +457,20 @@ async fn a_session_file_is_secret_and_of_one_server_and_no_other_file_is_written
 }
 
 #[tokio::test]
+async fn a_session_file_whose_request_ids_are_used_up_is_told_as_such() {
+    let run = Run::start();
+    run.done(&["vm", "create", "guest1"]).await;
+    let kept = std::fs::read_to_string(run.session_file()).expect("read");
+    let mut value: Value = serde_json::from_str(&kept).expect("JSON");
+    value["last_request_id"] = (u64::MAX - 15).into();
+    std::fs::write(run.session_file(), value.to_string()).expect("written");
+    let opens = run.script().opens.len();
+    let (code, _, err) = run.run(&["vm", "list"]).await;
+    assert!(code == Some(1) && err.contains("no request IDs are left") && !err.contains("panicked"), "{err}");
+    assert_eq!(run.script().opens.len(), opens, "nothing was asked");
+}
+
+#[tokio::test]
 async fn a_session_is_kept_by_coming_back_within_the_grace() {
     let run = Run::start();
     let out = run.done(&["vm", "keep", "--seconds", "1"]).await;
@@ -476,6 +490,7 @@ async fn refusals_wrong_usage_and_an_absent_server_have_their_exit_codes() {
     for wrong in [
         &["vm", "destroy", "driver:1"][..],
         &["vm", "create", "guest1", "--number", "0"],
+        &["vm", "keep", "--seconds", "18446744073709551615"],
         &["vm", "remove-memory", "1", "0", "1", "--how", "perhaps"],
         &["vm", "remove-memory", "1", "0", "1", "--how", "wait", "--wait-ms", "30001"],
         &["function", "declare", "00:01.0", "--device-name", "x", "--bridge", "4-2"],

@@ -2,11 +2,13 @@
 //!
 //! A call is a value that is answered, refused, or dropped, which refuses it too; so none is left without an answer. At most
 //! [`Hypercalls::IN_FLIGHT_MAX`] are out at once: the next is read when one of them is answered. A call belongs to the stream it came on: when
-//! that is lost, its answer goes nowhere, as the server has told its guest already.
+//! that is lost, its answer goes nowhere, as the server has told its guest already; what has not been done for it is better not done
+//! ([`Hypercall::is_lost`]).
 
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -56,6 +58,21 @@ pub struct Hypercalls {
 struct Stream {
     answers: Answers,
     calls: Streaming<pb::ServeHypercallsResponse>,
+    is_over: Arc<AtomicBool>,
+}
+
+/// Whether the stream of a call still stands.
+#[derive(Clone, Debug)]
+pub(crate) struct Standing {
+    /// Closed by the transport, which may know it before the stream is read on.
+    answers: Answers,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Standing {
+    pub(crate) fn is_lost(&self) -> bool {
+        self.is_over.load(Ordering::Relaxed) || self.answers.is_closed()
+    }
 }
 
 /// A hypercall. It is answered or refused once; one that is dropped is refused.
@@ -65,6 +82,7 @@ pub struct Hypercall {
     vm: u32,
     payload: Bytes,
     reply: Reply,
+    standing: Standing,
 }
 
 /// The place of an answer in its stream, kept until the answer is there.
@@ -107,6 +125,16 @@ impl Hypercall {
     /// What it says: whatever guest and hypervisor have agreed on, and, as the guest says it, nothing to rely on.
     pub fn payload(&self) -> &Bytes {
         &self.payload
+    }
+
+    /// Whether the stream that it came on is lost. Its guest has been told that there is no answer then, and may ask again or put its memory to other
+    /// use: whoever has not begun should not, and whoever has should leave the guest's memory alone.
+    pub fn is_lost(&self) -> bool {
+        self.standing.is_lost()
+    }
+
+    pub(crate) fn standing(&self) -> &Standing {
+        &self.standing
     }
 
     /// Answers; 4096 bytes at most. A longer answer is an error here and a refusal for the guest.
@@ -156,12 +184,15 @@ impl Hypercalls {
                     Ok(Some(call)) => {
                         let pb::ServeHypercallsResponse { tag, vm, payload } = call;
                         let reply = Reply { tag, place: Some(place) };
-                        return Some(Ok(Hypercall { vm, payload, reply }));
+                        let (answers, is_over) = (stream.answers.clone(), Arc::clone(&stream.is_over));
+                        let standing = Standing { answers, is_over };
+                        return Some(Ok(Hypercall { vm, payload, reply, standing }));
                     }
                     Ok(None) => None,
                     Err(status) => Some(status),
                 },
             };
+            stream.is_over.store(true, Ordering::Relaxed);
             if let Some(status) = ended.filter(|status| !may_retry(status)) {
                 self.stream = None;
                 return Some(Err(of_status(&status)));
@@ -220,7 +251,7 @@ async fn open(core: &Core) -> Result<Stream, SdkError<Never>> {
         })
         .await?;
     match calls.message().await {
-        Ok(Some(first)) if first.tag == 0 => Ok(Stream { answers, calls }),
+        Ok(Some(first)) if first.tag == 0 => Ok(Stream { answers, calls, is_over: Arc::default() }),
         Ok(Some(first)) => Err(bad_answer(format!("tag: {} in the first message", first.tag)).into()),
         Ok(None) => Err(bad_answer("the stream of hypercalls ended at once").into()),
         Err(status) => Err(of_status(&status)),

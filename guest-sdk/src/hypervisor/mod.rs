@@ -27,6 +27,7 @@ use crate::convert::bad_answer;
 use crate::requests::Requests;
 use crate::{Faults, Inspect, Memory, Never, Sanitizer, SdkError, SessionLimits};
 
+pub(crate) use hypercalls::Standing;
 pub use hypercalls::{Hypercall, Hypercalls};
 pub use vm::Vm;
 

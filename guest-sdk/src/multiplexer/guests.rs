@@ -8,6 +8,7 @@ use iommu_types::GpaRange;
 use iommu_types::errors::MemoryError;
 use tokio::task::JoinSet;
 
+use super::awaited::Awaited;
 use super::codec::{Ended, Entry};
 use crate::page_runs::PageRuns;
 use crate::{Hypervisor, Never, SdkError};
@@ -53,14 +54,15 @@ impl Guests {
         let covered = |guests: &Self, entry: &Entry| {
             guests.known.get(&guest).is_some_and(|memory| memory.cover(entry.range))
         };
+        let mut refused = Ended::NotYours;
         if !entries.iter().all(|entry| covered(self, entry))
             && self.asked.may(guest, Instant::now())
             && let Err(error) = self.learn().await
         {
             tracing::warn!(vm = guest, %error, "the memory of guests is not known");
-            return vec![Some(Ended::MemoryFailed); entries.len()];
+            refused = Ended::MemoryFailed;
         }
-        entries.iter().map(|entry| (!covered(self, entry)).then_some(Ended::NotYours)).collect()
+        entries.iter().map(|entry| (!covered(self, entry)).then_some(refused)).collect()
     }
 
     async fn learn(&mut self) -> Result<(), SdkError<Never>> {
@@ -85,21 +87,26 @@ impl Guests {
         some_at_once(copies.collect()).await
     }
 
-    /// Writes every packet that there is to its entry's range.
+    /// Writes every packet that there is to its entry's range, once and while somebody waits for it.
     pub(super) async fn write(
         &self,
         guest: u32,
         entries: &[Entry],
         packets: Vec<Result<Bytes, Ended>>,
+        awaited: &Awaited,
     ) -> Vec<Ended> {
         let memory = self.hypervisor.memory(guest);
         let copies = entries.iter().zip(packets).map(|(entry, packet)| {
-            let (memory, gpa) = (memory.clone(), entry.range.base());
+            let (memory, gpa, awaited) = (memory.clone(), entry.range.base(), awaited.clone());
             async move {
                 let packet = packet?;
                 let bytes = packet.len() as u32;
+                // The device may have taken its time, and so may the copies before this one.
+                if awaited.over().is_some() {
+                    return Err(Ended::MemoryFailed);
+                }
                 if bytes > 0 {
-                    memory.write(gpa, packet).await.map_err(memory_failed)?;
+                    memory.write_once(gpa, packet).await.map_err(memory_failed)?;
                 }
                 Ok(Ended::Done { bytes })
             }

@@ -30,6 +30,7 @@
 //! # }
 //! ```
 
+mod awaited;
 mod backend;
 mod codec;
 mod counters;
@@ -38,9 +39,9 @@ mod guests;
 mod queues;
 
 use std::convert::Infallible;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use iommu_proto::limits::HYPERCALL_TIMEOUT_MS;
+use iommu_proto::limits::{HYPERCALL_TIMEOUT_MS, VMS_PER_HYPERVISOR_MAX};
 
 use crate::convert::bad_answer;
 use crate::{Hypercall, Hypercalls, Hypervisor, Never, SdkError};
@@ -51,13 +52,12 @@ pub use counters::{GuestCounters, MultiplexerCounters};
 pub use guest::{MultiplexError, MultiplexedDevice};
 pub use queues::WAITING_PER_GUEST_MAX;
 
+use awaited::Awaited;
 use guests::Guests;
 use queues::Queues;
 
 // Every guest's queue and the batch in hand are taken from the stream at once, so that no guest keeps another's calls from being taken.
-const _: () = assert!(VMS_MAX * WAITING_PER_GUEST_MAX < Hypercalls::IN_FLIGHT_MAX);
-/// Virtual machines that a hypervisor has at most, as the server allows.
-const VMS_MAX: usize = 256;
+const _: () = assert!(VMS_PER_HYPERVISOR_MAX * WAITING_PER_GUEST_MAX < Hypercalls::IN_FLIGHT_MAX);
 
 const HYPERCALL_TIMEOUT: Duration = Duration::from_millis(HYPERCALL_TIMEOUT_MS as u64);
 /// How long a batch waits for its turns: less than its guest waits for the answer, by what the last turn and the ways take.
@@ -145,8 +145,7 @@ struct Asked {
     /// How its entries ended, so far.
     ended: Vec<Ended>,
     call: Hypercall,
-    /// When nobody waits for the answer any more.
-    until: Instant,
+    awaited: Awaited,
 }
 
 /// Puts a call into its guest's queue, or answers it at once.
@@ -158,8 +157,8 @@ fn admit(queues: &Queues<Asked>, counters: &MultiplexerCounters, call: Hypercall
             (Reply::Malformed, call)
         }
         Ok(batch) => {
-            let until = Instant::now() + longest_wait;
-            match queues.push(guest, Asked { batch, ended: Vec::new(), call, until }) {
+            let awaited = Awaited::new(&call, longest_wait);
+            match queues.push(guest, Asked { batch, ended: Vec::new(), call, awaited }) {
                 Ok(()) => return,
                 Err(asked) => (Reply::Busy, asked.call),
             }
@@ -182,10 +181,9 @@ async fn work(
 ) -> Infallible {
     loop {
         let (guest, mut asked) = queues.next().await;
-        if Instant::now() >= asked.until {
-            // The guest has been told that there is no answer, and may use the memory for something else.
+        if let Some(why) = asked.awaited.over() {
             counters.of(guest, |counted| counted.refused += 1);
-            asked.call.refuse("the batch waited for too long");
+            asked.call.refuse(why);
             continue;
         }
         carry_on(&mut guests, &mut backend, guest, &mut asked).await;
@@ -200,7 +198,7 @@ async fn work(
 
 /// Carries out the next packets of a batch that are of one kind: those go to the device together. After a deadline of the device the rest has failed too.
 async fn carry_on(guests: &mut Guests, backend: &mut impl Backend, guest: u32, asked: &mut Asked) {
-    let Asked { batch, ended, until, .. } = asked;
+    let Asked { batch, ended, awaited, .. } = asked;
     let rest = batch.entries().get(ended.len()..).unwrap_or_default();
     let Some(same) = rest.chunk_by(|one, next| one.kind == next.kind).next() else { return };
     let own = guests.own(guest, same).await;
@@ -209,8 +207,8 @@ async fn carry_on(guests: &mut Guests, backend: &mut impl Backend, guest: u32, a
     let mut timed_out = false;
     let done = match admitted.first().map(|entry| entry.kind) {
         None => Vec::new(),
-        Some(Kind::Transmit) => transmit(guests, backend, guest, &admitted, &mut timed_out).await,
-        Some(Kind::Receive) => receive(guests, backend, guest, &admitted, *until, &mut timed_out).await,
+        Some(Kind::Transmit) => transmit(guests, backend, guest, &admitted, awaited, &mut timed_out).await,
+        Some(Kind::Receive) => receive(guests, backend, guest, &admitted, awaited, &mut timed_out).await,
     };
     let mut done = done.into_iter();
     ended.extend(
@@ -226,9 +224,13 @@ async fn transmit(
     backend: &mut impl Backend,
     guest: u32,
     entries: &[Entry],
+    awaited: &Awaited,
     timed_out: &mut bool,
 ) -> Vec<Ended> {
     let read = guests.read(guest, entries).await;
+    if awaited.over().is_some() {
+        return vec![Ended::MemoryFailed; entries.len()];
+    }
     let packets: Vec<_> = read.iter().filter_map(|read| read.as_ref().ok().cloned()).collect();
     let mut sent = if packets.is_empty() { Vec::new() } else { backend.transmit(&packets).await }.into_iter();
     let of = |read: Result<bytes::Bytes, Ended>| match read {
@@ -246,7 +248,7 @@ async fn receive(
     backend: &mut impl Backend,
     guest: u32,
     entries: &[Entry],
-    until: Instant,
+    awaited: &Awaited,
     timed_out: &mut bool,
 ) -> Vec<Ended> {
     let sizes: Vec<u32> = entries.iter().map(|entry| entry.length()).collect();
@@ -257,11 +259,7 @@ async fn receive(
         failed => Err(device_failed(failed.and_then(Result::err), timed_out)),
     });
     let packets: Vec<Result<bytes::Bytes, Ended>> = packets.collect();
-    if Instant::now() >= until {
-        // The device took its time, and the buffers may be something else by now.
-        return vec![Ended::MemoryFailed; entries.len()];
-    }
-    guests.write(guest, entries, packets).await
+    guests.write(guest, entries, packets, awaited).await
 }
 
 fn device_failed(failure: Option<DeviceFailure>, timed_out: &mut bool) -> Ended {

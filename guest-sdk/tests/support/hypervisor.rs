@@ -31,6 +31,7 @@ macro_rules! hypervisor_service {
                 let stands = std::iter::once(Ok(pb::ServeHypercallsResponse::default()));
                 let mut calls = script(stands.chain(calls).collect());
                 // Calls go out as they are scripted, answers are kept as they come.
+                let end = std::sync::Arc::clone(&self.state().hypercalls_end);
                 let (sender, replies) = tokio::sync::mpsc::channel(1);
                 tokio::spawn(async move {
                     loop {
@@ -42,6 +43,10 @@ macro_rules! hypervisor_service {
                                 Ok(Some(answer)) => fake.state().hypercall_answers.push(answer),
                                 _ => return,
                             },
+                            () = end.notified() => {
+                                let _ = sender.send(Err(Status::unavailable("the server goes"))).await;
+                                return;
+                            }
                         }
                     }
                 });

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use guest_sdk::{Connection, Driver, Hypervisor, Owner};
 use iommu_proto::errors::WireError;
 use iommu_proto::pb;
-use iommu_types::errors::{MemoryError, SessionRequired};
+use iommu_types::errors::SessionRequired;
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
@@ -67,8 +67,10 @@ pub(crate) struct State {
     /// The streams of ServeHypercalls, one after the other, and every answer that was given.
     pub(crate) hypercalls: VecDeque<Vec<Result<pb::ServeHypercallsResponse, Status>>>,
     pub(crate) hypercall_answers: Vec<pb::ServeHypercallsRequest>,
-    /// What the next writes of memory are refused with.
-    pub(crate) write_refusals: VecDeque<MemoryError>,
+    /// Ends the stream of ServeHypercalls that stands, as a server that goes.
+    pub(crate) hypercalls_end: Arc<tokio::sync::Notify>,
+    /// How the next writes of memory fail.
+    pub(crate) write_failures: VecDeque<Status>,
     /// Bytes of a memory.
     pub(crate) memory: Vec<u8>,
 }
@@ -304,8 +306,8 @@ impl pb::memory_service_server::MemoryService for Fake {
         request: Request<pb::MemoryWriteRequest>,
     ) -> Result<Response<pb::MemoryWriteResponse>, Status> {
         self.enter("write", &request, None)?;
-        if let Some(refusal) = self.state().write_refusals.pop_front() {
-            return Err(refusal.into_status());
+        if let Some(failure) = self.state().write_failures.pop_front() {
+            return Err(failure);
         }
         let written_bytes = self.put(request.into_inner());
         Ok(Response::new(pb::MemoryWriteResponse { written_bytes }))

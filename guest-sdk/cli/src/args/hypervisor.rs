@@ -8,6 +8,9 @@ use iommu_types::{DeviceAddress, Owner};
 
 use super::number;
 
+/// Longest time that a session is kept for at once: a century, which every clock can count.
+const KEEP_SECONDS_MAX: u64 = 100 * 365 * 24 * 60 * 60;
+
 /// As whom, and with which session.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct SessionArgs {
@@ -102,7 +105,7 @@ pub(crate) enum VmCommand {
     /// Keeps the session, and so all that the hypervisor made, until interrupted.
     Keep {
         /// End after so many seconds.
-        #[arg(long, value_name = "SECONDS")]
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=KEEP_SECONDS_MAX))]
         seconds: Option<u64>,
     },
 }
