@@ -36,9 +36,9 @@ use crate::host::devices::{DeviceState, Home};
 use crate::interrupts::Signal;
 use crate::telemetry::warn_limited;
 
-/// Time that costs one unit of the task's budget. A task has 128, so whoever waits for a worker waits for so many microseconds of another's DMA at a time,
-/// and for one batch, however the batches look: large ones, and such that fault throughout, take long.
-const TIME_PER_BUDGET_UNIT: Duration = Duration::from_micros(1);
+/// Time that costs one unit of the task's budget. A task has 128, so whoever waits for a worker waits for half a millisecond of another's DMA at a time,
+/// and for one batch, however the batches look: large ones, and such that fault throughout, take long. (With a quarter of it large reads lose a tenth.)
+const TIME_PER_BUDGET_UNIT: Duration = Duration::from_micros(4);
 
 struct Live {
     port: Port,
