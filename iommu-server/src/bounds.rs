@@ -127,6 +127,10 @@ pub const CALLS_PER_OWNER_MAX: usize = 240;
 // One peer, whatever it calls, leaves half of all calls to the others.
 const _: () = assert!(CONNECTIONS_PER_PEER_MAX * STREAMS_PER_CONNECTION_MAX as usize <= CALLS_MAX / 2);
 const _: () = assert!(CALLS_PER_OWNER_MAX < STREAMS_PER_CONNECTION_MAX as usize);
+/// Changes of what one tenant holds that are under way: its calls, one batch of each of its streams, and what goes on after its call was given up.
+pub const CHANGES_PER_TENANCY_MAX: usize = 512;
+const _: () =
+    assert!(CALLS_PER_OWNER_MAX < CHANGES_PER_TENANCY_MAX && CHANGES_PER_TENANCY_MAX < REQUEST_WINDOW);
 /// Subscriptions of one owner's driver.
 pub const WATCHERS_PER_OWNER_MAX: usize = 64;
 /// Functions of one owner. With `DMA_CREDITS` each it bounds the DMA that an owner has in flight.

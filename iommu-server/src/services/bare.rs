@@ -18,7 +18,7 @@ use tonic::{Request, Response, Status};
 use super::driver::{mmio_call, watcher};
 use super::feed::{Feed, feed};
 use super::memory::within_batch;
-use super::{Caller, internal, parse, reclaimed};
+use super::{Caller, enter, internal, parse};
 use crate::host::Host;
 use crate::interrupts::Signal;
 use crate::machine::Machine;
@@ -88,7 +88,7 @@ impl BareMachineService for BareMachines {
     ) -> Result<Response<pb::CreateMachineResponse>, Status> {
         let caller = Caller::of(&request)?;
         let wanted: CreateMachine = parse(request.into_inner())?;
-        let inside = caller.session.enter().ok_or_else(|| reclaimed(&caller.session))?;
+        let inside = enter(&caller.session)?;
         let (host, client) = (Arc::clone(&self.host), Arc::clone(caller.bare()?));
         // Memory is allocated whole, which blocks: 0.3 ms a MiB.
         let runtime = tokio::runtime::Handle::current();

@@ -20,7 +20,7 @@ use prost::Message;
 use tokio::task::{JoinHandle, coop};
 use tonic::{Status, Streaming};
 
-use super::{Caller, Invalid, internal, reclaimed};
+use super::{Caller, Invalid, enter, internal};
 use crate::bounds;
 use crate::ending::Ending;
 use crate::host::Host;
@@ -160,7 +160,7 @@ impl Work {
         wire.header = header;
         let batch = DmaStreamRequest::parse(wire, bounds::BATCH.operations_max).map_err(Invalid::status)?;
         let name = RequestName::new(batch.header, digest);
-        let inside = self.session.enter().ok_or_else(|| reclaimed(&self.session))?;
+        let inside = enter(&self.session)?;
         match self.tenancy.replay.begin(name)? {
             Verdict::First => {}
             Verdict::Again(answer) => return Ok(Taken::Answer(recalled(&answer))),

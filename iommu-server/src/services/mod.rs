@@ -32,7 +32,7 @@ use crate::connection::ConnectionHandle;
 use crate::host::hypervisors::HypervisorState;
 use crate::host::owners::OwnerState;
 use crate::machine::BareClient;
-use crate::session::driver::{ClientSession, Tenancy};
+use crate::session::driver::{ClientSession, Inside, NotEntered, Tenancy};
 
 /// Our own bug: the peer gets a reference, the log gets the rest.
 pub fn internal(why: &str) -> Status {
@@ -147,9 +147,17 @@ impl Caller {
 }
 
 /// The answer to a request of a session that is being reclaimed.
-pub(crate) fn reclaimed(session: &ClientSession) -> Status {
+fn reclaimed(session: &ClientSession) -> Status {
     session.end.ended().map_or_else(
         || SessionFenced { by_generation: session.generation + 1 }.into_status(),
         |ending| ending.clone().into_status(),
     )
+}
+
+/// Begins a change of what a session holds.
+pub(crate) fn enter(session: &ClientSession) -> Result<Inside, Status> {
+    session.enter().map_err(|error| match error {
+        NotEntered::Over => reclaimed(session),
+        NotEntered::Limit(limit) => limit.into_status(),
+    })
 }

@@ -13,7 +13,7 @@ macro_rules! once {
         wire.header = header;
         let $ask: $model = $crate::services::parse(wire)?;
         let name = $crate::session::replay::RequestName::new($ask.header, digest);
-        let inside = caller.session.enter().ok_or_else(|| $crate::services::reclaimed(&caller.session))?;
+        let inside = $crate::services::enter(&caller.session)?;
         let ($host, $actor) = (std::sync::Arc::clone(&$self.host), std::sync::Arc::clone(caller.$who()?));
         let operation = async move {
             let _inside = inside;

@@ -7,10 +7,12 @@ use std::sync::Arc;
 
 use iommu_proto::model::ResumeToken;
 use iommu_types::Identity;
+use iommu_types::errors::LimitReached;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::replay::Replay;
+use crate::bounds;
 use crate::ending::{EndSignal, Ending};
 use crate::host::hypervisors::HypervisorState;
 use crate::host::owners::OwnerState;
@@ -86,21 +88,37 @@ impl Drop for Inside {
     }
 }
 
+/// Why a change does not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum NotEntered {
+    /// The session has ended, or what it held is being taken back.
+    #[error("the session is over")]
+    Over,
+    /// Too many are under way.
+    #[error(transparent)]
+    Limit(#[from] LimitReached),
+}
+
 impl Tenancy {
     /// A fresh one.
     pub fn new(token: ResumeToken) -> Arc<Self> {
         let (gate, left) = (Mutex::default(), Notify::new());
         Arc::new(Self { token, replay: Arc::default(), gate, left })
     }
-    /// Begins a change; `None` once the session has ended or the tenancy is being reclaimed. Both are asked under the lock of the gate,
-    /// so that whoever ends a session and then waits here for those inside has seen its last change.
-    fn enter(self: &Arc<Self>, session: &EndSignal) -> Option<Inside> {
+    /// Begins a change, unless the session has ended or the tenancy is being reclaimed. Both are asked under the lock of the gate,
+    /// so that whoever ends a session and then waits here for those inside has seen its last change. A change goes on when its call is given up, so that
+    /// it is counted here, however few calls there are (I7).
+    fn enter(self: &Arc<Self>, session: &EndSignal) -> Result<Inside, NotEntered> {
         let mut gate = self.gate.lock();
         if gate.closed || session.ended().is_some() {
-            return None;
+            return Err(NotEntered::Over);
+        }
+        if gate.inside >= bounds::CHANGES_PER_TENANCY_MAX {
+            let allowed = bounds::CHANGES_PER_TENANCY_MAX as u64;
+            return Err(LimitReached { limit: "changes_per_tenancy".to_owned(), allowed }.into());
         }
         gate.inside += 1;
-        Some(Inside { tenancy: Arc::clone(self) })
+        Ok(Inside { tenancy: Arc::clone(self) })
     }
     /// Admits no further change and waits for those under way.
     pub async fn close(&self) {
@@ -172,9 +190,9 @@ impl ClientSession {
     pub fn tenancy(&self) -> Option<&Arc<Tenancy>> {
         self.tenant.as_ref().map(|(_, tenancy)| tenancy)
     }
-    /// Begins a change of what it holds; `None` once it has ended: a fenced session changes nothing any more (I8).
-    pub fn enter(&self) -> Option<Inside> {
-        self.tenancy()?.enter(&self.end)
+    /// Begins a change of what it holds. Not once it has ended: a fenced session changes nothing any more (I8).
+    pub fn enter(&self) -> Result<Inside, NotEntered> {
+        self.tenancy().ok_or(NotEntered::Over)?.enter(&self.end)
     }
 }
 
@@ -227,5 +245,27 @@ impl Seat {
     pub fn fence(&self, by_generation: u64) -> bool {
         let before = self.connected.lock().take();
         before.is_some_and(|before| before.end.end(Ending::Fenced { by_generation }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn i7_changes_whose_calls_were_given_up_are_bounded_all_the_same() {
+        let (tenancy, end) = (Tenancy::new(ResumeToken([0; 16])), EndSignal::new());
+        let enter = || tenancy.enter(&end);
+        let mut inside: Vec<_> =
+            (0..bounds::CHANGES_PER_TENANCY_MAX).map(|_| enter().expect("room")).collect();
+        match enter().expect_err("no room") {
+            NotEntered::Limit(limit) => assert_eq!(limit.limit, "changes_per_tenancy"),
+            NotEntered::Over => panic!("the session stands"),
+        }
+        inside.pop();
+        inside.push(enter().expect("a place was given back"));
+        end.end(Ending::ShuttingDown);
+        inside.pop();
+        assert!(matches!(enter(), Err(NotEntered::Over)), "room, but not for what is over");
     }
 }

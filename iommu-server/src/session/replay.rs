@@ -131,16 +131,20 @@ impl Replay {
                 Verdict::InFlight => finished.await,
             }
         }
-        let replay = Arc::clone(self);
+        let underway = Underway::<M> { replay: Arc::clone(self), name, answer: None };
         let carried_out = tokio::spawn(async move {
-            let result = operation.await;
-            let bytes = result.as_ref().map_or(256, |message: &M| message.encoded_len() + 64);
-            replay.finish(name, Arc::new(result.clone()), bytes);
-            result
+            let mut underway = underway;
+            underway.answer.insert(operation.await).clone()
         });
         match carried_out.await {
             Ok(result) => result,
-            Err(_) => Err(crate::services::internal("a request's task ended early")),
+            // Told as whoever asks again will be.
+            Err(_) => match self.begin(name)? {
+                Verdict::Again(answer) => recalled(&answer),
+                Verdict::First | Verdict::InFlight => {
+                    Err(crate::services::internal("a request that ended early was forgotten"))
+                }
+            },
         }
     }
 
@@ -157,6 +161,22 @@ impl Replay {
             }
             finished.await;
         }
+    }
+}
+
+/// A request that is being carried out: when it is over its answer is remembered, and that it has none where it panicked, so that nobody waits for it for ever.
+struct Underway<M: Message + Clone + 'static> {
+    replay: Arc<Replay>,
+    name: RequestName,
+    answer: Option<Result<M, Status>>,
+}
+
+impl<M: Message + Clone + 'static> Drop for Underway<M> {
+    fn drop(&mut self) {
+        let ended_early = || Err(crate::services::internal("a request's task ended early"));
+        let answer: Result<M, Status> = self.answer.take().unwrap_or_else(ended_early);
+        let bytes = answer.as_ref().map_or(256, |message| message.encoded_len() + 64);
+        self.replay.finish(self.name, Arc::new(answer), bytes);
     }
 }
 
@@ -179,8 +199,8 @@ impl Window {
             self.forget(id);
         }
     }
-    /// Keeps both bounds. A request in flight is never forgotten, because its answer is still to be recorded; there are no more of those
-    /// than calls.
+    /// Keeps both bounds. A request in flight is never forgotten, because its answer is still to be recorded; of those there are no more than
+    /// [`bounds::CHANGES_PER_TENANCY_MAX`].
     fn trim(&mut self) {
         while self.entries.len() > bounds::REQUEST_WINDOW
             || (self.bytes > bounds::REPLAY_BYTES_MAX && self.entries.len() > 1)
@@ -270,5 +290,18 @@ mod tests {
         let again = replay.once(name, async { Ok(iommu_proto::pb::DmaMapResponse { iova: 0x2000 }) });
         let (slow, again, ()) = tokio::join!(slow, again, async { go.send(()).unwrap() });
         assert_eq!((slow.unwrap().iova, again.unwrap().iova), (0x1000, 0x1000));
+    }
+    #[tokio::test]
+    async fn a_request_that_panicked_is_answered_and_so_is_its_duplicate() {
+        let replay = Arc::new(Replay::default());
+        let name = name(1, 0, 7);
+        let panics = replay.once::<iommu_proto::pb::DmaMapResponse, _>(name, async { panic!("on purpose") });
+        let again = replay.once(name, async { Ok(iommu_proto::pb::DmaMapResponse { iova: 0x2000 }) });
+        let soon = std::time::Duration::from_secs(10);
+        let both = tokio::time::timeout(soon, async { tokio::join!(panics, again) });
+        let (first, again) = both.await.expect("nobody waits for ever");
+        let (first, again) = (first.expect_err("it panicked"), again.expect_err("it is not done again"));
+        assert_eq!(first.code(), tonic::Code::Internal);
+        assert_eq!(first.message(), again.message(), "the same answer");
     }
 }
