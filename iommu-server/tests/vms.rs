@@ -383,6 +383,11 @@ async fn a_group_moves_as_a_whole_and_nobody_gets_a_part_or_a_bridge() {
     }
     attach(other, vm_owner(2)).await.unwrap();
     assert_eq!(world.hypervisor.assign(two, 2).await.unwrap(), [device(one), device(two)], "the group moves");
+    // What a machine has already stays in the domain that its driver chose.
+    let chosen = world.b.create_domain(mode(pb::Protection::Strict)).await.unwrap();
+    world.b.attach(one, Some(chosen)).await.unwrap();
+    assert_eq!(world.hypervisor.assign(two, 2).await.unwrap(), [device(one), device(two)], "once more");
+    assert_eq!(support::device_state(&operator, one).await.domain_id, Some(chosen));
     let owners: Vec<_> =
         world.hypervisor.functions().await.into_iter().map(|function| function.owner).collect();
     assert_eq!(owners.iter().filter(|owner| **owner == Some(vm_owner(2))).count(), 3, "{owners:?}");

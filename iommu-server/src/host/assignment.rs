@@ -35,6 +35,8 @@ impl Host {
         function: PciFunction,
     ) -> Result<(), DeclareError> {
         let declared_by = Some(hypervisor.name.clone());
+        // One at a time, so that as many as are allowed are found here.
+        let _in_turn = hypervisor.moves.lock().await;
         let own = self.topology.read().devices().filter(|entry| entry.declared_by == declared_by).count();
         if own >= bounds::FUNCTIONS_PER_HYPERVISOR_MAX {
             let allowed = bounds::FUNCTIONS_PER_HYPERVISOR_MAX as u64;
@@ -137,7 +139,7 @@ impl Host {
         Ok(group)
     }
 
-    /// Assigns the group of a function to a virtual machine. When it fails half-way, the whole group is nobody's.
+    /// Assigns the group of a function to a virtual machine. When it fails half-way, what the machine did not have before is nobody's.
     pub async fn assign_group(
         self: &Arc<Self>,
         hypervisor: &Arc<HypervisorState>,
@@ -149,15 +151,18 @@ impl Host {
         let _in_turn = hypervisor.moves.lock().await;
         let owner = self.vm_of(hypervisor, vm)?;
         let group = self.group_to_assign(hypervisor, address)?;
-        let has = self.topology.read().devices_of(owner.owner);
-        let more = group.iter().filter(|entry| !has.contains(&entry.address)).count();
-        if has.len() + more > bounds::FUNCTIONS_PER_OWNER_MAX {
+        // What it has already stays as it is, in the domain that its driver chose.
+        let missing: Vec<_> = group.iter().filter(|entry| entry.owner != Some(owner.owner)).collect();
+        let has = self.topology.read().devices_of(owner.owner).len();
+        if has + missing.len() > bounds::FUNCTIONS_PER_OWNER_MAX {
             let allowed = bounds::FUNCTIONS_PER_OWNER_MAX as u64;
             return Err(LimitReached { limit: "functions_per_owner".to_owned(), allowed }.into());
         }
+        let devices = missing.iter().map(|entry| self.devices.get(entry.address));
+        let devices = devices.collect::<Result<Vec<_>, _>>()?;
         // All are released before any is given: two owners never have a part each.
-        for entry in &group {
-            if let Some(former) = entry.owner.filter(|former| *former != owner.owner) {
+        for entry in &missing {
+            if let Some(former) = entry.owner {
                 match self.release(entry.address, former, by).await {
                     // Its driver gave it back meanwhile; that it is nobody's is looked at again when it is given.
                     Ok(()) | Err(ReleaseError::NotAttached(_)) => {}
@@ -166,19 +171,16 @@ impl Host {
                 }
             }
         }
-        let mut given = Vec::new();
-        for entry in &group {
-            let device = self.devices.get(entry.address)?;
-            if let Err(error) = self.give_unowned(&device, &owner, by).await {
-                for address in given {
-                    let _gone = self.release(address, owner.owner, by).await;
+        for (given, device) in devices.iter().enumerate() {
+            if let Err(error) = self.give_unowned(device, &owner, by).await {
+                for device in &devices[..given] {
+                    let _gone = self.release(device.address, owner.owner, by).await;
                 }
                 return Err(error);
             }
-            given.push(entry.address);
         }
-        tracing::info!(device = %address, functions = given.len(), owner = %owner.owner, "group assigned");
-        Ok(given)
+        tracing::info!(device = %address, functions = devices.len(), owner = %owner.owner, "group assigned");
+        Ok(group.into_iter().map(|entry| entry.address).collect())
     }
 
     /// Releases the group of a function.

@@ -19,6 +19,7 @@ use super::hypervisors::HypervisorState;
 use super::limits::within;
 use super::owners::OwnerState;
 use super::placement::OPERATOR;
+use super::vm_memory::wiped;
 use crate::bounds;
 use crate::session::open::end_for_good;
 
@@ -110,7 +111,8 @@ impl Host {
             self.dissolve(&slot).await;
         }
         self.wait_for_mappings(&owner).await;
-        owner.memory.write().free_all(&self.kernel);
+        let (host, all_of) = (Arc::clone(self), Arc::clone(&owner));
+        wiped(move || all_of.memory.write().free_all(&host.kernel)).await;
         self.forget_vm(hypervisor, &owner).await;
         tracing::info!(owner = %owner.owner, hypervisor = %hypervisor.name, reason = why, "virtual machine destroyed");
         Ok(())
