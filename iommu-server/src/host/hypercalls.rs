@@ -37,13 +37,20 @@ struct Waiting {
     answer: oneshot::Sender<Answer>,
 }
 
+/// The stream that serves now. Its bell is its own: one that was rung for the stream before would wake nobody.
+#[derive(Debug)]
+struct Current {
+    end: EndSignal,
+    bell: Arc<Notify>,
+}
+
 #[derive(Debug, Default)]
 struct Exchange {
     last_tag: u64,
     /// Tags of calls that no stream has taken; those whose caller is gone are taken out.
     queue: VecDeque<u64>,
     waiting: BTreeMap<u64, Waiting>,
-    serving: Option<EndSignal>,
+    serving: Option<Current>,
     streams: u64,
 }
 
@@ -63,7 +70,6 @@ impl Exchange {
 #[derive(Debug, Default)]
 pub struct Hypercalls {
     exchange: Mutex<Exchange>,
-    bell: Notify,
 }
 
 /// The one that serves; whoever drops it serves no more.
@@ -72,17 +78,17 @@ pub struct Serving {
     /// Ends when another takes over.
     pub end: EndSignal,
     hypercalls: Arc<super::hypervisors::HypervisorState>,
+    bell: Arc<Notify>,
     stream: u64,
 }
 
 impl Hypercalls {
     /// Asks, and waits for the answer, at most as long as `patience`.
     pub async fn call(&self, vm: u32, payload: Bytes, patience: Duration) -> Answer {
-        let (tag, answer) = {
+        let (tag, answer, bell) = {
             let mut exchange = self.exchange.lock();
-            if exchange.serving.is_none() {
-                return Err(NoHypervisor {}.into());
-            }
+            let Some(serving) = &exchange.serving else { return Err(NoHypervisor {}.into()) };
+            let bell = Arc::clone(&serving.bell);
             let of_vm = exchange.waiting.values().filter(|waiting| waiting.vm == vm).count();
             if of_vm >= bounds::HYPERCALLS_PER_VM_MAX {
                 let allowed = bounds::HYPERCALLS_PER_VM_MAX as u64;
@@ -93,9 +99,9 @@ impl Hypercalls {
             let (sender, answer) = oneshot::channel();
             exchange.waiting.insert(tag, Waiting { vm, payload: Some(payload), answer: sender });
             exchange.queue.push_back(tag);
-            (tag, answer)
+            (tag, answer, bell)
         };
-        self.bell.notify_one();
+        bell.notify_one();
         // A caller that goes away leaves no place taken.
         let _place = Place { hypercalls: self, tag };
         match tokio::time::timeout(patience, answer).await {
@@ -110,7 +116,7 @@ impl Hypercalls {
     /// The next call for a stream; waits for one, for ever when another stream has taken over.
     pub async fn next(&self, serving: &Serving) -> Calling {
         loop {
-            let rung = self.bell.notified();
+            let rung = serving.bell.notified();
             if let Some(calling) = self.exchange.lock().take(serving.stream) {
                 return calling;
             }
@@ -152,19 +158,17 @@ impl Drop for Place<'_> {
 impl Serving {
     /// Takes over the calls of a hypervisor's virtual machines.
     pub fn begin(hypervisor: &Arc<super::hypervisors::HypervisorState>) -> Self {
-        let end = EndSignal::new();
+        let (end, bell) = (EndSignal::new(), Arc::new(Notify::new()));
         let mut exchange = hypervisor.hypercalls.exchange.lock();
         exchange.streams += 1;
         let stream = exchange.streams;
-        let before = exchange.serving.replace(end.clone());
+        let before = exchange.serving.replace(Current { end: end.clone(), bell: Arc::clone(&bell) });
         exchange.waiting.retain(|_, waiting| waiting.payload.is_some());
         drop(exchange);
-        // What was left to the stream before is this one's.
-        hypervisor.hypercalls.bell.notify_one();
         if let Some(before) = before {
-            before.end(Ending::Fenced { by_generation: stream });
+            before.end.end(Ending::Fenced { by_generation: stream });
         }
-        Self { end, hypercalls: Arc::clone(hypervisor), stream }
+        Self { end, hypercalls: Arc::clone(hypervisor), bell, stream }
     }
 }
 
@@ -224,6 +228,27 @@ mod tests {
         assert_eq!(asked.await.expect("no panic"), Err(NoHypervisor {}.into()));
         drop(later);
         assert!(calls.exchange.lock().waiting.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_call_is_taken_by_the_stream_that_serves_though_an_earlier_one_waits_too() {
+        let hypervisor = Hypervisors::default().get_or_make("hv0").expect("room");
+        let earlier = Serving::begin(&hypervisor);
+        let waits = |serving: Serving| {
+            let hypervisor = Arc::clone(&hypervisor);
+            tokio::spawn(async move { hypervisor.hypercalls.next(&serving).await.vm })
+        };
+        // It waits before the later one does, and has not heard yet that it is over.
+        let of_earlier = waits(earlier);
+        tokio::task::yield_now().await;
+        let of_later = waits(Serving::begin(&hypervisor));
+        tokio::task::yield_now().await;
+        let caller = Arc::clone(&hypervisor);
+        let _asked = tokio::spawn(async move { caller.hypercalls.call(7, Bytes::new(), LONG).await });
+        let taken = tokio::time::timeout(LONG, of_later).await.expect("it is not left lying");
+        assert_eq!(taken.expect("no panic"), 7);
+        assert!(!of_earlier.is_finished());
+        of_earlier.abort();
     }
 
     #[tokio::test]
