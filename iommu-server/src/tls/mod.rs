@@ -60,6 +60,8 @@ pub struct Tls {
     /// The last reload, where it failed: why, and when that was told.
     failed: Mutex<Option<(String, Instant)>>,
     asked: Notify,
+    /// One reload at a time: of two, the one that read first would put back what the other has replaced.
+    reloading: Mutex<()>,
     /// What is counted about handshakes and reloads.
     pub metrics: TlsMetrics,
 }
@@ -75,6 +77,7 @@ impl Tls {
             seen: RwLock::new(stamps),
             failed: Mutex::new(None),
             asked: Notify::new(),
+            reloading: Mutex::new(()),
             metrics: TlsMetrics::default(),
         })
     }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use iommu_pki::{CREDENTIAL_DAYS, Directory, Overwrite, PkiError, Usage, Validity};
-use iommu_types::Identity;
+use iommu_types::{Identity, Owner, Role};
 
 use super::Tls;
 use super::bootstrap::{tell_of_another, unless_there};
@@ -19,8 +19,10 @@ impl Tls {
             return unless_there(self.directory.issue(peer, validity, None, Overwrite::Never)).map(drop);
         }
         match Directory::show(&self.directory.file(&peer.credential_file()?))?.usage {
-            Usage::Peer(other) if other == *peer => Ok(()),
-            // Of one that had the number or the address in an earlier run of the server, under another name: it is no more.
+            Usage::Peer(other) if other == *peer && !matches!(peer.role, Role::Driver(Owner::Vm(_))) => {
+                Ok(())
+            }
+            // Of one that had the number or the address in an earlier run of the server: it is no more, and a virtual machine is never the same one again.
             Usage::Peer(other) => {
                 self.directory.revoke_all_of(&other)?;
                 self.reload(true);
@@ -38,12 +40,12 @@ impl Tls {
             return Ok(());
         }
         let path = self.directory.file(&peer.credential_file()?);
-        self.directory.revoke_all_of(peer)?;
+        let revoked = self.directory.revoke_all_of(peer);
         // Whoever is declared next gets a new one. It may be gone already.
         let _gone = std::fs::remove_file(path);
         // Before the number is free: a certificate of this one opens nothing of the next.
         self.reload(true);
-        Ok(())
+        revoked.map(drop)
     }
 
     /// A peer was declared.
@@ -71,6 +73,35 @@ impl Tls {
         });
         if done.await.is_err() {
             tracing::error!("{failed}: the task ended early");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_virtual_machine_is_never_the_one_of_an_earlier_run_and_a_driver_is() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let directory = Directory::at(parent.path().join("pki"));
+        directory.init(Validity::of_days(1).expect("a validity")).expect("an authority");
+        let validity = Validity::of_days(1).expect("a validity");
+        directory.issue_server(&[], validity, None, Overwrite::Never).expect("issued");
+        let run = || Arc::new(Tls::open(directory.clone()).expect("certificates"));
+        for (owner, is_the_same) in [(Owner::Vm(3), false), (Owner::Driver(3), true)] {
+            let peer = Identity { name: "guest".to_owned(), role: Role::Driver(owner) };
+            let file = directory.file(&peer.credential_file().expect("a name"));
+            let serial = || Directory::show(&file).expect("a certificate").serial;
+            run().comes(peer.clone()).await;
+            let before = serial();
+            let later = run();
+            later.comes(peer.clone()).await;
+            assert_eq!(serial() == before, is_the_same, "{peer}");
+            assert_eq!(later.is_revoked(&before), !is_the_same, "{peer}");
+            // Gone, it leaves nothing that opens anything.
+            later.goes(peer.clone()).await;
+            assert!(!file.exists() && later.is_revoked(&before), "{peer}");
         }
     }
 }

@@ -21,6 +21,7 @@ const A_DAY: Duration = Duration::from_secs(86_400);
 impl Tls {
     /// Reads the files anew when they have changed, or in any case when that was asked for. What cannot be read is tried again next time.
     pub(super) fn reload(&self, asked: bool) {
+        let _in_turn = self.reloading.lock();
         // Taken before the files are read: one that changes in between looks changed again next time.
         let now = Stamps::of(&self.directory);
         if !asked && now == *self.seen.read() {
