@@ -2,7 +2,8 @@
 //!
 //! The IOTLB is cut into partitions, and the number of a domain, modulo the partitions, says in which its translations stand. So an owner is
 //! given a partition, and its domains numbers of that partition: domains of owners in different partitions displace nothing of each
-//! other (I7).
+//! other (I7). When the numbers of its partition are used up, because other owners have it too and many domains, it gets some of another: a share of the cache is
+//! worth less than a domain.
 
 use iommu_types::DomainId;
 use iommu_types::errors::LimitReached;
@@ -22,6 +23,23 @@ struct Numbers {
     returned: Vec<DomainId>,
 }
 
+impl Numbers {
+    /// How many nobody has.
+    fn left(&self, step: u32, last: u32) -> u32 {
+        let fresh = if self.next > last { 0 } else { (last - self.next) / step + 1 };
+        self.returned.len() as u32 + fresh
+    }
+    /// One that nobody has.
+    fn take(&mut self, step: u32, last: u32) -> Option<DomainId> {
+        if let Some(id) = self.returned.pop() {
+            return Some(id);
+        }
+        let id = u16::try_from(self.next).ok().filter(|_| self.next <= last)?;
+        self.next += step;
+        Some(DomainId::new(id))
+    }
+}
+
 impl DomainIds {
     /// All are free. There is an identifier for each partition.
     pub(crate) fn new(domains_max: u16, partitions: u16) -> Self {
@@ -37,24 +55,16 @@ impl DomainIds {
     pub(crate) fn partitions(&self) -> u16 {
         self.partitions.len() as u16
     }
-    /// An identifier that no domain has.
+    /// An identifier that no domain has: of this partition, or of the one that has most left.
     pub(crate) fn take(&mut self, partition: u16) -> Result<DomainId, LimitReached> {
-        let step = u32::from(self.partitions());
-        let numbers = &mut self.partitions[usize::from(partition)];
-        if let Some(id) = numbers.returned.pop() {
-            return Ok(id);
-        }
-        if numbers.next > self.domains_max.into() {
-            let (limit, first) = match step {
-                1 => ("domains", 1),
-                _ => ("domains_per_partition", if partition == 0 { step } else { partition.into() }),
-            };
-            let allowed = u64::from((u32::from(self.domains_max) - first) / step + 1);
-            return Err(LimitReached { limit: limit.to_owned(), allowed });
-        }
-        let id = DomainId::new(numbers.next as u16);
-        numbers.next += step;
-        Ok(id)
+        let (step, last) = (u32::from(self.partitions()), u32::from(self.domains_max));
+        let own = &mut self.partitions[usize::from(partition)];
+        let numbers = match own.left(step, last) {
+            0 => self.partitions.iter_mut().max_by_key(|numbers| numbers.left(step, last)),
+            _ => Some(own),
+        };
+        let reached = || LimitReached { limit: "domains".to_owned(), allowed: last.into() };
+        numbers.and_then(|numbers| numbers.take(step, last)).ok_or_else(reached)
     }
     /// Takes an identifier back. Everything cached under it must be flushed and drained.
     pub(crate) fn put(&mut self, id: DomainId) {
@@ -88,23 +98,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn identifiers_of_a_partition_are_its_own_and_run_out_by_name() {
+    fn identifiers_are_of_their_partition_as_long_as_it_has_some_and_run_out_by_name() {
         for (domains_max, partitions) in [(1, 1), (7, 1), (8, 4), (11, 4), (u16::MAX, 128), (4, 4)] {
             let mut ids = DomainIds::new(domains_max, partitions);
-            let mut all = Vec::new();
-            for partition in 0..partitions {
-                let taken: Vec<DomainId> = std::iter::from_fn(|| ids.take(partition).ok()).collect();
-                assert!(taken.iter().all(|id| id.get() % partitions == partition && id.get() != 0));
-                let refused = ids.take(partition).expect_err("all are taken");
-                let limit = if partitions == 1 { "domains" } else { "domains_per_partition" };
-                assert_eq!((refused.limit.as_str(), refused.allowed), (limit, taken.len() as u64));
-                ids.put(taken[0]);
-                assert_eq!(ids.take(partition), Ok(taken[0]));
-                all.extend(taken);
-            }
-            all.sort_unstable();
             let expected: Vec<DomainId> = (1..=domains_max).map(DomainId::new).collect();
-            assert_eq!(all, expected, "{domains_max} in {partitions}");
+            for partition in 0..partitions {
+                let is_own = |id: &DomainId| id.get() % partitions == partition;
+                let own = expected.iter().filter(|id| is_own(id)).count();
+                let mut all: Vec<DomainId> = std::iter::from_fn(|| ids.take(partition).ok()).collect();
+                assert!(all[..own].iter().all(is_own), "{domains_max} in {partitions}: its own first");
+                let refused = ids.take(partition).expect_err("all are taken");
+                assert_eq!((refused.limit.as_str(), refused.allowed), ("domains", domains_max.into()));
+                // What is given back is in its own partition again.
+                for id in &all {
+                    ids.put(*id);
+                }
+                all.sort_unstable();
+                assert_eq!(all, expected, "{domains_max} in {partitions}");
+            }
         }
     }
 

@@ -56,7 +56,8 @@ fn i9_the_tag_of_an_owner_that_is_gone_is_never_used_again() {
 
 #[test]
 fn owners_are_spread_over_the_partitions_and_domains_follow_them() {
-    let kernel = kernel_in_partitions(16 << 20, LIMITS, 4);
+    // As many as there are of all owners together.
+    let kernel = kernel_in_partitions(16 << 20, OwnerLimits { domains: 8, ..LIMITS }, 4);
     let accounts: Vec<_> = (0..6).map(|vm| kernel.account(Owner::Vm(vm))).collect();
     let partitions = |accounts: &[Arc<OwnerAccount>]| -> Vec<u16> {
         accounts.iter().map(|account| account.iotlb_partition()).collect()
@@ -69,19 +70,24 @@ fn owners_are_spread_over_the_partitions_and_domains_follow_them() {
         for domain in [&first, &second] {
             assert_eq!(domain.id().get() % 4, account.iotlb_partition());
         }
+        let beyond: Vec<_> = (0..6).map(|_| domain(&kernel, account)).collect();
+        let is_own = |domain: &Domain| domain.id().get() % 4 == account.iotlb_partition();
+        assert!(!beyond.iter().any(is_own), "of other partitions when its own is used up");
+        let other = accounts.iter().find(|other| !Arc::ptr_eq(other, account)).expect("there are six");
         let refused =
-            kernel.create_domain(account, DomainOptions::new(Protection::Strict)).expect_err("8 domains");
-        assert!(refused.to_string().contains("domains_per_partition of 2"), "{refused}");
+            kernel.create_domain(other, DomainOptions::new(Protection::Strict)).expect_err("8 domains");
+        assert!(refused.to_string().contains("domains of 8"), "{refused}");
         // An identifier comes back when everything cached under it is flushed and drained, and no earlier.
         let id = second.id();
         let mut pending = kernel.destroy_domain(second);
-        kernel.create_domain(account, DomainOptions::new(Protection::Strict)).expect_err("not finished");
+        kernel.create_domain(other, DomainOptions::new(Protection::Strict)).expect_err("not finished");
         let drained = pending.take_drain().wait_blocking();
         pending.finish(&kernel, drained);
         let again = domain(&kernel, account);
         assert_eq!(again.id(), id);
-        destroy(&kernel, again);
-        destroy(&kernel, first);
+        for domain in beyond.into_iter().chain([again, first]) {
+            destroy(&kernel, domain);
+        }
     }
 }
 
