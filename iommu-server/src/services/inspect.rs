@@ -1,5 +1,6 @@
 //! `InspectService`: looking at everything, changing nothing. Drivers see what is theirs, without physical addresses.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use iommu_hardware::vtd::{CacheCounters, Counters, Unit};
@@ -366,12 +367,13 @@ impl InspectService for Inspect {
             caller.must_see(Some(slot.owner), format!("domain {id}")).map_err(WireError::into_status)?;
         }
         let own = self.host.domains.list(|slot| caller.sees(Some(slot.owner)));
+        let own: HashSet<_> = own.iter().map(|slot| slot.id).collect();
         let unit = self.host.kernel.unit();
         let mut entries: Vec<_> = unit
             .iotlb_entries()
             .into_iter()
             .filter(|entry| domain_id.is_none_or(|id| id == entry.domain_id))
-            .filter(|entry| caller.sees_all() || own.iter().any(|slot| slot.id == entry.domain_id))
+            .filter(|entry| caller.sees_all() || own.contains(&entry.domain_id))
             .collect();
         entries.sort_by_key(|entry| (entry.domain_id, entry.iova));
         let dumped = DumpedIotlb {
