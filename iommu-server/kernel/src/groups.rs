@@ -16,7 +16,7 @@
 //!                                          └─ 02:01.0 ACS  ┘      one group, with the bridge
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use iommu_types::errors::{InvalidField, UnknownDevice};
 use iommu_types::{DeviceAddress, FunctionKind, Owner, PciFunction, SourceId};
@@ -89,9 +89,7 @@ fn representative(devices: &Devices, bridges: &Bridges<'_>, entry: &DeviceEntry)
     {
         entry = physical;
     }
-    let lacking = bridges.above(entry.address).filter(|bridge| !bridge.function.acs);
-    // Bridges above one bus lie inside each other, so the uppermost has the lowest bus below it.
-    if let Some(uppermost) = lacking.min_by_key(|bridge| buses(&bridge.function)) {
+    if let Some(uppermost) = bridges.uppermost_without_acs(entry.address) {
         entry = uppermost;
     }
     if entry.function.acs || entry.function.is_virtual() {
@@ -103,16 +101,34 @@ fn representative(devices: &Devices, bridges: &Bridges<'_>, entry: &DeviceEntry)
 }
 
 /// All bridges, so that they are looked for once and not for every function.
-struct Bridges<'a>(Vec<&'a DeviceEntry>);
+struct Bridges<'a> {
+    all: Vec<&'a DeviceEntry>,
+    /// By segment and bus.
+    uppermost_without_acs: HashMap<(u16, u8), &'a DeviceEntry>,
+}
 
 impl<'a> Bridges<'a> {
     fn of(devices: &'a Devices) -> Self {
-        Self(devices.values().filter(|entry| entry.function.is_bridge()).collect())
+        let all: Vec<_> = devices.values().filter(|entry| entry.function.is_bridge()).collect();
+        let mut lacking: Vec<_> = all.iter().copied().filter(|bridge| !bridge.function.acs).collect();
+        // Bridges above one bus lie inside each other, so the uppermost has the lowest bus below it.
+        lacking.sort_by_key(|bridge| buses(&bridge.function));
+        let mut uppermost_without_acs = HashMap::new();
+        for bridge in lacking {
+            for bus in buses(&bridge.function).into_iter().flat_map(|(first, last)| first..=last) {
+                uppermost_without_acs.entry((bridge.address.segment, bus)).or_insert(bridge);
+            }
+        }
+        Self { all, uppermost_without_acs }
+    }
+    /// Of those on the way from a function to the root, the last that lacks ACS.
+    fn uppermost_without_acs(&self, address: DeviceAddress) -> Option<&'a DeviceEntry> {
+        self.uppermost_without_acs.get(&(address.segment, address.source_id.bus())).copied()
     }
     /// Those on the way from a function to the root.
     fn above(&self, address: DeviceAddress) -> impl Iterator<Item = &'a DeviceEntry> {
         let bus = address.source_id.bus();
-        self.0.iter().copied().filter(move |bridge| {
+        self.all.iter().copied().filter(move |bridge| {
             let below = buses(&bridge.function);
             bridge.address.segment == address.segment
                 && below.is_some_and(|(first, last)| (first..=last).contains(&bus))
