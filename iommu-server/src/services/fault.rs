@@ -11,7 +11,7 @@ use iommu_types::{FaultRecord, Owner};
 use tonic::{Request, Response, Status};
 
 use super::driver::watcher;
-use super::feed::{Feed, feed, rung};
+use super::feed::{Feed, Look, feed, follow};
 use super::log_token::Positions;
 use super::scope::Scope;
 use super::{Caller, parse};
@@ -61,8 +61,8 @@ impl View {
         }
         positions
     }
-    /// At most one message of records after `positions`, which move on. `None` when there is nothing new.
-    fn next(&self, positions: &mut Positions) -> Option<NewFaults> {
+    /// At most one message of records after `positions`, which move on.
+    fn look(&self, positions: &mut Positions) -> Look<pb::WatchFaultsResponse> {
         let mut records = Vec::new();
         let mut missed_count = 0;
         let mut moved = false;
@@ -79,8 +79,14 @@ impl View {
             }
             records.extend(batch.records.into_iter().filter(|record| self.wants(record)));
         }
+        if !moved {
+            return Look::Nothing;
+        }
+        if records.is_empty() && missed_count == 0 {
+            return Look::Unwanted;
+        }
         let resume_token = positions.write(self.host.run_id);
-        moved.then_some(NewFaults { records, missed_count, resume_token })
+        Look::New(NewFaults { records, missed_count, resume_token }.into())
     }
 }
 
@@ -133,7 +139,7 @@ impl FaultService for Faults {
         let place = watcher(&caller)?;
         let WatchFaults { filter, resume_token } = parse(request.into_inner())?;
         let view = View::new(&self.host, &caller, filter).map_err(WireError::into_status)?;
-        let mut bell = self.host.faults.subscribe();
+        let bell = self.host.faults.subscribe();
         let mut positions = match resume_token.as_str() {
             "" => view.end(),
             token => Positions::read(token, self.host.run_id, |log| view.latest(log))
@@ -143,16 +149,7 @@ impl FaultService for Faults {
             let resume_token = positions.write(view.host.run_id);
             let first = pb::WatchFaultsResponse { resume_token, ..Default::default() };
             sender.send(Ok(first)).await?;
-            loop {
-                while let Some(new) = view.next(&mut positions) {
-                    if !new.records.is_empty() || new.missed_count > 0 {
-                        sender.send(Ok(new.into())).await?;
-                    }
-                }
-                if !rung(&mut bell).await {
-                    return Ok(());
-                }
-            }
+            follow(bell, || view.look(&mut positions), |message| sender.send(Ok(message))).await
         });
         Ok(Response::new(stream))
     }

@@ -58,10 +58,41 @@ impl<T> FeedSender<T> {
     }
 }
 
-/// Waits until a bell rings, at least [`bounds::FEED_SPACING`] after the message before; false when it is gone.
-pub async fn rung(bell: &mut watch::Receiver<u64>) -> bool {
-    tokio::time::sleep(bounds::FEED_SPACING).await;
-    bell.changed().await.is_ok()
+/// What a look at a log found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look<T> {
+    /// Nothing new.
+    Nothing,
+    /// Something new that this reader does not want.
+    Unwanted,
+    /// A message.
+    New(T),
+}
+
+/// Tells of a log whose bell rings when something is filed. What comes after a while of quiet is told at once, what comes in quick succession together: there
+/// is a look every [`bounds::FEED_SPACING`] at most, whether it finds something for this reader or not.
+pub async fn follow<T, F>(
+    mut bell: watch::Receiver<u64>,
+    mut look: impl FnMut() -> Look<T>,
+    tell: impl Fn(T) -> F,
+) -> Result<(), ReaderGone>
+where
+    F: Future<Output = Result<(), ReaderGone>>,
+{
+    loop {
+        let is_quiet = match look() {
+            Look::New(message) => {
+                tell(message).await?;
+                false
+            }
+            Look::Unwanted => false,
+            Look::Nothing => true,
+        };
+        tokio::time::sleep(bounds::FEED_SPACING).await;
+        if is_quiet && bell.changed().await.is_err() {
+            return Ok(());
+        }
+    }
 }
 
 /// Starts a stream whose messages `produce` makes, in a task of its own that ends when the reader does.
@@ -123,39 +154,58 @@ impl<T> Stream for Feed<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::time::Duration;
 
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn i7_who_watches_an_endless_bell_is_told_so_often_and_of_a_single_ring_at_once() {
-        let bell = watch::Sender::new(0_u64);
-        let mut heard = bell.subscribe();
-        let watcher = tokio::spawn(async move {
-            let mut rings = 0_u32;
-            while rung(&mut heard).await {
-                rings += 1;
-            }
-            rings
-        });
-        tokio::time::sleep(2 * bounds::FEED_SPACING).await;
-        let for_each = Duration::from_millis(1);
-        let rung_times = 100 * bounds::FEED_SPACING.as_millis();
-        for _ in 0..rung_times {
-            bell.send_modify(|count| *count += 1);
-            tokio::time::sleep(for_each).await;
-        }
-        drop(bell);
-        let rings = watcher.await.expect("it ends with the bell");
-        assert!((99..=101).contains(&rings), "{rings} of {rung_times}");
+    const MILLISECOND: Duration = Duration::from_millis(1);
 
+    /// Follows a log that is rung every millisecond between two moments; gives how often it was looked at, and when something was told.
+    async fn followed(from: u32, until: u32, found: fn() -> Look<()>) -> (u32, Vec<u128>) {
         let bell = watch::Sender::new(0_u64);
-        let mut heard = bell.subscribe();
-        let watcher = tokio::spawn(async move { rung(&mut heard).await });
-        tokio::time::sleep(2 * bounds::FEED_SPACING).await;
+        let (heard, now) = (bell.subscribe(), Arc::new(AtomicU32::new(0)));
+        let (looks, told) = (AtomicU32::new(0), parking_lot::Mutex::new(Vec::new()));
         let begun = tokio::time::Instant::now();
-        bell.send_modify(|count| *count += 1);
-        assert!(watcher.await.expect("it was rung"));
-        assert_eq!(begun.elapsed(), Duration::ZERO);
+        let clock = Arc::clone(&now);
+        tokio::spawn(async move {
+            for millisecond in 0..until {
+                clock.store(millisecond, Ordering::Relaxed);
+                if millisecond >= from {
+                    bell.send_modify(|count| *count += 1);
+                }
+                tokio::time::sleep(MILLISECOND).await;
+            }
+            clock.store(u32::MAX, Ordering::Relaxed);
+        });
+        let look = || {
+            looks.fetch_add(1, Ordering::Relaxed);
+            // The log fills as fast as it is read.
+            if (from..until).contains(&now.load(Ordering::Relaxed)) { found() } else { Look::Nothing }
+        };
+        let tell = |()| {
+            told.lock().push(begun.elapsed().as_millis());
+            std::future::ready(Ok(()))
+        };
+        follow(heard, look, tell).await.expect("the reader stays");
+        (looks.into_inner(), told.into_inner())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn i7_who_watches_a_log_that_never_ends_is_told_so_often_and_of_a_first_record_at_once() {
+        let spacing = bounds::FEED_SPACING.as_millis();
+        for found in [|| Look::New(()), || Look::Unwanted] {
+            let (looks, told) = followed(100, 1100, found).await;
+            let most = 1000 / spacing as u32 + 10;
+            assert!((most - 20..=most).contains(&looks), "{looks} looks in a second");
+            if found() == Look::Unwanted {
+                assert_eq!(told, []);
+                continue;
+            }
+            assert_eq!(told.first(), Some(&100), "at once");
+            assert!(told.windows(2).all(|pair| pair[1] - pair[0] >= spacing), "{told:?}");
+            assert!(told.len() as u32 > most - 20);
+        }
     }
 }

@@ -10,7 +10,7 @@ use iommu_types::{DomainId, Owner, SanitizerReport};
 use tonic::{Request, Response, Status};
 
 use super::driver::watcher;
-use super::feed::{Feed, feed, rung};
+use super::feed::{Feed, Look, feed, follow};
 use super::log_token::Positions;
 use super::scope::Scope;
 use super::{Caller, parse};
@@ -75,8 +75,8 @@ impl View {
         }
         positions
     }
-    /// At most one message of reports after `positions`, which move on. `None` when there is nothing new.
-    fn next(&self, positions: &mut Positions) -> Option<NewReports> {
+    /// At most one message of reports after `positions`, which move on.
+    fn look(&self, positions: &mut Positions) -> Look<pb::WatchReportsResponse> {
         let mut reports = Vec::new();
         let mut missed_count = 0;
         let mut moved = false;
@@ -93,8 +93,14 @@ impl View {
             }
             reports.extend(batch.reports.into_iter().filter(|report| self.wants(report)));
         }
+        if !moved {
+            return Look::Nothing;
+        }
+        if reports.is_empty() && missed_count == 0 {
+            return Look::Unwanted;
+        }
         let resume_token = positions.write(self.host.run_id);
-        moved.then_some(NewReports { reports, missed_count, resume_token })
+        Look::New(NewReports { reports, missed_count, resume_token }.into())
     }
     /// What is kept: after a sequence number the oldest, in their order; else the newest.
     fn kept(&self, after_sequence: Option<u64>, limit: usize) -> Vec<SanitizerReport> {
@@ -148,7 +154,7 @@ impl SanitizerService for Sanitizers {
         let place = watcher(&caller)?;
         let WatchReports { filter, resume_token } = parse(request.into_inner())?;
         let view = View::new(&self.host, &caller, filter)?;
-        let mut bell = self.host.reports.subscribe();
+        let bell = self.host.reports.subscribe();
         let mut positions = match resume_token.as_str() {
             "" => view.end(),
             token => Positions::read(token, self.host.run_id, |log| view.latest(log))
@@ -158,16 +164,7 @@ impl SanitizerService for Sanitizers {
             let resume_token = positions.write(view.host.run_id);
             let first = pb::WatchReportsResponse { resume_token, ..Default::default() };
             sender.send(Ok(first)).await?;
-            loop {
-                while let Some(new) = view.next(&mut positions) {
-                    if !new.reports.is_empty() || new.missed_count > 0 {
-                        sender.send(Ok(new.into())).await?;
-                    }
-                }
-                if !rung(&mut bell).await {
-                    return Ok(());
-                }
-            }
+            follow(bell, || view.look(&mut positions), |message| sender.send(Ok(message))).await
         });
         Ok(Response::new(stream))
     }
