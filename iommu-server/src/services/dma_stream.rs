@@ -16,7 +16,6 @@ use iommu_proto::model::{DmaStreamBatch, DmaStreamRequest, map_response, unmap_r
 use iommu_proto::pb;
 use iommu_types::errors::{DmaMapError, DmaUnmapError};
 use iommu_types::{DeviceAddress, InvalidRange, RequestId};
-use prost::Message;
 use tokio::task::{JoinHandle, coop};
 use tonic::{Status, Streaming};
 
@@ -28,7 +27,7 @@ use crate::host::dma::{MapAsk, settle_all};
 use crate::host::domains::Unsettled;
 use crate::host::owners::OwnerState;
 use crate::session::driver::{ClientSession, Inside, Tenancy};
-use crate::session::replay::{Replay, RequestName, Verdict, recalled};
+use crate::session::replay::{RequestName, Underway, Verdict, recalled};
 
 /// Streams in turn; a number that comes again shares.
 static NEXT_CLIENT: AtomicU8 = AtomicU8::new(0);
@@ -140,16 +139,13 @@ enum Taken {
 
 /// What reports the end of a batch to the replay window.
 struct Report {
-    replay: Arc<Replay>,
-    name: RequestName,
+    underway: Underway<pb::DmaStreamResponse>,
     _inside: Inside,
 }
 
 impl Report {
     fn answer(self, answer: Answer) -> Answer {
-        let bytes = answer.as_ref().map_or(256, |answer| answer.encoded_len() + 64);
-        self.replay.finish(self.name, Arc::new(answer.clone()), bytes);
-        answer
+        self.underway.answered(answer)
     }
 }
 
@@ -160,7 +156,6 @@ impl Work {
         wire.header = header;
         let batch = DmaStreamRequest::parse(wire, bounds::BATCH.operations_max).map_err(Invalid::status)?;
         let name = RequestName::new(batch.header, digest);
-        let inside = enter(&self.session)?;
         match self.tenancy.replay.begin(name)? {
             Verdict::First => {}
             Verdict::Again(answer) => return Ok(Taken::Answer(recalled(&answer))),
@@ -177,8 +172,14 @@ impl Work {
                 })));
             }
         }
-        let report = Report { replay: Arc::clone(&self.tenancy.replay), name, _inside: inside };
-        Ok(self.carry_out(batch, report))
+        let underway = Underway::new(&self.tenancy.replay, name);
+        match enter(&self.session) {
+            Ok(inside) => Ok(self.carry_out(batch, Report { underway, _inside: inside })),
+            Err(refused) => {
+                underway.abandon();
+                Err(refused)
+            }
+        }
     }
 
     fn carry_out(&mut self, request: DmaStreamRequest, report: Report) -> Taken {

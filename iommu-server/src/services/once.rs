@@ -13,13 +13,13 @@ macro_rules! once {
         wire.header = header;
         let $ask: $model = $crate::services::parse(wire)?;
         let name = $crate::session::replay::RequestName::new($ask.header, digest);
-        let inside = $crate::services::enter(&caller.session)?;
+        let inside = $crate::services::enter(&caller.session);
         let ($host, $actor) = (std::sync::Arc::clone(&$self.host), std::sync::Arc::clone(caller.$who()?));
-        let operation = async move {
+        let operation = |inside| async move {
             let _inside = inside;
             $body
         };
-        tenancy.replay.once(name, operation).await.map(tonic::Response::new)
+        tenancy.replay.once(name, inside, operation).await.map(tonic::Response::new)
     }};
 }
 pub(super) use once;

@@ -7,6 +7,7 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use iommu_proto::errors::WireError;
@@ -115,8 +116,20 @@ impl Replay {
         self.finished.notify_waiters();
     }
 
-    /// Carries `operation` out once per request, in a task of its own: a call that is cancelled does not cancel it.
-    pub async fn once<M, F>(self: &Arc<Self>, name: RequestName, operation: F) -> Result<M, Status>
+    /// Forgets a request that began and was not carried out.
+    fn abandon(&self, name: RequestName) {
+        self.window.lock().entries.remove(&name.id.0);
+        self.finished.notify_waiters();
+    }
+
+    /// Carries `operation` out once per request, in a task of its own: a call that is cancelled does not cancel it. Whether it may `begin` matters for the first of
+    /// its number alone: who asks again is told what came of it.
+    pub async fn once<M, B, F>(
+        self: &Arc<Self>,
+        name: RequestName,
+        begin: Result<B, Status>,
+        operation: impl FnOnce(B) -> F,
+    ) -> Result<M, Status>
     where
         M: Message + Clone + 'static,
         F: Future<Output = Result<M, Status>> + Send + 'static,
@@ -131,11 +144,15 @@ impl Replay {
                 Verdict::InFlight => finished.await,
             }
         }
-        let underway = Underway::<M> { replay: Arc::clone(self), name, answer: None };
-        let carried_out = tokio::spawn(async move {
-            let mut underway = underway;
-            underway.answer.insert(operation.await).clone()
-        });
+        let underway = Underway::new(self, name);
+        let operation = match begin {
+            Ok(begin) => operation(begin),
+            Err(refused) => {
+                underway.abandon();
+                return Err(refused);
+            }
+        };
+        let carried_out = tokio::spawn(async move { underway.answered(operation.await) });
         match carried_out.await {
             Ok(result) => result,
             // Told as whoever asks again will be.
@@ -164,19 +181,42 @@ impl Replay {
     }
 }
 
-/// A request that is being carried out: when it is over its answer is remembered, and that it has none where it panicked, so that nobody waits for it for ever.
-struct Underway<M: Message + Clone + 'static> {
+/// A request that began. Its answer is remembered, and that there is none where its task panicked, so that nobody waits for it for ever.
+#[derive(Debug)]
+pub struct Underway<M: Message + Clone + 'static> {
     replay: Arc<Replay>,
     name: RequestName,
-    answer: Option<Result<M, Status>>,
+    is_over: bool,
+    answer: PhantomData<fn() -> M>,
+}
+
+impl<M: Message + Clone + 'static> Underway<M> {
+    /// After [`Verdict::First`].
+    pub fn new(replay: &Arc<Replay>, name: RequestName) -> Self {
+        Self { replay: Arc::clone(replay), name, is_over: false, answer: PhantomData }
+    }
+    /// Remembers what came of it, and gives it back.
+    pub fn answered(mut self, answer: Result<M, Status>) -> Result<M, Status> {
+        self.remember(answer.clone());
+        answer
+    }
+    /// It was not carried out, and may be asked for again.
+    pub fn abandon(mut self) {
+        self.is_over = true;
+        self.replay.abandon(self.name);
+    }
+    fn remember(&mut self, answer: Result<M, Status>) {
+        self.is_over = true;
+        let bytes = answer.as_ref().map_or(256, |message| message.encoded_len() + 64);
+        self.replay.finish(self.name, Arc::new(answer), bytes);
+    }
 }
 
 impl<M: Message + Clone + 'static> Drop for Underway<M> {
     fn drop(&mut self) {
-        let ended_early = || Err(crate::services::internal("a request's task ended early"));
-        let answer: Result<M, Status> = self.answer.take().unwrap_or_else(ended_early);
-        let bytes = answer.as_ref().map_or(256, |message| message.encoded_len() + 64);
-        self.replay.finish(self.name, Arc::new(answer), bytes);
+        if !self.is_over {
+            self.remember(Err(crate::services::internal("a request's task ended early")));
+        }
     }
 }
 
@@ -283,11 +323,12 @@ mod tests {
         let replay = Arc::new(Replay::default());
         let name = name(1, 0, 7);
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
-        let slow = replay.once(name, async move {
+        let slow = replay.once(name, Ok(()), |()| async move {
             let _ = gone.await;
             Ok(iommu_proto::pb::DmaMapResponse { iova: 0x1000 })
         });
-        let again = replay.once(name, async { Ok(iommu_proto::pb::DmaMapResponse { iova: 0x2000 }) });
+        let again =
+            replay.once(name, Ok(()), |()| async { Ok(iommu_proto::pb::DmaMapResponse { iova: 0x2000 }) });
         let (slow, again, ()) = tokio::join!(slow, again, async { go.send(()).unwrap() });
         assert_eq!((slow.unwrap().iova, again.unwrap().iova), (0x1000, 0x1000));
     }
@@ -295,13 +336,29 @@ mod tests {
     async fn a_request_that_panicked_is_answered_and_so_is_its_duplicate() {
         let replay = Arc::new(Replay::default());
         let name = name(1, 0, 7);
-        let panics = replay.once::<iommu_proto::pb::DmaMapResponse, _>(name, async { panic!("on purpose") });
-        let again = replay.once(name, async { Ok(iommu_proto::pb::DmaMapResponse { iova: 0x2000 }) });
+        async fn panics() -> Result<iommu_proto::pb::DmaMapResponse, Status> {
+            panic!("on purpose")
+        }
+        let panics = replay.once(name, Ok(()), |()| panics());
+        let again =
+            replay.once(name, Ok(()), |()| async { Ok(iommu_proto::pb::DmaMapResponse { iova: 0x2000 }) });
         let soon = std::time::Duration::from_secs(10);
         let both = tokio::time::timeout(soon, async { tokio::join!(panics, again) });
         let (first, again) = both.await.expect("nobody waits for ever");
         let (first, again) = (first.expect_err("it panicked"), again.expect_err("it is not done again"));
         assert_eq!(first.code(), tonic::Code::Internal);
         assert_eq!(first.message(), again.message(), "the same answer");
+    }
+    #[tokio::test]
+    async fn what_may_not_begin_is_not_remembered_and_what_was_done_is_told_all_the_same() {
+        let replay = Arc::new(Replay::default());
+        let ask = |begin: Result<(), Status>| {
+            let name = name(1, 0, 7);
+            replay.once(name, begin, |()| async { Ok(iommu_proto::pb::DmaMapResponse { iova: 0x1000 }) })
+        };
+        let full = || Err(Status::resource_exhausted("full"));
+        assert_eq!(ask(full()).await.expect_err("it may not begin").code(), tonic::Code::ResourceExhausted);
+        assert_eq!(ask(Ok(())).await.expect("it is the first").iova, 0x1000);
+        assert_eq!(ask(full()).await.expect("it was done").iova, 0x1000);
     }
 }
