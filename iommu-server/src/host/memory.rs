@@ -76,7 +76,10 @@ impl Host {
         for slot in self.domains.list(|slot| slot.owner == owner.owner) {
             self.let_go(&slot, buffer).await;
         }
-        let _freed = owner.memory.write().free(&self.kernel, buffer.base());
+        let taken = owner.memory.write().take(&self.kernel, buffer.base());
+        if let Ok(left) = taken {
+            self.wiped(move || left.free()).await;
+        }
         Err(allocate_error(error))
     }
 
@@ -125,17 +128,21 @@ impl Host {
         for slot in &direct_maps {
             self.let_go(slot, buffer).await;
         }
-        let freed = {
+        let taken = {
             // Nobody maps while this lock is held, and what was mapped since the first question is seen by the second.
             let mut memory = owner.memory.write();
-            if is_used() { Err(still_mapped.into()) } else { memory.free(&self.kernel, buffer.base()) }
+            if is_used() { Err(still_mapped.into()) } else { memory.take(&self.kernel, buffer.base()) }
         };
-        if freed.is_err() {
-            self.open_again(owner, &direct_maps, buffer);
-        } else {
-            owner.unmapped_coherent.lock().remove(&buffer.base());
+        match taken {
+            Ok(left) => {
+                owner.unmapped_coherent.lock().remove(&buffer.base());
+                Ok(self.wiped(move || left.free()).await)
+            }
+            Err(refused) => {
+                self.open_again(owner, &direct_maps, buffer);
+                Err(refused)
+            }
         }
-        freed
     }
 
     /// Closes a buffer in a domain that keeps something of it, and waits until it is quiet.

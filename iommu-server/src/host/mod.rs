@@ -20,6 +20,7 @@ pub mod sanitizer;
 pub mod trim;
 pub mod vm_memory;
 pub mod vms;
+mod wiping;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,6 +34,7 @@ use iommu_proto::model::TenantLimits;
 use iommu_types::errors::{DeclareError, InvalidField, LimitReached, UnknownOwner};
 use iommu_types::{Capabilities, Identity, Owner, Role};
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::Semaphore;
 use tonic::Status;
 
 use self::devices::{DeviceState, Devices, Home};
@@ -56,6 +58,8 @@ use crate::tls::{Tls, TlsError};
 pub struct Host {
     /// As configured.
     pub config: Config,
+    /// Turns of those who wipe memory.
+    wiping: Semaphore,
     /// Memory, unit, frames.
     pub kernel: Arc<Kernel>,
     /// Devices, owners, assignments.
@@ -153,6 +157,7 @@ impl Host {
         let reports = Arc::<SanitizerHub>::default();
         let host = Arc::new(Self {
             config,
+            wiping: Semaphore::new(bounds::WIPING_MAX),
             kernel,
             topology: RwLock::new(Topology::new(bounds::DEVICES_MAX, bounds::OWNERS_MAX)),
             owners: Owners::default(),

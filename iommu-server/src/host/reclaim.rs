@@ -56,7 +56,7 @@ impl Host {
         self.wait_for_mappings(owner).await;
         if !owner.is_vm() {
             // The memory of a virtual machine is its hypervisor's to take back.
-            reclaimed.memory_bytes = owner.memory.write().free_all(&self.kernel);
+            reclaimed.memory_bytes = self.wipe_all_of(owner).await;
         }
         owner.unmapped_coherent.lock().clear();
         self.metrics.reclaimed(reclaimed);

@@ -21,6 +21,7 @@ use super::arrive::{Arrived, Room, check_whole_pages};
 use super::loose::LooseFrames;
 use super::region::Region;
 use super::{OwnerMemory, gpa_of_page};
+use crate::account::OwnerAccount;
 use crate::boot::Kernel;
 use crate::frames::FrameRun;
 
@@ -69,6 +70,15 @@ pub struct Left {
 }
 
 impl Left {
+    /// Frames that are in no map any more, of an owner who was charged for them.
+    pub(super) fn new(
+        kernel: &Kernel,
+        account: &Arc<OwnerAccount>,
+        range: GpaRange,
+        runs: Vec<FrameRun>,
+    ) -> Self {
+        Self { range, frames: LooseFrames::new(kernel, account, runs) }
+    }
     /// Where it was.
     pub fn range(&self) -> GpaRange {
         self.range
@@ -128,7 +138,7 @@ impl OwnerMemory {
         }
         self.leaving.remove(&range.base().page_number());
         let runs = self.cut_out(range);
-        Ok(Left { range, frames: LooseFrames::new(kernel, &self.account, runs) })
+        Ok(Left::new(kernel, &self.account, range, runs))
     }
     /// Takes pages out of the regions that they are in; returns the frames behind them, in order.
     fn cut_out(&mut self, range: GpaRange) -> Vec<FrameRun> {

@@ -121,6 +121,10 @@ impl OwnerMemory {
     }
     /// Frees the region that begins at `gpa`: wipes it and gives its frames back. Changes nothing while any of its pages is mapped, or leaving.
     pub fn free(&mut self, kernel: &Kernel, gpa: Gpa) -> Result<GpaRange, FreeError> {
+        self.take(kernel, gpa).map(Left::free)
+    }
+    /// The same in two steps, so that what takes long, the wiping, is done with nothing locked: takes the region out of the map.
+    pub fn take(&mut self, kernel: &Kernel, gpa: Gpa) -> Result<Left, FreeError> {
         self.forget_lost_tickets(kernel);
         let first = gpa.page_number();
         let region = self.region_at(gpa).ok_or(NotAllocated { gpa })?;
@@ -129,7 +133,7 @@ impl OwnerMemory {
         if let Some(page) = region.frames().position(has_pins) {
             return Err(StillMapped { gpa: gpa_of_page(first + page as u64) }.into());
         }
-        Ok(self.give_back(kernel, first))
+        Ok(self.take_out(kernel, first))
     }
     fn region_at(&self, gpa: Gpa) -> Option<&Region> {
         self.regions.get(&gpa.page_number()).filter(|_| gpa.is_aligned(PAGE_SIZE_BYTES))
@@ -143,21 +147,17 @@ impl OwnerMemory {
     /// Frees all memory, what is leaving included; returns how many bytes. Nothing may be mapped any more. What has [left](Left) already is
     /// not the map's, and what [arrives](Room) may still arrive.
     pub fn free_all(&mut self, kernel: &Kernel) -> u64 {
-        let before: u64 = self.regions.values().map(Region::pages).sum();
-        self.leaving.clear();
-        while let Some((&first, _)) = self.regions.first_key_value() {
-            self.give_back(kernel, first);
-        }
-        before * PAGE_SIZE_BYTES
+        self.take_all(kernel).into_iter().map(|left| left.free().size_bytes()).sum()
     }
-    fn give_back(&mut self, kernel: &Kernel, first: u64) -> GpaRange {
+    /// The same in two steps: takes all memory out of the map.
+    pub fn take_all(&mut self, kernel: &Kernel) -> Vec<Left> {
+        self.leaving.clear();
+        let regions: Vec<u64> = self.regions.keys().copied().collect();
+        regions.into_iter().map(|first| self.take_out(kernel, first)).collect()
+    }
+    fn take_out(&mut self, kernel: &Kernel, first: u64) -> Left {
         let region = self.regions.remove(&first).expect("the region was looked up");
-        for run in region.runs() {
-            kernel.frames.free(run, self.account.tag());
-        }
-        let range = pages_range(first, region.pages());
-        self.account.memory.refund(range.size_bytes());
-        range
+        Left::new(kernel, &self.account, pages_range(first, region.pages()), region.runs().collect())
     }
     /// Reads as the CPU does: aligned 8-byte units are atomic. All or nothing.
     pub fn read(&self, kernel: &Kernel, gpa: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
