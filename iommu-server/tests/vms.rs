@@ -388,6 +388,12 @@ async fn a_group_moves_as_a_whole_and_nobody_gets_a_part_or_a_bridge() {
     world.b.attach(one, Some(chosen)).await.unwrap();
     assert_eq!(world.hypervisor.assign(two, 2).await.unwrap(), [device(one), device(two)], "once more");
     assert_eq!(support::device_state(&operator, one).await.domain_id, Some(chosen));
+    // And what its driver detached is attached again.
+    world.b.detach(one).await.unwrap();
+    assert_eq!(support::device_state(&operator, one).await.domain_id, None);
+    assert_eq!(world.hypervisor.assign(two, 2).await.unwrap(), [device(one), device(two)], "and again");
+    let domain_id = support::device_state(&operator, one).await.domain_id;
+    assert!(domain_id.is_some_and(|id| id != chosen), "its default domain: {domain_id:?}");
     let owners: Vec<_> =
         world.hypervisor.functions().await.into_iter().map(|function| function.owner).collect();
     assert_eq!(owners.iter().filter(|owner| **owner == Some(vm_owner(2))).count(), 3, "{owners:?}");

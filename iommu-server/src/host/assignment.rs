@@ -151,10 +151,13 @@ impl Host {
         let _in_turn = hypervisor.moves.lock().await;
         let owner = self.vm_of(hypervisor, vm)?;
         let group = self.group_to_assign(hypervisor, address)?;
-        // What it has already stays as it is, in the domain that its driver chose.
-        let missing: Vec<_> = group.iter().filter(|entry| entry.owner != Some(owner.owner)).collect();
+        // What it has already stays as it is, in the domain that its driver chose; what its driver detached is attached again.
+        let is_own = |entry: &DeviceEntry| entry.owner == Some(owner.owner);
+        let missing: Vec<_> =
+            group.iter().filter(|entry| !is_own(entry) || entry.domain_id.is_none()).collect();
+        let more = missing.iter().filter(|entry| !is_own(entry)).count();
         let has = self.topology.read().devices_of(owner.owner).len();
-        if has + missing.len() > bounds::FUNCTIONS_PER_OWNER_MAX {
+        if has + more > bounds::FUNCTIONS_PER_OWNER_MAX {
             let allowed = bounds::FUNCTIONS_PER_OWNER_MAX as u64;
             return Err(LimitReached { limit: "functions_per_owner".to_owned(), allowed }.into());
         }
@@ -162,7 +165,7 @@ impl Host {
         let devices = devices.collect::<Result<Vec<_>, _>>()?;
         // All are released before any is given: two owners never have a part each.
         for entry in &missing {
-            if let Some(former) = entry.owner {
+            if let Some(former) = entry.owner.filter(|former| *former != owner.owner) {
                 match self.release(entry.address, former, by).await {
                     // Its driver gave it back meanwhile; that it is nobody's is looked at again when it is given.
                     Ok(()) | Err(ReleaseError::NotAttached(_)) => {}
@@ -173,8 +176,8 @@ impl Host {
         }
         for (given, device) in devices.iter().enumerate() {
             if let Err(error) = self.give_unowned(device, &owner, by).await {
-                for device in &devices[..given] {
-                    let _gone = self.release(device.address, owner.owner, by).await;
+                for entry in missing[..given].iter().filter(|entry| !is_own(entry)) {
+                    let _gone = self.release(entry.address, owner.owner, by).await;
                 }
                 return Err(error);
             }

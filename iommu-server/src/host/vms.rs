@@ -19,7 +19,6 @@ use super::hypervisors::HypervisorState;
 use super::limits::within;
 use super::owners::OwnerState;
 use super::placement::OPERATOR;
-use super::vm_memory::wiped;
 use crate::bounds;
 use crate::session::open::end_for_good;
 
@@ -74,8 +73,9 @@ impl Host {
         })?;
         let state = OwnerState::new(&self.kernel, account, name, asked).of_hypervisor(hypervisor);
         let name = state.name.clone();
-        self.owners.insert(Arc::new(state));
+        // First the certificate: with that of an earlier one nobody finds this one open.
         self.peer_comes(&name, Role::Driver(owner)).await;
+        self.owners.insert(Arc::new(state));
         tracing::info!(%owner, hypervisor = %hypervisor.name, "virtual machine created");
         Ok(number)
     }
@@ -111,8 +111,7 @@ impl Host {
             self.dissolve(&slot).await;
         }
         self.wait_for_mappings(&owner).await;
-        let (host, all_of) = (Arc::clone(self), Arc::clone(&owner));
-        wiped(move || all_of.memory.write().free_all(&host.kernel)).await;
+        self.wipe_all_of(&owner).await;
         self.forget_vm(hypervisor, &owner).await;
         tracing::info!(owner = %owner.owner, hypervisor = %hypervisor.name, reason = why, "virtual machine destroyed");
         Ok(())

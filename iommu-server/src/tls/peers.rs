@@ -15,14 +15,17 @@ impl Tls {
             return Ok(());
         }
         let validity = Validity::of_days(CREDENTIAL_DAYS)?;
+        // A virtual machine is never the one that had its number and name in an earlier run, whatever became of that one's file.
+        let is_new = matches!(peer.role, Role::Driver(Owner::Vm(_)));
+        if is_new && !self.directory.revoke_all_of(peer)?.is_empty() {
+            self.reload(true);
+        }
         if !self.directory.has(peer)? {
             return unless_there(self.directory.issue(peer, validity, None, Overwrite::Never)).map(drop);
         }
         match Directory::show(&self.directory.file(&peer.credential_file()?))?.usage {
-            Usage::Peer(other) if other == *peer && !matches!(peer.role, Role::Driver(Owner::Vm(_))) => {
-                Ok(())
-            }
-            // Of one that had the number or the address in an earlier run of the server: it is no more, and a virtual machine is never the same one again.
+            Usage::Peer(other) if other == *peer && !is_new => Ok(()),
+            // Of one that had the number or the address in an earlier run of the server: it is no more.
             Usage::Peer(other) => {
                 self.directory.revoke_all_of(&other)?;
                 self.reload(true);
@@ -99,9 +102,15 @@ mod tests {
             later.comes(peer.clone()).await;
             assert_eq!(serial() == before, is_the_same, "{peer}");
             assert_eq!(later.is_revoked(&before), !is_the_same, "{peer}");
+            // Where the file was taken away meanwhile too.
+            let taken = serial();
+            std::fs::remove_file(&file).expect("removed");
+            later.comes(peer.clone()).await;
+            assert!(serial() != taken && later.is_revoked(&taken) != is_the_same, "{peer}");
             // Gone, it leaves nothing that opens anything.
+            let last = serial();
             later.goes(peer.clone()).await;
-            assert!(!file.exists() && later.is_revoked(&before), "{peer}");
+            assert!(!file.exists() && later.is_revoked(&last), "{peer}");
         }
     }
 }
