@@ -48,9 +48,9 @@ const _: () = assert!(CONNECTIONS_PER_PEER_MAX + ANONYMOUS_CONNECTIONS_MAX < CON
 /// How long a TLS handshake may take: two round trips and a signature, on a bad network. Handshakes under way are anonymous connections, so
 /// there are at most [`ANONYMOUS_CONNECTIONS_MAX`], and the oldest makes room.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The niceness of the thread of all handshakes, the lowest there is: where everybody wants the processors, it has a hundredth of one, some 50 handshakes a
-/// second; what nobody wants it has too.
-pub const HANDSHAKE_NICENESS: i32 = 19;
+/// The niceness of the thread of all handshakes: where everybody wants the processors, it has a thirtieth of one, some 100 handshakes a second, so that a full
+/// house of them ([`ANONYMOUS_CONNECTIONS_MAX`]) is through within [`HANDSHAKE_TIMEOUT`]; what nobody wants it has too.
+pub const HANDSHAKE_NICENESS: i32 = 15;
 /// How long a connection whose handshake was refused is read on, so that its peer reads the alert before it is reset.
 pub const ALERT_LINGER: Duration = Duration::from_secs(1);
 /// Bytes that are read meanwhile: what a client sends before it reads, such as its HTTP/2 settings.
@@ -164,6 +164,8 @@ pub const VMS_PER_HYPERVISOR_MAX: usize = limits::VMS_PER_HYPERVISOR_MAX;
 /// Functions that one hypervisor declares.
 pub const FUNCTIONS_PER_HYPERVISOR_MAX: usize = 512;
 const _: () = assert!(FUNCTIONS_PER_HYPERVISOR_MAX < DEVICES_MAX as usize / 4);
+/// Threads that wipe memory at once: one keeps a memory channel busy, and all the others wait without a thread.
+pub const WIPING_MAX: usize = 2;
 /// Requests of one hypervisor in a second: it steers, and moves no data.
 pub const HYPERVISOR_REQUESTS_PER_SECOND_MAX: u32 = 20_000;
 /// Hypercalls of one virtual machine that wait for their answer: a ring's worth of requests, each a page at most.
