@@ -135,7 +135,9 @@ pub fn verdict(answer: &Answer, looks_for_canary: bool) -> Verdict {
     };
     match answer {
         _ if got_through => Verdict::GotThrough,
-        Answer::Ended(end) | Answer::Counted(Counted { ended: Some(end), .. }) => ended(end),
+        Answer::Ended(end)
+        | Answer::Scanned { ended: Some(end), .. }
+        | Answer::Counted(Counted { ended: Some(end), .. }) => ended(end),
         Answer::Wrong { .. } => Verdict::NotMade,
         _ => Verdict::Refused,
     }
@@ -157,19 +159,23 @@ mod tests {
         let counted = |succeeded, reason: Option<&str>| {
             Answer::Counted(Counted { succeeded, ended: reason.map(end), ..Counted::default() })
         };
-        let scanned = |answered, canary_at| Answer::Scanned {
+        let scanned = |answered, canary_at, reason: Option<&str>| Answer::Scanned {
             tried: 9,
             answered,
             answered_at: Vec::new(),
             canary_at,
             refused: [("0x6".to_owned(), 9 - answered)].into(),
+            ended: reason.map(end),
         };
         let fault = Answer::Fault(Fault { index: 0, reason: Address(6), iova: Address(0), done_bytes: 0 });
         for (answer, expected) in [
             (Answer::Done { data: Hex(vec![1]) }, Verdict::GotThrough),
             (counted(1, Some("CONNECTION")), Verdict::GotThrough),
-            (scanned(3, vec![Address(0)]), Verdict::GotThrough),
-            (scanned(3, Vec::new()), Verdict::Refused),
+            (scanned(3, vec![Address(0)], None), Verdict::GotThrough),
+            (scanned(3, vec![Address(0)], Some("CONNECTION")), Verdict::GotThrough),
+            (scanned(3, Vec::new(), None), Verdict::Refused),
+            (scanned(3, Vec::new(), Some("PROTOCOL_VIOLATION")), Verdict::Refused),
+            (scanned(3, Vec::new(), Some("CONNECTION")), Verdict::NotMade),
             (fault.clone(), Verdict::Refused),
             (counted(0, None), Verdict::Refused),
             (counted(0, Some("LIMIT_REACHED")), Verdict::Refused),

@@ -135,7 +135,7 @@ async fn read_all(site: &Site, (iova, bytes): (u64, u64)) -> anyhow::Result<()> 
     let (from, to) = (Address(iova), Address(iova + bytes - PAGE));
     let scan = Scan { from, to, stride: Address(PAGE), size: 8, canary: None, write: None };
     match site.rogue.tell(&Command::Scan(scan)).await? {
-        Answer::Scanned { tried, answered, .. } if tried == answered => Ok(()),
+        Answer::Scanned { tried, answered, ended: None, .. } if tried == answered => Ok(()),
         other => bail!("a probe was refused: {other:?}"),
     }
 }
