@@ -366,6 +366,37 @@ async fn i2_what_the_device_gives_after_the_stream_was_lost_is_not_written() {
 }
 
 #[tokio::test]
+async fn i2_a_device_receives_nothing_for_a_batch_whose_stream_was_lost_while_its_memory_was_asked_for() {
+    let fake = Fake::default();
+    fake.state().memory = vec![7; 0x8000];
+    fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)])] });
+    let hypervisor = fake.hypervisor().await;
+    let gate = Arc::new(Semaphore::new(0));
+    fake.state().gates.insert("list_vms", Arc::clone(&gate));
+    fake.state().hypercalls = [
+        vec![call(1, 1, batch(&[Entry::receive(range(0x1100, 8))]))],
+        vec![call(9, 1, batch(&[Entry::transmit(range(0x1800, 9))]))],
+    ]
+    .into();
+    let backend = Loopback::default();
+    tokio::spawn(Multiplexer::new(hypervisor, backend.clone()).run());
+    let again = async {
+        while fake.calls("list_vms").is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        fake.state().hypercalls_end.notify_one();
+        while fake.calls("serve_hypercalls").len() < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    soon("the second stream", again).await;
+    gate.add_permits(10);
+    assert_eq!(reply(&fake, 9).await, Reply::Ended(vec![Ended::Done { bytes: 9 }]));
+    assert_eq!(*backend.commands.lock().expect("no panic"), 1, "that of the new stream");
+    assert_eq!(fake.calls("write"), []);
+}
+
+#[tokio::test]
 async fn i2_a_packet_is_written_once() {
     let fake = Fake::default();
     fake.state().memory = vec![7; 0x8000];
