@@ -271,7 +271,8 @@ async fn i2_a_batch_that_waited_for_too_long_is_not_carried_out_late() {
     fake.state().memory = vec![7; 0x8000];
     fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)])] });
     let hypervisor = fake.hypervisor().await;
-    let (gate, late) = (Arc::new(Semaphore::new(0)), Duration::from_millis(50));
+    // Longer than the first needs to begin: the memory of guests is asked for, and then read.
+    let (gate, late) = (Arc::new(Semaphore::new(0)), Duration::from_millis(500));
     let backend = Loopback { gate: Some(Arc::clone(&gate)), ..Loopback::default() };
     let payload = |entry| batch(&[entry]);
     fake.state().hypercalls = [vec![
@@ -279,11 +280,17 @@ async fn i2_a_batch_that_waited_for_too_long_is_not_carried_out_late() {
         call(2, 1, payload(Entry::receive(range(0x1100, 8)))),
     ]]
     .into();
-    let multiplexer = Multiplexer::new(hypervisor, backend).longest_wait(late);
+    let multiplexer = Multiplexer::new(hypervisor, backend.clone()).longest_wait(late);
     let counters = multiplexer.counters();
     tokio::spawn(multiplexer.run());
-    // The first has begun, and the second waits behind it.
-    tokio::time::sleep(late * 4).await;
+    let begun = async {
+        while *backend.commands.lock().expect("no panic") == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    soon("the first command", begun).await;
+    // The second waits behind it.
+    tokio::time::sleep(late * 2).await;
     gate.add_permits(1);
     assert_eq!(reply(&fake, 1).await, Reply::Ended(vec![Ended::Done { bytes: 1 }]));
     let refused = async {
@@ -355,6 +362,37 @@ async fn i2_what_is_left_of_batches_whose_stream_was_lost_is_not_carried_out() {
 async fn i2_what_the_device_gives_after_the_stream_was_lost_is_not_written() {
     let (fake, backend) = lose_the_stream(&[(1, vec![Entry::receive(range(0x1100, 8))])]).await;
     assert_eq!(*backend.commands.lock().expect("no panic"), 2);
+    assert_eq!(fake.calls("write"), []);
+}
+
+#[tokio::test]
+async fn i2_a_device_receives_nothing_for_a_batch_whose_stream_was_lost_while_its_memory_was_asked_for() {
+    let fake = Fake::default();
+    fake.state().memory = vec![7; 0x8000];
+    fake.answer("list_vms", pb::ListVmsResponse { vms: vec![vm(1, &[(0x1000, 0x1000)])] });
+    let hypervisor = fake.hypervisor().await;
+    let gate = Arc::new(Semaphore::new(0));
+    fake.state().gates.insert("list_vms", Arc::clone(&gate));
+    fake.state().hypercalls = [
+        vec![call(1, 1, batch(&[Entry::receive(range(0x1100, 8))]))],
+        vec![call(9, 1, batch(&[Entry::transmit(range(0x1800, 9))]))],
+    ]
+    .into();
+    let backend = Loopback::default();
+    tokio::spawn(Multiplexer::new(hypervisor, backend.clone()).run());
+    let again = async {
+        while fake.calls("list_vms").is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        fake.state().hypercalls_end.notify_one();
+        while fake.calls("serve_hypercalls").len() < 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    soon("the second stream", again).await;
+    gate.add_permits(10);
+    assert_eq!(reply(&fake, 9).await, Reply::Ended(vec![Ended::Done { bytes: 9 }]));
+    assert_eq!(*backend.commands.lock().expect("no panic"), 1, "that of the new stream");
     assert_eq!(fake.calls("write"), []);
 }
 

@@ -289,9 +289,8 @@ async fn i8_a_bad_certificate_opens_no_method_and_its_bearer_hears_why_and_is_co
             while let Some(refused) = knocking.join_next().await {
                 refused.expect("refused");
             }
-            let wanted = before + methods;
-            let after = counted_at_least(&stage, "iommu_tls_handshakes_total", &outcome, wanted).await;
-            assert_eq!(after, wanted, "{}: each once", bad.what);
+            // Each at least once: a channel whose connection dies before the request is under way may dial again.
+            counted_at_least(&stage, "iommu_tls_handshakes_total", &outcome, before + methods).await;
         }
         let calls_after = counted(&stage, "iommu_calls_total", "method").await;
         assert_eq!(calls_after, calls, "no call reached a service");

@@ -42,7 +42,7 @@ pub struct Aim {
 pub enum Step {
     /// Told to the device; what it comes to is a [verdict].
     Tell(Command),
-    /// The same, to make ready: what it comes to is no verdict.
+    /// The same, to make ready. Where that [leaves nothing to go on with](is_ready), a refused write included, the attack was not made.
     Prepare(Command),
     /// Waits for a line on standard input.
     Wait(&'static str),
@@ -116,11 +116,18 @@ pub enum Verdict {
     GotThrough,
 }
 
-/// Ends of a session that are no answer to what was tried in it.
-const NO_ANSWERS: [&str; 5] = ["CONNECTION", "CREDENTIAL", "NO_ANSWER", "CLOSED", "SHUTTING_DOWN"];
+/// Ends of a session that refuse what was tried in it: the identity that was claimed, or what was sent. Every other end has to do with the
+/// connection, its certificate (which is the attacker's own, whatever it claims), a newer session, or the server itself.
+const REFUSALS: [&str; 4] =
+    ["IDENTITY_REFUSED", "PROTOCOL_VIOLATION", "MALFORMED_MESSAGE", "MESSAGE_TOO_LARGE"];
 
-fn ended(end: &End) -> Verdict {
-    if NO_ANSWERS.contains(&end.reason.as_str()) { Verdict::NotMade } else { Verdict::Refused }
+/// The same where many operations were sent. For a connection alone, it says that the server is full.
+const TOO_MANY: &str = "LIMIT_REACHED";
+
+fn ended(end: &End, after_many: bool) -> Verdict {
+    let reason = end.reason.as_str();
+    let is_refusal = REFUSALS.contains(&reason) || (after_many && reason == TOO_MANY);
+    if is_refusal { Verdict::Refused } else { Verdict::NotMade }
 }
 
 /// What an answer says of the attack that it was given to.
@@ -135,7 +142,10 @@ pub fn verdict(answer: &Answer, looks_for_canary: bool) -> Verdict {
     };
     match answer {
         _ if got_through => Verdict::GotThrough,
-        Answer::Ended(end) | Answer::Counted(Counted { ended: Some(end), .. }) => ended(end),
+        Answer::Ended(end) => ended(end, false),
+        Answer::Scanned { ended: Some(end), .. } | Answer::Counted(Counted { ended: Some(end), .. }) => {
+            ended(end, true)
+        }
         Answer::Wrong { .. } => Verdict::NotMade,
         _ => Verdict::Refused,
     }
@@ -157,30 +167,55 @@ mod tests {
         let counted = |succeeded, reason: Option<&str>| {
             Answer::Counted(Counted { succeeded, ended: reason.map(end), ..Counted::default() })
         };
-        let scanned = |answered, canary_at| Answer::Scanned {
+        let scanned = |answered, canary_at, reason: Option<&str>| Answer::Scanned {
             tried: 9,
             answered,
             answered_at: Vec::new(),
             canary_at,
             refused: [("0x6".to_owned(), 9 - answered)].into(),
+            ended: reason.map(end),
         };
         let fault = Answer::Fault(Fault { index: 0, reason: Address(6), iova: Address(0), done_bytes: 0 });
         for (answer, expected) in [
             (Answer::Done { data: Hex(vec![1]) }, Verdict::GotThrough),
             (counted(1, Some("CONNECTION")), Verdict::GotThrough),
-            (scanned(3, vec![Address(0)]), Verdict::GotThrough),
-            (scanned(3, Vec::new()), Verdict::Refused),
+            (scanned(3, vec![Address(0)], None), Verdict::GotThrough),
+            (scanned(3, vec![Address(0)], Some("CONNECTION")), Verdict::GotThrough),
+            (scanned(3, Vec::new(), None), Verdict::Refused),
+            (scanned(3, Vec::new(), Some("PROTOCOL_VIOLATION")), Verdict::Refused),
+            (scanned(3, Vec::new(), Some("CONNECTION")), Verdict::NotMade),
             (fault.clone(), Verdict::Refused),
             (counted(0, None), Verdict::Refused),
             (counted(0, Some("LIMIT_REACHED")), Verdict::Refused),
             (Answer::Ended(end("IDENTITY_REFUSED")), Verdict::Refused),
+            (Answer::Ended(end("PROTOCOL_VIOLATION")), Verdict::Refused),
             (counted(0, Some("NO_ANSWER")), Verdict::NotMade),
-            (Answer::Ended(end("CONNECTION")), Verdict::NotMade),
-            (Answer::Ended(end("CREDENTIAL")), Verdict::NotMade),
-            (Answer::Ended(end("NO_ANSWER")), Verdict::NotMade),
+            // To a connection it says that the server is full, not that the identity is another's.
+            (Answer::Ended(end("LIMIT_REACHED")), Verdict::NotMade),
             (Answer::Wrong { why: String::new() }, Verdict::NotMade),
         ] {
             assert_eq!(verdict(&answer, true), expected, "{answer:?}");
+        }
+        for reason in [
+            "CONNECTION",
+            "CREDENTIAL",
+            "NO_ANSWER",
+            "CLOSED",
+            "SHUTTING_DOWN",
+            "SESSION_FENCED",
+            "STREAM_STALLED",
+            "UNKNOWN_DEVICE",
+            "CERTIFICATE_EXPIRED",
+            "CERTIFICATE_REVOKED",
+            "VERSION_MISMATCH",
+            "INTERNAL",
+            "A_REASON_OF_TOMORROW",
+        ] {
+            for answer in
+                [Answer::Ended(end(reason)), counted(0, Some(reason)), scanned(3, Vec::new(), Some(reason))]
+            {
+                assert_eq!(verdict(&answer, true), Verdict::NotMade, "{answer:?}");
+            }
         }
         for answer in [fault, Answer::Ended(end("IDENTITY_REFUSED")), Answer::Wrong { why: String::new() }] {
             assert!(!is_ready(&answer), "{answer:?}");

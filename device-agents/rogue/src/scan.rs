@@ -9,7 +9,7 @@ use crate::bounds::{
 };
 use crate::device::{Device, Stopped, wrong};
 use crate::execute::count;
-use crate::language::{Answer, Claim, GuessInterrupts, Kind, Scan};
+use crate::language::{Answer, Claim, End, GuessInterrupts, Kind, Scan};
 use crate::text::Address;
 
 /// FEEx_xxxx in remappable format (VT-d 5.10 §5.1.2.2): bit 4 is the format, bits 19:5 the handle, bit 2 its bit 15.
@@ -27,12 +27,13 @@ struct Found {
     answered_at: Vec<Address>,
     canary_at: Vec<Address>,
     refused: BTreeMap<String, u64>,
+    ended: Option<End>,
 }
 
 impl Found {
     fn answer(self) -> Answer {
-        let Self { tried, answered, answered_at, canary_at, refused } = self;
-        Answer::Scanned { tried, answered, answered_at, canary_at, refused }
+        let Self { tried, answered, answered_at, canary_at, refused, ended } = self;
+        Answer::Scanned { tried, answered, answered_at, canary_at, refused, ended }
     }
 
     /// Takes the answer to one operation at each of `addresses`, which read `size` bytes each.
@@ -101,12 +102,28 @@ impl Device {
                 assignment_generation: generation,
                 ..pb::DmaBatch::default()
             };
-            let (_, completions) = self.carry(batch).await?;
+            let Some(completions) = self.carry_or_end(batch, &mut found).await? else { break };
             let canary = scan.canary.as_ref().map(|canary| canary.0.as_slice());
             let size = if scan.write.is_some() { 0 } else { scan.size as usize };
             found.take(addresses, size, canary, &completions);
         }
         Ok(found.answer())
+    }
+
+    /// Sends a batch and waits for its answer. The end of the session is one more thing that was found: what was read before it stays read.
+    async fn carry_or_end(
+        &mut self,
+        batch: pb::DmaBatch,
+        found: &mut Found,
+    ) -> Result<Option<pb::DmaCompletions>, Stopped> {
+        match self.carry(batch).await {
+            Ok((_, completions)) => Ok(Some(completions)),
+            Err(Stopped::Ended(end)) => {
+                found.ended = Some(end);
+                Ok(None)
+            }
+            Err(wrong) => Err(wrong),
+        }
     }
 
     pub(crate) async fn guess_interrupts(&mut self, guess: &GuessInterrupts) -> Result<Answer, Stopped> {
@@ -125,7 +142,7 @@ impl Device {
                 assignment_generation: generation,
                 ..pb::DmaBatch::default()
             };
-            let (_, completions) = self.carry(batch).await?;
+            let Some(completions) = self.carry_or_end(batch, &mut found).await? else { break };
             found.take(addresses, 0, None, &completions);
         }
         Ok(found.answer())

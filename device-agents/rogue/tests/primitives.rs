@@ -107,6 +107,28 @@ async fn a_scan_tells_which_addresses_answered_and_where_the_canary_is() {
 }
 
 #[tokio::test]
+async fn what_a_scan_found_before_its_session_ended_is_told() {
+    let scan = r#"{"do":"scan","from":"0x0","to":"0x400fff","stride":"0x1000","size":4,"canary":"4b4559"}"#;
+    for (line, payload, canaries) in
+        [(scan, &b".KEY"[..], 1), (r#"{"do":"guess_interrupts","from":0,"to":1024}"#, &b""[..], 0)]
+    {
+        let mut bench = Bench::start().await;
+        let mut script = bench.usual().await;
+        let serving = async {
+            script.answer(payload, &[(511, 6)]).await;
+            script.batch().await;
+            script.end(Status::new(Code::FailedPrecondition, "enough"));
+        };
+        let (answer, ()) = bench.play(line, serving).await;
+        let Answer::Scanned { tried: 512, answered: 511, canary_at, ended: Some(end), .. } = answer else {
+            panic!("{answer:?}")
+        };
+        assert_eq!(canary_at.len(), canaries, "{line}");
+        assert!(end.message.contains("enough"), "{end:?}");
+    }
+}
+
+#[tokio::test]
 async fn what_was_queued_goes_out_later_under_the_generation_of_its_time_even_through_a_reset_that_is_never_answered()
  {
     for (resets, generation_after) in [("hold", 5), ("answer", 6)] {

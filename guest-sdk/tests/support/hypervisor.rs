@@ -17,6 +17,7 @@ macro_rules! hypervisor_service {
             })*
             $(async fn $plain(&self, request: Request<pb::$plain_request>) -> Result<Response<pb::$plain_response>, Status> {
                 self.enter(stringify!($plain), &request, None)?;
+                self.held(stringify!($plain)).await;
                 self.scripted(stringify!($plain))
             })*
 

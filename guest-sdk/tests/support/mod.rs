@@ -17,6 +17,7 @@ use guest_sdk::{Connection, Driver, Hypervisor, Owner};
 use iommu_proto::errors::WireError;
 use iommu_proto::pb;
 use iommu_types::errors::SessionRequired;
+use tokio::sync::Semaphore;
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
@@ -42,6 +43,8 @@ pub(crate) struct State {
     /// The watermark of each call with a header.
     pub(crate) acknowledged: Vec<u64>,
     answers: HashMap<&'static str, VecDeque<Answer>>,
+    /// Methods whose calls wait for a permit each before they are answered, where that is looked at.
+    pub(crate) gates: HashMap<&'static str, Arc<Semaphore>>,
     /// Connections with a session.
     sessions: HashSet<SocketAddr>,
     /// Every Open.
@@ -159,6 +162,13 @@ impl Fake {
             state.acknowledged.push(header.acknowledged_through);
         }
         Ok(())
+    }
+
+    async fn held(&self, method: &'static str) {
+        let gate = self.state().gates.get(method).cloned();
+        if let Some(gate) = gate {
+            gate.acquire().await.expect("open").forget();
+        }
     }
 
     fn scripted<T: Any>(&self, method: &'static str) -> Result<Response<T>, Status> {

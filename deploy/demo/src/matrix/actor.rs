@@ -166,7 +166,7 @@ impl Actor {
         let (from, to, stride) = (Address(from), Address(to), Address(stride));
         let scan = Scan { from, to, stride, size: 64, canary: Some(Hex(canary.to_vec())), write: None };
         match self.tell(&Command::Scan(scan)).await? {
-            Answer::Scanned { canary_at, refused, tried, .. } => {
+            Answer::Scanned { canary_at, refused, tried, ended: None, .. } => {
                 Ok(Scanned { found: !canary_at.is_empty(), refused: refused.into_keys().collect(), tried })
             }
             other => bail!("{}: {other:?}", self.name),

@@ -206,9 +206,9 @@ async fn carry_out(scene: &mut Scene<'_>, attack: Attack) -> anyhow::Result<Seen
 
 /// After an attack that broke off half-way: devices are connected and quiet, drivers hold nothing, as far as that can be had.
 async fn recover(scene: &mut Scene<'_>) -> anyhow::Result<()> {
+    scene.stage.stop_hammers().await;
     for site in [&scene.own, &scene.attacker, &scene.victim] {
-        // It may be that nothing is hammered, or that the session is gone: both are well then.
-        let _ = site.rogue.tell(&Command::HammerStop).await;
+        // The session may be gone: that is well then.
         let _ = site.rogue.tell(&Command::Behave(Behave::default())).await;
         site.rogue.connect(&site.connect).await?;
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use guest_sdk::{Connection, Credentials, DeviceAddress, Owner};
 use iommu_launch::{Binaries, Server, ServerOptions, binaries_beside};
 use iommu_types::{Identity, Role};
-use rogue::language::{Connect, Dma};
+use rogue::language::{Command, Connect, Dma};
 use rogue::text::Address;
 use tokio::sync::Mutex;
 
@@ -155,6 +155,14 @@ impl Stage {
     fn site(&self, actor: &Actor, device: &str, column: Column, next: u64) -> Site {
         let (rogue, connect) = self.rogues[device].clone();
         Site::new(actor.clone(), rogue, connect, column, next)
+    }
+
+    /// Has every device stop its writes, also one that is none of a scene's sites: nobody else would, and later cells would run under its storm.
+    pub(crate) async fn stop_hammers(&self) {
+        for (rogue, _) in self.rogues.values() {
+            // It may be that nothing is hammered, or that the session is gone: both are well then.
+            let _ = rogue.tell(&Command::HammerStop).await;
+        }
     }
 
     /// The players of a cell of this column.

@@ -60,6 +60,8 @@ pub enum Answer {
         canary_at: Vec<Address>,
         /// How many were refused, by reason.
         refused: BTreeMap<String, u64>,
+        /// How the session ended, when it did before all were tried.
+        ended: Option<End>,
     },
     /// What many operations came to.
     Counted(Counted),

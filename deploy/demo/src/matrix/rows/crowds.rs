@@ -1,12 +1,14 @@
 //! Rows 29 and 30: many tenants on one server: what one can use up, and what one can learn.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use rogue::language::{Answer, Command, Counted, Scan};
 use rogue::text::Address;
 
 use crate::matrix::act::language::{Ask, Way};
+use crate::matrix::actor::Actor;
 use crate::matrix::column::Column;
 use crate::matrix::evidence::Evidence;
 use crate::matrix::outcome::Outcome;
@@ -18,6 +20,8 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
     const FAR_TOO_MANY: u64 = 10_000;
     const STRAYS: u64 = 64;
     const OVER_RATE: &str = "0x1005";
+    /// Half of what a cell may take, so that the storm can be ended within it.
+    const STORM_MAX: Duration = Duration::from_secs(30);
     let limits = [("mappings", 64), ("domains", 4), ("dma_operations_per_second", 2000)];
     let limits: BTreeMap<String, u64> = limits.map(|(name, value)| (name.to_owned(), value)).into();
     let mut crowd = scene.crowd(limits).await?;
@@ -39,23 +43,12 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
     let strays: Vec<u64> = (0..STRAYS).map(|page| 0xdead_0000_0000 + page * PAGE).collect();
     crowd.rogue.hammer(&strays, 8, FILL, 4).await?;
     let over = |counted: &Counted| counted.refused.get(OVER_RATE).copied().unwrap_or(0);
-    let storms = crowd.rogue.hammered_until("a storm over its rate", |counted| over(counted) > 0).await?;
-
-    // The victim works as if nobody else were there, until the storm has been refused once more.
-    let gpa = scene.victim.allocate(1).await?;
-    let work = async {
-        let mut rounds = 0;
-        while rounds == 0 || over(&crowd.rogue.hammered().await?) == over(&storms) {
-            let mapping = scene.victim.map(gpa, PAGE, Way::FromDevice).await?;
-            scene.victim.allowed(mapping.iova).await?;
-            scene.victim.unmap(&mapping, true).await?;
-            rounds += 1;
-        }
-        anyhow::Ok(rounds)
-    };
-    let worked = work.await;
+    // Whatever comes of it, the storm is over before anybody else is looked at.
+    let work = work_in_a_storm(&mut scene.victim, &crowd.rogue, over);
+    let worked = tokio::time::timeout(STORM_MAX, work).await;
     let counted = crowd.rogue.stop_hammer().await?;
-    let rounds = worked?;
+    let rounds = worked.context("the storm was not refused once more in time")??;
+    ensure!(counted.ended.is_none(), "the storm ended by itself: {:?}", counted.ended);
     // What is within the rate is refused by translation, which is no news here.
     evidence.told(counted.refused.keys().find(|reason| *reason == OVER_RATE).cloned());
     evidence.notes.push(format!("stray writes: {:?}; {rounds} rounds of the victim's", counted.refused));
@@ -64,6 +57,29 @@ pub(super) async fn uses_everything_up(scene: &mut Scene<'_>) -> anyhow::Result<
     ensure!(kept == due, "the victim's fault record is hidden: {kept:?}");
     crowd.end().await?;
     Ok(evidence)
+}
+
+/// The victim works as if nobody else were there, until the storm, which is over its rate, has been refused once more. Gives the rounds.
+async fn work_in_a_storm(
+    victim: &mut Site,
+    rogue: &Actor,
+    over: impl Fn(&Counted) -> u64,
+) -> anyhow::Result<u64> {
+    let storms = rogue.hammered_until("a storm over its rate", |counted| over(counted) > 0).await?;
+    let gpa = victim.allocate(1).await?;
+    let mut rounds = 0;
+    loop {
+        let mapping = victim.map(gpa, PAGE, Way::FromDevice).await?;
+        victim.allowed(mapping.iova).await?;
+        victim.unmap(&mapping, true).await?;
+        rounds += 1;
+        let counted = rogue.hammered().await?;
+        // Nothing more would be refused then.
+        ensure!(counted.ended.is_none(), "the storm ended by itself: {:?}", counted.ended);
+        if over(&counted) > over(&storms) {
+            return Ok(rounds);
+        }
+    }
 }
 
 /// Row 30: a tenant fills the IOTLB with its own translations, lets another one work, and looks which of its own are gone. What it would time
@@ -135,7 +151,7 @@ async fn read_all(site: &Site, (iova, bytes): (u64, u64)) -> anyhow::Result<()> 
     let (from, to) = (Address(iova), Address(iova + bytes - PAGE));
     let scan = Scan { from, to, stride: Address(PAGE), size: 8, canary: None, write: None };
     match site.rogue.tell(&Command::Scan(scan)).await? {
-        Answer::Scanned { tried, answered, .. } if tried == answered => Ok(()),
+        Answer::Scanned { tried, answered, ended: None, .. } if tried == answered => Ok(()),
         other => bail!("a probe was refused: {other:?}"),
     }
 }
