@@ -256,7 +256,7 @@ async fn refused_at_the_handshake(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn i8_a_bad_certificate_opens_no_method_and_its_bearer_hears_why_and_is_counted() {
-    within(90, async {
+    within(300, async {
         let stage = Stage::start(&[]).await;
         let elsewhere = Directory::at(stage.server.path("elsewhere"));
         elsewhere.init(Validity::of_days(1).expect("a validity")).expect("another authority");

@@ -67,7 +67,8 @@ pub(super) async fn run(
     asked: Requests,
 ) -> anyhow::Result<RequestsDone> {
     let counts = Arc::<Counts>::default();
-    let until = Instant::now() + Duration::from_millis(asked.milliseconds);
+    let begun = Instant::now();
+    let until = begun + Duration::from_millis(asked.milliseconds);
     let among = asked.calls + asked.streams;
     let mut tasks = JoinSet::new();
     for _ in 0..asked.calls {
@@ -117,6 +118,7 @@ pub(super) async fn run(
         refused,
         watchers,
         connections: counts.connections.load(Ordering::Relaxed),
+        seconds: begun.elapsed().as_secs_f64(),
     })
 }
 

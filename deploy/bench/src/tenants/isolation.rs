@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use iommu_launch::Binaries;
 
 use super::peer::Peer;
@@ -25,6 +25,8 @@ use crate::stand::Bench;
 
 /// What each device has mapped.
 const MAPPED_BYTES: u64 = 1 << 20;
+/// What a loud neighbour is compared with.
+const BESIDE: &str = "neighbour at its limits";
 /// How much longer the neighbour goes on than the victim, before and after.
 const LEAD: Duration = Duration::from_millis(100);
 /// The victim's batch, and the one in so many that goes astray once.
@@ -116,6 +118,7 @@ impl Flood {
 #[derive(Debug)]
 struct Round {
     victim: DmaDone,
+    meanwhile: RequestsDone,
     recorded: u64,
     missed: u64,
     neighbour: DmaDone,
@@ -178,7 +181,8 @@ impl Hall {
         let (held, loud) = self.in_turn(Flood::Everything, rounds, milliseconds).await?;
         report.figures.extend(figures(Flood::Everything, &held, &loud));
         report.figures.extend(evidence(&held, &loud));
-        report.figures.extend(refusals(&loud)?);
+        report.figures.extend(refusals(&loud));
+        report.figures.push(self.connecting(bench.plan.pick(2, 5), milliseconds).await?);
         if !bench.plan.quick {
             for flood in Flood::APART {
                 bench.progress.detail(flood.name());
@@ -200,7 +204,10 @@ impl Hall {
         for round in 0..=rounds {
             let order = if round % 2 == 0 { [Voice::Held, Voice::Loud] } else { [Voice::Loud, Voice::Held] };
             for voice in order {
-                let measured = self.round(flood, voice, milliseconds).await.with_context(|| flood.name())?;
+                let measured = self
+                    .round(flood, voice, milliseconds, Requests::default())
+                    .await
+                    .with_context(|| flood.name())?;
                 match (round, voice) {
                     (0, _) => {}
                     (_, Voice::Held) => held.push(measured),
@@ -211,7 +218,31 @@ impl Hall {
         Ok((held, loud))
     }
 
-    async fn round(&mut self, flood: Flood, voice: Voice, milliseconds: u64) -> anyhow::Result<Round> {
+    /// How long the victim's driver takes to connect meanwhile, over and over. Nobody pays for a handshake, and who connects again and again has what is left.
+    async fn connecting(&mut self, rounds: usize, milliseconds: u64) -> anyhow::Result<Figure> {
+        let connects = Requests { connections: 1, ..Requests::default() };
+        let (mut held, mut loud) = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            for (voice, times) in [(Voice::Held, &mut held), (Voice::Loud, &mut loud)] {
+                let round = self.round(Flood::Everything, voice, milliseconds, connects).await?;
+                let RequestsDone { seconds, connections, .. } = round.meanwhile;
+                ensure!(connections > 0, "the victim's driver connects to nobody in {seconds:.1} s");
+                times.push(seconds / connections as f64 * 1e3);
+            }
+        }
+        let (held, loud) = (Samples::new(held), Samples::new(loud));
+        let figure = Figure::alone("tenants-isolation-connecting", "ms", &loud);
+        Ok(figure.beside(BESIDE, &held, RatioOf::ValueToReference))
+    }
+
+    /// One round; `meanwhile` is what the victim's driver does.
+    async fn round(
+        &mut self,
+        flood: Flood,
+        voice: Voice,
+        milliseconds: u64,
+        meanwhile: Requests,
+    ) -> anyhow::Result<Round> {
         let [of_victim, of_neighbour] = self.iovas;
         let longer = milliseconds + 2 * LEAD.as_millis() as u64;
         self.neighbour.ask(&Ask::Dma(flood.dma(voice, of_neighbour, longer))).await?;
@@ -227,17 +258,16 @@ impl Hall {
             operations_per_second: None,
             milliseconds,
         };
+        self.stage.guests[0].ask(&Ask::Requests(Requests { milliseconds, ..meanwhile })).await?;
         let victim = dma_done(self.victim.answer(&Ask::Dma(work)).await?)?;
         let neighbour = dma_done(self.neighbour.told().await?)?;
-        let requests = match self.stage.guests[1].told().await? {
-            Told::Requests(done) => done,
-            other => bail!("the neighbour told {other:?}"),
-        };
+        let [of_victim, requests] = [self.stage.guests[0].told().await?, self.stage.guests[1].told().await?];
+        let (meanwhile, requests) = (requests_done(of_victim)?, requests_done(requests)?);
         let after = std::mem::take(&mut self.log_end);
         match self.stage.guests[0].answer(&Ask::Faults { after }).await? {
             Told::Faults { recorded, missed, end } => {
                 self.log_end = end;
-                Ok(Round { victim, recorded, missed, neighbour, requests })
+                Ok(Round { victim, meanwhile, recorded, missed, neighbour, requests })
             }
             other => bail!("the victim told {other:?}"),
         }
@@ -251,6 +281,13 @@ fn dma_done(told: Told) -> anyhow::Result<DmaDone> {
     }
 }
 
+fn requests_done(told: Told) -> anyhow::Result<RequestsDone> {
+    match told {
+        Told::Requests(done) => Ok(done),
+        other => bail!("a guest told {other:?}"),
+    }
+}
+
 fn of(rounds: &[Round], what: impl Fn(&Round) -> f64) -> Samples {
     Samples::new(rounds.iter().map(what).collect())
 }
@@ -261,14 +298,13 @@ fn figures(flood: Flood, held: &[Round], loud: &[Round]) -> [Figure; 2] {
     let name = format!("tenants-isolation-{}", flood.name());
     let rate = |rounds| of(rounds, |round: &Round| round.victim.operations as f64 / round.victim.seconds);
     let tail = |rounds| of(rounds, |round: &Round| round.victim.p99_us);
-    let beside = "neighbour at its limits";
     let rate = Figure::alone(format!("{name}-rate"), "operations/s", &rate(loud)).beside(
-        beside,
+        BESIDE,
         &rate(held),
         RatioOf::ValueToReference,
     );
     let tail = Figure::alone(format!("{name}-p99"), "us", &tail(loud)).beside(
-        beside,
+        BESIDE,
         &tail(held),
         RatioOf::ValueToReference,
     );
@@ -296,32 +332,33 @@ fn evidence(held: &[Round], loud: &[Round]) -> [Figure; 3] {
 }
 
 /// What the neighbour was refused, by the name of the limit, in a second; and what passed.
-fn refusals(loud: &[Round]) -> anyhow::Result<Vec<Figure>> {
-    let first = loud.first().context("there is a round")?;
-    let seconds = first.neighbour.seconds;
-    let mut refused: BTreeMap<String, u64> = BTreeMap::new();
+fn refusals(loud: &[Round]) -> Vec<Figure> {
+    let of_device: f64 = loud.iter().map(|round| round.neighbour.seconds).sum();
+    // Its refusals are told late: long after what passed.
+    let of_guest: f64 = loud.iter().map(|round| round.requests.seconds).sum();
+    let mut refused: BTreeMap<String, f64> = BTreeMap::new();
     for round in loud {
-        for (name, count) in round.neighbour.refused.iter().chain(&round.requests.refused) {
-            *refused.entry(name.clone()).or_default() += count;
+        let by_device = round.neighbour.refused.iter().map(|(name, count)| (name, *count as f64 / of_device));
+        let by_guest = round.requests.refused.iter().map(|(name, count)| (name, *count as f64 / of_guest));
+        for (name, per_second) in by_device.chain(by_guest) {
+            *refused.entry(name.clone()).or_default() += per_second;
         }
     }
-    let each = |count: u64| Samples::exactly(count as f64 / loud.len() as f64 / seconds);
+    let figure = |name: &str, unit, value: f64| {
+        Figure::alone(format!("tenants-isolation-{name}"), unit, &Samples::exactly(value))
+    };
     let mut figures = Vec::new();
     for name in ["dma_operations_per_second", "dma_bytes_per_second", "requests_per_second"] {
-        let count = refused.remove(name).unwrap_or(0);
-        let figure = Figure::alone(format!("tenants-isolation-over-{name}"), "refused/s", &each(count));
-        figures.push(figure.judged(Target::value_at_least(1.0)));
+        let refused = figure(&format!("over-{name}"), "refused/s", refused.remove(name).unwrap_or(0.0));
+        figures.push(refused.judged(Target::value_at_least(1.0)));
     }
-    for (name, count) in refused {
-        let name = name.replace(' ', "_");
-        figures.push(Figure::alone(format!("tenants-isolation-over-{name}"), "refused/s", &each(count)));
+    for (name, refused) in refused {
+        figures.push(figure(&format!("over-{}", name.replace(' ', "_")), "refused/s", refused));
     }
-    let passed = |what: fn(&Round) -> u64| each(loud.iter().map(what).sum());
-    let operations = passed(|round| round.neighbour.operations + round.neighbour.faults);
-    figures.push(Figure::alone("tenants-isolation-passed-dma", "operations/s", &operations));
-    let requests = passed(|round| round.requests.answered);
-    figures.push(Figure::alone("tenants-isolation-passed-requests", "requests/s", &requests));
-    let connections = passed(|round| round.requests.connections);
-    figures.push(Figure::alone("tenants-isolation-connections", "handshakes/s", &connections));
-    Ok(figures)
+    let sum = |what: fn(&Round) -> u64| loud.iter().map(what).sum::<u64>() as f64;
+    let operations = sum(|round| round.neighbour.operations + round.neighbour.faults) / of_device;
+    figures.push(figure("passed-dma", "operations/s", operations));
+    figures.push(figure("passed-requests", "requests/s", sum(|round| round.requests.answered) / of_device));
+    figures.push(figure("connections", "handshakes/s", sum(|round| round.requests.connections) / of_device));
+    figures
 }

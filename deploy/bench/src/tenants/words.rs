@@ -93,7 +93,7 @@ pub(super) struct DmaDone {
 }
 
 /// What the driver of a neighbour does.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Requests {
     /// Calls under way at once.
     pub(super) calls: usize,
@@ -117,6 +117,8 @@ pub(super) struct RequestsDone {
     pub(super) refused: BTreeMap<String, u64>,
     pub(super) watchers: u64,
     pub(super) connections: u64,
+    /// Until the last answer, which comes late to what is refused.
+    pub(super) seconds: f64,
 }
 
 /// What a peer is asked.
