@@ -21,7 +21,7 @@ impl Tls {
             self.reload(true);
         }
         if !self.directory.has(peer)? {
-            return unless_there(self.directory.issue(peer, validity, None, Overwrite::Never)).map(drop);
+            return unless_there(self.directory.issue_declared(peer, validity, Overwrite::Never)).map(drop);
         }
         match Directory::show(&self.directory.file(&peer.credential_file()?))?.usage {
             Usage::Peer(other) if other == *peer && !is_new => Ok(()),
@@ -29,7 +29,7 @@ impl Tls {
             Usage::Peer(other) => {
                 self.directory.revoke_all_of(&other)?;
                 self.reload(true);
-                self.directory.issue(peer, validity, None, Overwrite::Replace).map(drop)
+                self.directory.issue_declared(peer, validity, Overwrite::Replace).map(drop)
             }
             Usage::Server(_) => {
                 tell_of_another(&self.directory, peer);

@@ -17,7 +17,7 @@ use x509_parser::pem::parse_x509_pem;
 
 use crate::authority::{Authority, Credential, Validity, now_unix_s};
 use crate::files::{self, Secrecy};
-use crate::index::{ISSUED_MAX, IssuedRecord, REVOKED_MAX};
+use crate::index::{DECLARED_MAX, ISSUED_MAX, IssuedRecord, REVOKED_MAX};
 use crate::peer::{self, Usage};
 use crate::{PkiError, Revocations, Revoked, Serial};
 
@@ -149,7 +149,19 @@ impl Directory {
     ) -> Result<Issued, PkiError> {
         let (uri, file) = (identity.uri()?, identity.credential_file()?);
         let path = into.map_or_else(|| self.file(&file), Path::to_owned);
-        self.put(path, uri, overwrite, |authority| authority.issue(identity, validity))
+        self.put(path, uri, overwrite, ISSUED_MAX, |authority| authority.issue(identity, validity))
+    }
+
+    /// The same for a peer that was declared while a server runs. However many of those come and go, others can be issued and revoked all the same: they take
+    /// [`DECLARED_MAX`] of the records.
+    pub fn issue_declared(
+        &self,
+        identity: &Identity,
+        validity: Validity,
+        overwrite: Overwrite,
+    ) -> Result<Issued, PkiError> {
+        let (uri, path) = (identity.uri()?, self.file(&identity.credential_file()?));
+        self.put(path, uri, overwrite, DECLARED_MAX, |authority| authority.issue(identity, validity))
     }
 
     /// Issues a credential for a server that is reached under these names, into its file or another.
@@ -161,7 +173,7 @@ impl Directory {
         overwrite: Overwrite,
     ) -> Result<Issued, PkiError> {
         let path = into.map_or_else(|| self.file(SERVER), Path::to_owned);
-        self.put(path, SERVER_SUBJECT.to_owned(), overwrite, |authority| {
+        self.put(path, SERVER_SUBJECT.to_owned(), overwrite, ISSUED_MAX, |authority| {
             authority.issue_server(hosts, validity)
         })
     }
@@ -171,6 +183,7 @@ impl Directory {
         path: PathBuf,
         subject: String,
         overwrite: Overwrite,
+        records_max: usize,
         issue: impl FnOnce(&Authority) -> Result<Credential, PkiError>,
     ) -> Result<Issued, PkiError> {
         let authority = self.authority()?;
@@ -183,7 +196,7 @@ impl Directory {
         // First the line, then the file: a certificate that nobody could revoke must not come to be.
         let (records, now) = (self.issued()?, now_unix_s());
         let count = records.iter().filter(|record| record.counts(now)).count();
-        self.bounded(count + 1, ISSUED_MAX, "issued")?;
+        self.bounded(count + 1, records_max, "issued")?;
         if let Some(compacted) = IssuedRecord::compacted(&records, now) {
             // The list first: what the index has forgotten would stay on it for ever.
             self.forget_expired(&authority, &expired(&records, now))?;

@@ -6,6 +6,8 @@ use crate::Serial;
 
 /// Certificates that are issued and in their time, at most: each is read whenever one is revoked, and there are a few for each peer.
 pub const ISSUED_MAX: usize = 100_000;
+/// Of those the ones that are left to peers which come and go while a server runs: each leaves one record, revoked, until it expires.
+pub const DECLARED_MAX: usize = ISSUED_MAX / 2;
 /// Certificates that are revoked and in their time, at most: servers read them all whenever the list changes, and it must stay well below 16 MiB.
 pub const REVOKED_MAX: usize = 100_000;
 /// How long a record stays after its certificate has expired: other machines' clocks are not this one's.

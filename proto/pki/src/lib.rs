@@ -18,6 +18,6 @@ mod revocation;
 pub use authority::{AUTHORITY_DAYS, Authority, CREDENTIAL_DAYS, Credential, Validity, is_host};
 pub use directory::{AUTHORITY, AUTHORITY_KEY, Directory, Issued, Overwrite, REVOCATIONS, SERVER, Shown};
 pub use errors::PkiError;
-pub use index::{ISSUED_MAX, IssuedRecord, REVOKED_MAX};
+pub use index::{DECLARED_MAX, ISSUED_MAX, IssuedRecord, REVOKED_MAX};
 pub use peer::{ParseSerialError, PeerCertificate, Serial, UnfitCertificate, Usage, not_after_unix_s};
 pub use revocation::{Revocations, Revoked};

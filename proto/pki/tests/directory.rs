@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use iommu_pki::{
-    AUTHORITY, AUTHORITY_KEY, Directory, ISSUED_MAX, Overwrite, PkiError, REVOCATIONS, Revocations, SERVER,
-    Serial, Usage, Validity,
+    AUTHORITY, AUTHORITY_KEY, DECLARED_MAX, Directory, ISSUED_MAX, Overwrite, PkiError, REVOCATIONS,
+    Revocations, SERVER, Serial, Usage, Validity,
 };
 use iommu_types::{Identity, Owner, Role};
 
@@ -241,6 +241,19 @@ fn a_full_directory_says_what_to_do() {
     assert!(matches!(refused, PkiError::Full { count: ISSUED_MAX, .. }), "{refused}");
     assert!(refused.to_string().contains("new authority"), "{refused}");
     assert!(!directory.has(&alice()).expect("a fit name"));
+}
+
+#[test]
+fn i7_peers_that_come_and_go_leave_records_to_those_who_issue_by_hand() {
+    let (_parent, directory) = fresh();
+    let lines: String =
+        (0..DECLARED_MAX).map(|number| format!("{:032x} 99999999999 server\n", number + 1)).collect();
+    std::fs::write(directory.file("issued"), lines).expect("written");
+    let refused =
+        directory.issue_declared(&alice(), days(1), Overwrite::Never).expect_err("no record is left");
+    assert!(matches!(refused, PkiError::Full { limit: DECLARED_MAX, .. }), "{refused}");
+    directory.issue(&alice(), days(1), None, Overwrite::Never).expect("by hand it is issued");
+    assert_eq!(directory.revoke_all_of(&alice()).expect("and revoked").len(), 1);
 }
 
 #[test]
