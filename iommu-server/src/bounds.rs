@@ -164,6 +164,8 @@ pub const VMS_PER_HYPERVISOR_MAX: usize = limits::VMS_PER_HYPERVISOR_MAX;
 /// Functions that one hypervisor declares.
 pub const FUNCTIONS_PER_HYPERVISOR_MAX: usize = 512;
 const _: () = assert!(FUNCTIONS_PER_HYPERVISOR_MAX < DEVICES_MAX as usize / 4);
+/// What is wiped without a thread for it: as much as takes a tenth of a millisecond, a small batch of DMA.
+pub const WIPED_ON_THE_SPOT_BYTES: u64 = 1 << 20;
 /// Threads that wipe memory at once: one keeps a memory channel busy, and all the others wait without a thread.
 pub const WIPING_MAX: usize = 2;
 /// Requests of one hypervisor in a second: it steers, and moves no data.

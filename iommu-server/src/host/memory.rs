@@ -78,7 +78,7 @@ impl Host {
         }
         let taken = owner.memory.write().take(&self.kernel, buffer.base());
         if let Ok(left) = taken {
-            self.wiped(move || left.free()).await;
+            self.wiped(buffer.size_bytes(), move || left.free()).await;
         }
         Err(allocate_error(error))
     }
@@ -136,7 +136,7 @@ impl Host {
         match taken {
             Ok(left) => {
                 owner.unmapped_coherent.lock().remove(&buffer.base());
-                Ok(self.wiped(move || left.free()).await)
+                Ok(self.wiped(buffer.size_bytes(), move || left.free()).await)
             }
             Err(refused) => {
                 self.open_again(owner, &direct_maps, buffer);

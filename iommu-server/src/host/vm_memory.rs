@@ -99,7 +99,7 @@ impl Host {
         owner.still_there()?;
         let leaving = owner.memory.write().begin_leaving(&self.kernel, range)?;
         let (left, revoked) = self.leave(&owner, leaving, how).await?;
-        self.wiped(move || left.free()).await;
+        self.wiped(range.size_bytes(), move || left.free()).await;
         Ok(revoked)
     }
 
@@ -123,7 +123,7 @@ impl Host {
         let room = to.memory.write().make_room(ask.to).map_err(no_room)?;
         let leaving = from.memory.write().begin_leaving(&self.kernel, ask.from)?;
         let (left, revoked) = self.leave(&from, leaving, ask.how).await?;
-        let arrived = self.wiped(move || left.transfer(room)).await;
+        let arrived = self.wiped(ask.from.size_bytes(), move || left.transfer(room)).await;
         to.memory.write().receive(arrived);
         self.open_again_in_direct_maps(&to);
         Ok(revoked)

@@ -7,10 +7,18 @@ use iommu_kernel::Left;
 
 use super::Host;
 use super::owners::OwnerState;
+use crate::bounds;
 
 impl Host {
-    /// Wipes with nothing locked, on a thread of its own; there are [`WIPING_MAX`](crate::bounds::WIPING_MAX) of them at once.
-    pub(super) async fn wiped<T: Send + 'static>(&self, wipe: impl FnOnce() -> T + Send + 'static) -> T {
+    /// Wipes so much with nothing locked: a little on the spot, more on a thread of its own, of which there are [`bounds::WIPING_MAX`] at once.
+    pub(super) async fn wiped<T: Send + 'static>(
+        &self,
+        size_bytes: u64,
+        wipe: impl FnOnce() -> T + Send + 'static,
+    ) -> T {
+        if size_bytes <= bounds::WIPED_ON_THE_SPOT_BYTES {
+            return wipe();
+        }
         let _turn = self.wiping.acquire().await.expect("it is never closed");
         match tokio::task::spawn_blocking(wipe).await {
             Ok(done) => done,
@@ -23,6 +31,8 @@ impl Host {
     /// Takes all memory from an owner and wipes it; returns how many bytes. Nothing of it may be mapped any more.
     pub(super) async fn wipe_all_of(&self, owner: &OwnerState) -> u64 {
         let all = owner.memory.write().take_all(&self.kernel);
-        self.wiped(move || all.into_iter().map(|left: Left| left.free().size_bytes()).sum()).await
+        let size_bytes = all.iter().map(|left: &Left| left.range().size_bytes()).sum();
+        self.wiped(size_bytes, move || drop(all)).await;
+        size_bytes
     }
 }
