@@ -6997,7 +6997,7 @@ pub mod hypervisor_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Assigns the isolation group of a function to a virtual machine: all functions of the group, since they can reach each other around the IOMMU. Each is attached to
-        /// a default (strict) domain of the virtual machine. A group that another virtual machine of this hypervisor has moves: it is released first.
+        /// a default (strict) domain of the virtual machine; what the virtual machine has already, in whichever of its domains, stays there. A group that another virtual machine of this hypervisor has moves: it is released first.
         /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, NOT_YOURS, NOT_ASSIGNABLE (a bridge), GROUP_IN_USE, OUT_OF_MEMORY, LIMIT_REACHED.
         pub async fn assign_group(
             &mut self,
@@ -7170,7 +7170,7 @@ pub mod hypervisor_service_server {
             tonic::Status,
         >;
         /// Assigns the isolation group of a function to a virtual machine: all functions of the group, since they can reach each other around the IOMMU. Each is attached to
-        /// a default (strict) domain of the virtual machine. A group that another virtual machine of this hypervisor has moves: it is released first.
+        /// a default (strict) domain of the virtual machine; what the virtual machine has already, in whichever of its domains, stays there. A group that another virtual machine of this hypervisor has moves: it is released first.
         /// Errors: UNKNOWN_DEVICE, UNKNOWN_OWNER, NOT_YOURS, NOT_ASSIGNABLE (a bridge), GROUP_IN_USE, OUT_OF_MEMORY, LIMIT_REACHED.
         async fn assign_group(
             &self,
