@@ -261,7 +261,7 @@ async fn machines_are_made_and_unmade_in_one_session_over_several_commands() {
     let out = run.done(&["vm", "create", "guest1", "--max-memory-bytes", "0x10000"]).await;
     assert!(out.contains("created vm:1; it goes 300ms after") && out.contains("vm keep"), "{out}");
     let value = run.json(&["vm", "create", "guest7", "--number", "7"]).await;
-    assert_eq!((&value["vm"], &value["grace_ms"]), (&Value::from(7), &Value::from(300)));
+    assert_eq!((&value["vm"], &value["grace_ms"]), (&Value::from(7), &Value::from(900)));
     let out = run.done(&["vm", "add-memory", "vm:1", "0x100000", "0x4000"]).await;
     assert_eq!(out, "vm:1 has 16384 bytes at gpa:0x100000\n");
     let value = run.json(&["vm", "remove-memory", "1", "0x100000", "4096", "--how", "revoke"]).await;
@@ -475,7 +475,7 @@ async fn a_session_is_kept_by_coming_back_within_the_grace() {
     let run = Run::start();
     let out = run.done(&["vm", "keep", "--seconds", "1"]).await;
     assert!(out.contains("keeping the session of hv0"), "{out}");
-    // The grace is 300 ms, so that it comes back several times.
+    // The grace is 900 ms, so that it comes back several times.
     let opens = run.script().opens.len();
     assert!(opens >= 2, "it came back");
     assert!(run.script().opens[1..].iter().all(|open| !open.resume_token.is_empty()));

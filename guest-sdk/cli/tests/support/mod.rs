@@ -36,7 +36,7 @@ pub(crate) fn opened(resumed: bool) -> pb::OpenResponse {
         generation: 1,
         resume_token: bytes::Bytes::from_static(&[7; 16]),
         resumed,
-        grace_ms: 300,
+        grace_ms: 900,
         limits: Some(limits),
     }
 }
