@@ -259,7 +259,7 @@ only_declares! {
 async fn machines_are_made_and_unmade_in_one_session_over_several_commands() {
     let run = Run::start();
     let out = run.done(&["vm", "create", "guest1", "--max-memory-bytes", "0x10000"]).await;
-    assert!(out.contains("created vm:1; it goes 300ms after") && out.contains("vm keep"), "{out}");
+    assert!(out.contains("created vm:1; it goes 900ms after") && out.contains("vm keep"), "{out}");
     let value = run.json(&["vm", "create", "guest7", "--number", "7"]).await;
     assert_eq!((&value["vm"], &value["grace_ms"]), (&Value::from(7), &Value::from(900)));
     let out = run.done(&["vm", "add-memory", "vm:1", "0x100000", "0x4000"]).await;
