@@ -151,6 +151,9 @@ pub(crate) async fn beside_a_flood(bench: &mut Bench) -> anyhow::Result<Report> 
 async fn in_the_hall(bench: &Bench, binaries: &Binaries, machines: &Machines) -> anyhow::Result<Report> {
     let mut hall = Hall::start(Stage::start(binaries).await?, machines).await?;
     let measured = hall.all(bench).await;
+    for device in [hall.victim, hall.neighbour] {
+        device.end().await;
+    }
     hall.stage.stop().await;
     measured
 }

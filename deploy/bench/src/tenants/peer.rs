@@ -42,6 +42,11 @@ impl Peer {
         self.process.id().with_context(|| format!("{} has ended", self.name))
     }
 
+    /// Ends it and waits for it, so that what it used counts as ours and not as other programs'.
+    pub(super) async fn end(mut self) {
+        let _ended = self.process.kill().await;
+    }
+
     /// Asks, without waiting for what it tells.
     pub(super) async fn ask(&mut self, ask: &Ask) -> anyhow::Result<()> {
         let line = serde_json::to_string(ask).context("write a question as JSON")? + "\n";

@@ -80,6 +80,9 @@ pub(crate) async fn ways(bench: &mut Bench) -> anyhow::Result<Report> {
     hall.connected().await?;
     hall.stage.populate(true, false).await?;
     let measured = hall.all(bench).await;
+    for mut engine in hall.engines {
+        let _ended = engine.kill().await;
+    }
     hall.stage.stop().await;
     measured
 }

@@ -97,8 +97,11 @@ impl Stage {
         Peer::of(name, process).await
     }
 
-    /// Ends the server; the others end when they are dropped.
+    /// Ends guests, the hypervisor and the server; devices are their owners' to end.
     pub(super) async fn stop(mut self) {
+        for peer in self.guests.into_iter().chain(self.hypervisor) {
+            peer.end().await;
+        }
         let _ended = self.server.process.kill().await;
     }
 }
