@@ -168,8 +168,8 @@ const _: () = assert!(FUNCTIONS_PER_HYPERVISOR_MAX < DEVICES_MAX as usize / 4);
 pub const WIPED_ON_THE_SPOT_BYTES: u64 = 1 << 20;
 /// Threads that wipe memory at once: one keeps a memory channel busy, and all the others wait without a thread.
 pub const WIPING_MAX: usize = 2;
-/// Requests of one hypervisor in a second: it steers, and moves no data.
-pub const HYPERVISOR_REQUESTS_PER_SECOND_MAX: u32 = 20_000;
+/// Requests of one hypervisor in a second: as many as of a driver. One that shares a device by copying reads or writes memory for each packet of all its guests.
+pub const HYPERVISOR_REQUESTS_PER_SECOND_MAX: u32 = REQUESTS_PER_SECOND_MAX as u32;
 /// Hypercalls of one virtual machine that wait for their answer: a ring's worth of requests, each a page at most.
 pub const HYPERCALLS_PER_VM_MAX: usize = 64;
 /// How long a guest waits for its hypervisor.

@@ -19,7 +19,7 @@ pub struct GuestCounters {
     pub bytes_copied: u64,
     /// Packets that were not moved: memory that is not the guest's, or a failure.
     pub failed: u64,
-    /// Batches that were refused: too many waited, or it was none.
+    /// Batches that were refused: too many waited, it waited for too long or for a stream that is lost, or it was none.
     pub refused: u64,
 }
 

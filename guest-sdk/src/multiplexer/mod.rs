@@ -181,12 +181,16 @@ async fn work(
 ) -> Infallible {
     loop {
         let (guest, mut asked) = queues.next().await;
-        if let Some(why) = asked.awaited.over() {
-            counters.of(guest, |counted| counted.refused += 1);
-            asked.call.refuse(why);
-            continue;
+        match asked.awaited.over() {
+            None => carry_on(&mut guests, &mut backend, guest, &mut asked).await,
+            Some(why) if asked.ended.is_empty() => {
+                counters.of(guest, |counted| counted.refused += 1);
+                asked.call.refuse(why);
+                continue;
+            }
+            // Some of it was done, and who is refused does it all again: so it is told packet by packet.
+            Some(_) => asked.ended.resize(asked.batch.entries().len(), Ended::MemoryFailed),
         }
-        carry_on(&mut guests, &mut backend, guest, &mut asked).await;
         if asked.ended.len() < asked.batch.entries().len() {
             queues.put_back(guest, asked);
             continue;

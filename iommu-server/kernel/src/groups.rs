@@ -60,11 +60,6 @@ impl Topology {
         let owned = others.filter_map(|member| Some((member, self.device(member).ok()?.owner?)));
         Ok(owned.into_iter().find(|(_, other)| *other != owner))
     }
-    /// Who has devices of the isolation group of a device.
-    pub fn owners_in_group(&self, address: DeviceAddress) -> Result<Vec<Owner>, UnknownDevice> {
-        let group = self.group_of(address)?;
-        Ok(owners_of(self.all(), &group))
-    }
 }
 
 fn owners_of(devices: &Devices, group: &[DeviceAddress]) -> Vec<Owner> {
@@ -115,8 +110,12 @@ impl<'a> Bridges<'a> {
         lacking.sort_by_key(|bridge| buses(&bridge.function));
         let mut uppermost_without_acs = HashMap::new();
         for bridge in lacking {
-            for bus in buses(&bridge.function).into_iter().flat_map(|(first, last)| first..=last) {
-                uppermost_without_acs.entry((bridge.address.segment, bus)).or_insert(bridge);
+            let (Some((first, last)), segment) = (buses(&bridge.function), bridge.address.segment) else {
+                continue;
+            };
+            // One that lies inside another adds nothing.
+            if !uppermost_without_acs.contains_key(&(segment, first)) {
+                uppermost_without_acs.extend((first..=last).map(|bus| ((segment, bus), bridge)));
             }
         }
         Self { all, uppermost_without_acs }

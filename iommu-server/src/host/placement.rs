@@ -29,6 +29,10 @@ fn check_group(topology: &Topology, device: DeviceAddress, owner: Owner) -> Resu
         let why = "it is a bridge; give a function below it".to_owned();
         return Err(NotAssignable { device, why }.into());
     }
+    // Who has it already shares its group with nobody: whoever was given or declared a part of it was asked the same.
+    if topology.device(device)?.owner == Some(owner) {
+        return Ok(());
+    }
     match topology.neighbour_of_another(device, owner)? {
         Some((device, owner)) => Err(GroupInUse { device, owner }.into()),
         None => Ok(()),

@@ -53,13 +53,13 @@ impl Host {
             let free = |number: &u32| topology.owner(Owner::Vm(*number)).is_err();
             let number = match number {
                 Some(number) => number,
-                // Upwards, so that what still means an earlier machine by its number does not mean another one soon.
+                // Upwards, so that what still means an earlier machine by its number does not mean another one soon; numbers that are asked for change nothing in it.
                 None => {
                     let upwards = (last.wrapping_add(1).max(1)..=u32::MAX).chain(1..=u32::MAX);
-                    upwards.into_iter().find(free).expect("owners are fewer than numbers")
+                    *last = upwards.into_iter().find(free).expect("owners are fewer than numbers");
+                    *last
                 }
             };
-            *last = number;
             let entry = OwnerEntry { owner: Owner::Vm(number), name: name.clone() };
             topology.declare_owner(entry).map_err(declare_error)?;
             number

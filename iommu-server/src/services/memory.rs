@@ -65,12 +65,10 @@ pub(super) fn within_batch(size_bytes: u64) -> Result<(), LimitReached> {
     Err(LimitReached { limit: "batch_bytes_max".to_owned(), allowed })
 }
 
-/// What moves many bytes costs a driver as much as several requests (I7). Operators and hypervisors act for the owner and are not counted.
+/// What moves many bytes costs a driver or a hypervisor as much as several requests (I7). Operators act for the owner and are not counted.
 fn charge(caller: &Caller, size_bytes: u64) -> Result<(), LimitReached> {
-    match caller.session.owner() {
-        Some(owner) => {
-            owner.bounds.requests.take(size_bytes / bounds::BYTES_PER_REQUEST).map_err(|over| over.limit)
-        }
+    match caller.session.bounds() {
+        Some(own) => own.requests.take(size_bytes / bounds::BYTES_PER_REQUEST).map_err(|over| over.limit),
         None => Ok(()),
     }
 }
@@ -132,8 +130,7 @@ impl MemoryService for Memory {
         let caller = Caller::of(&request)?;
         let MemoryRead { owner, range } = parse(request.into_inner())?;
         let owner = self.owner(&caller, owner).map_err(WireError::into_status)?;
-        let (host, bounds) =
-            (Arc::clone(&self.host), caller.session.owner().map(|own| Arc::clone(&own.bounds)));
+        let (host, bounds) = (Arc::clone(&self.host), caller.session.bounds().cloned());
         let stream = feed(&self.host, &caller, None, |sender| async move {
             let mut done = 0;
             while done < range.size_bytes() {
@@ -159,7 +156,7 @@ impl MemoryService for Memory {
         request: Request<Streaming<pb::MemoryWriteRequest>>,
     ) -> Result<Response<pb::MemoryWriteResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let bounds = caller.session.owner().map(|own| Arc::clone(&own.bounds));
+        let bounds = caller.session.bounds().cloned();
         let mut messages = request.into_inner();
         let mut written_bytes = 0_u64;
         loop {

@@ -65,7 +65,7 @@ impl RequestName {
 
 /// What to do with a request.
 pub enum Verdict {
-    /// Carry it out, and report with [`Replay::finish`].
+    /// Carry it out as one that is [`Underway`].
     First,
     /// It was answered before.
     Again(Answer),
@@ -103,7 +103,7 @@ impl Replay {
     }
 
     /// Remembers the answer of a request that began.
-    pub fn finish(&self, name: RequestName, answer: Answer, bytes: usize) {
+    fn finish(&self, name: RequestName, answer: Answer, bytes: usize) {
         {
             let mut window = self.window.lock();
             // Acknowledged or pushed out while it was carried out: nobody will ask again.

@@ -56,14 +56,20 @@ pub enum TlsError {
 pub struct Tls {
     directory: Directory,
     current: RwLock<Arc<Material>>,
-    seen: RwLock<Stamps>,
-    /// The last reload, where it failed: why, and when that was told.
-    failed: Mutex<Option<(String, Instant)>>,
+    /// Locked for a whole reload: of two at once, the one that read first would put back what the other has replaced.
+    reloads: Mutex<Reloads>,
     asked: Notify,
-    /// One reload at a time: of two, the one that read first would put back what the other has replaced.
-    reloading: Mutex<()>,
     /// What is counted about handshakes and reloads.
     pub metrics: TlsMetrics,
+}
+
+/// What is known of the files.
+#[derive(Debug)]
+struct Reloads {
+    /// As they looked when they were read.
+    seen: Stamps,
+    /// The last reload, where it failed: why, and when that was told.
+    failed: Option<(String, Instant)>,
 }
 
 impl Tls {
@@ -74,10 +80,8 @@ impl Tls {
         Ok(Self {
             directory,
             current: RwLock::new(Arc::new(material)),
-            seen: RwLock::new(stamps),
-            failed: Mutex::new(None),
+            reloads: Mutex::new(Reloads { seen: stamps, failed: None }),
             asked: Notify::new(),
-            reloading: Mutex::new(()),
             metrics: TlsMetrics::default(),
         })
     }

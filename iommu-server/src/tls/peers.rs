@@ -46,8 +46,8 @@ impl Tls {
         let revoked = self.directory.revoke_all_of(peer);
         // Whoever is declared next gets a new one. It may be gone already.
         let _gone = std::fs::remove_file(path);
-        // Before the number is free: a certificate of this one opens nothing of the next.
-        self.reload(true);
+        // Before the number is free: a certificate of this one opens nothing of the next. Where nothing was revoked the list is as it was.
+        self.reload(false);
         revoked.map(drop)
     }
 

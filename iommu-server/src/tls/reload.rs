@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use iommu_pki::PeerCertificate;
 
-use super::Tls;
 use super::material::{Material, Stamps};
+use super::{Reloads, Tls};
 use crate::bounds;
 use crate::connection::ConnectionHandle;
 use crate::ending::Ending;
@@ -21,36 +21,35 @@ const A_DAY: Duration = Duration::from_secs(86_400);
 impl Tls {
     /// Reads the files anew when they have changed, or in any case when that was asked for. What cannot be read is tried again next time.
     pub(super) fn reload(&self, asked: bool) {
-        let _in_turn = self.reloading.lock();
+        let mut reloads = self.reloads.lock();
         // Taken before the files are read: one that changes in between looks changed again next time.
         let now = Stamps::of(&self.directory);
-        if !asked && now == *self.seen.read() {
+        if !asked && now == reloads.seen {
             return;
         }
         match Material::load(&self.directory) {
             Ok(material) => {
                 let (revoked, own_not_after_unix_s) = (material.revoked.len(), material.own_not_after_unix_s);
                 *self.current.write() = Arc::new(material);
-                *self.seen.write() = now;
-                *self.failed.lock() = None;
+                *reloads = Reloads { seen: now, failed: None };
                 self.metrics.reload(true);
                 tracing::info!(directory = %self.directory().display(), revoked, own_not_after_unix_s, "certificates read anew");
             }
-            Err(error) => self.reload_failed(asked, &error.to_string()),
+            Err(error) => self.reload_failed(&mut reloads, asked, &error.to_string()),
         }
     }
 
     /// Told when it is another failure than before, when somebody asked, and once in a while.
-    fn reload_failed(&self, asked: bool, reason: &str) {
+    fn reload_failed(&self, reloads: &mut Reloads, asked: bool, reason: &str) {
         self.metrics.reload(false);
-        let mut failed = self.failed.lock();
-        let told = failed
+        let told = reloads
+            .failed
             .as_ref()
             .is_some_and(|(before, at)| before == reason && at.elapsed() < bounds::RELOAD_FAILURE_TOLD_AGAIN);
         if told && !asked {
             return;
         }
-        *failed = Some((reason.to_owned(), Instant::now()));
+        reloads.failed = Some((reason.to_owned(), Instant::now()));
         tracing::error!(
             reason,
             "certificates cannot be read anew; those that were read before stay in force"
@@ -144,14 +143,18 @@ mod tests {
         let never = iommu_pki::Overwrite::Never;
         directory.issue_server(&[], validity, None, never).expect("issued");
         let tls = Tls::open(directory.clone()).expect("certificates");
-        let seen = *tls.seen.read();
+        let seen = tls.reloads.lock().seen;
         // Something cannot be read for a moment, and comes back as it was: as when there are no file descriptors.
         let (list, aside) = (directory.file(REVOCATIONS), parent.path().join("aside"));
         std::fs::rename(&list, &aside).expect("moved");
         tls.reload(false);
-        assert!(tls.failed.lock().is_some() && *tls.seen.read() == seen, "what failed has not been seen");
+        {
+            let reloads = tls.reloads.lock();
+            assert!(reloads.failed.is_some() && reloads.seen == seen, "what failed has not been seen");
+        }
         std::fs::write(&list, std::fs::read(&aside).expect("read")).expect("written");
         tls.reload(false);
-        assert!(tls.failed.lock().is_none() && *tls.seen.read() == Stamps::of(&directory));
+        let reloads = tls.reloads.lock();
+        assert!(reloads.failed.is_none() && reloads.seen == Stamps::of(&directory));
     }
 }

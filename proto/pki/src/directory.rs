@@ -232,6 +232,9 @@ impl Directory {
     /// Revokes certificates; gives those that were not revoked before. What has expired is taken by nobody, so it is neither put on the list nor kept
     /// there; where the index does not know a certificate it is in its time.
     pub fn revoke(&self, serials: &[Serial]) -> Result<Vec<Serial>, PkiError> {
+        if serials.is_empty() {
+            return Ok(Vec::new());
+        }
         let authority = self.authority()?;
         let _lock = files::lock(&self.file(LOCK))?;
         let mut list = self.revocations()?;

@@ -62,7 +62,7 @@ messages! {
         header: RequestHeader,
         /// Name under which its driver opens its session.
         name: String,
-        /// Its number; `None` for the next free one.
+        /// Its number; `None` for the next free one after the last that was given so.
         number: Option<u32>,
         /// What it may hold and do.
         limits: Option<TenantLimits>,

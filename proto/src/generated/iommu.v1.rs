@@ -6355,7 +6355,7 @@ pub struct CreateVmRequest {
     /// Name under which its driver opens its session: 1 to 64 letters, digits, dots, dashes or underscores.
     #[prost(string, tag = "2")]
     pub name: ::prost::alloc::string::String,
-    /// Its number, at least 1; absent for the next one that was not given yet.
+    /// Its number, at least 1; absent for the next free one after the last that was given so.
     #[prost(uint32, optional, tag = "3")]
     pub number: ::core::option::Option<u32>,
     /// What it may hold and do; absent for the defaults.
