@@ -396,6 +396,7 @@ async fn what_is_counted_is_shown() {
     let stage = TlsStage::start().await;
     stage.driver(0).await;
     stage.alert_without_certificate().await;
+    eventually("it is counted", async || stage.handshakes(Handshake::NoCertificate) == 1).await;
     let shown = metrics(&stage.server);
     for line in [
         "iommu_tls_handshakes_total{outcome=\"ok\"} 1",
