@@ -77,10 +77,16 @@ async fn a_hypervisor_moves_its_own_virtual_machines_only() {
     assert_eq!(refused(other.create("a", None).await), "INVALID_FIELD", "the name is taken");
     assert_eq!(refused(other.create("c", Some(1)).await), "INVALID_FIELD", "the number is taken");
     assert_eq!(other.create("c", None).await.unwrap(), 3);
+    // Numbers that are asked for, given or not, do not bring back those that were given before.
+    other.destroy(3).await.unwrap();
+    assert_eq!(other.create("d", Some(3)).await.unwrap(), 3);
+    other.destroy(3).await.unwrap();
+    assert_eq!(refused(other.create("c", Some(1)).await), "INVALID_FIELD", "the number is taken");
+    assert_eq!(other.create("c", None).await.unwrap(), 4);
     assert_eq!(refused(other.add(1, 0, 1).await), "NOT_YOURS");
     assert_eq!(refused(other.remove(1, AT, 1, Revoke).await), "NOT_YOURS");
-    assert_eq!(refused(other.hand_over(1, 3, AT, 1).await), "NOT_YOURS");
-    assert_eq!(refused(world.hypervisor.hand_over(1, 3, AT, 1).await), "NOT_YOURS");
+    assert_eq!(refused(other.hand_over(1, 4, AT, 1).await), "NOT_YOURS");
+    assert_eq!(refused(world.hypervisor.hand_over(1, 4, AT, 1).await), "NOT_YOURS");
     assert_eq!(refused(other.assign(ENGINE2, 1).await), "NOT_YOURS");
     assert_eq!(refused(other.destroy(1).await), "NOT_YOURS");
     assert_eq!(refused(other.destroy(9).await), "UNKNOWN_OWNER");
@@ -92,10 +98,10 @@ async fn a_hypervisor_moves_its_own_virtual_machines_only() {
         "a driver of the host has it"
     );
     world.hypervisor.assign(ENGINE2, 1).await.unwrap();
-    assert_eq!(refused(other.assign(ENGINE2, 3).await), "NOT_YOURS");
+    assert_eq!(refused(other.assign(ENGINE2, 4).await), "NOT_YOURS");
     assert_eq!(refused(other.release(ENGINE2).await), "NOT_YOURS");
     let seen: Vec<u32> = other.vms().await.iter().map(|vm| vm.number).collect();
-    assert_eq!(seen, [3]);
+    assert_eq!(seen, [4]);
 }
 
 #[tokio::test]

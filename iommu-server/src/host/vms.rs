@@ -51,18 +51,17 @@ impl Host {
             let mut topology = self.topology.write();
             let mut last = self.last_vm.lock();
             let free = |number: &u32| topology.owner(Owner::Vm(*number)).is_err();
-            let number = match number {
-                Some(number) => number,
-                // Upwards, so that what still means an earlier machine by its number does not mean another one soon; numbers that are asked for change nothing in it.
-                None => {
-                    let upwards = (last.wrapping_add(1).max(1)..=u32::MAX).chain(1..=u32::MAX);
-                    *last = upwards.into_iter().find(free).expect("owners are fewer than numbers");
-                    *last
-                }
-            };
-            let entry = OwnerEntry { owner: Owner::Vm(number), name: name.clone() };
+            // Upwards, so that what still means an earlier machine by its number does not mean another one soon.
+            let mut upwards = (last.wrapping_add(1).max(1)..=u32::MAX).chain(1..=u32::MAX);
+            let next = || upwards.find(free).expect("owners are fewer than numbers");
+            let chosen = number.unwrap_or_else(next);
+            let entry = OwnerEntry { owner: Owner::Vm(chosen), name: name.clone() };
             topology.declare_owner(entry).map_err(declare_error)?;
-            number
+            if number.is_none() {
+                // What was asked for by number, or refused, moves nothing.
+                *last = chosen;
+            }
+            chosen
         };
         let owner = Owner::Vm(number);
         let made = hypervisor.add_vm(number).and_then(|()| self.kernel.account_with(owner, limits));
