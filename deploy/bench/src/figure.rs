@@ -1,4 +1,4 @@
-//! A figure: a value beside its reference, and whether the target of DESIGN.md §8 is met.
+//! A figure: a value beside its reference, and whether its target is met.
 //!
 //! **Promise:** a figure with a target always has a verdict, and the verdict follows from the numbers that are printed beside it.
 

@@ -1,4 +1,4 @@
-//! The measurements, each beside its reference in the same run (DESIGN.md §8).
+//! The measurements, each beside its reference in the same run.
 //!
 //! `cargo measure` runs them, prints a table, and writes `report.json` and SVG plots into the directory `measure` of cargo's
 //! target directory. Nothing here is compared with a number from another machine: the reference runs beside it, in

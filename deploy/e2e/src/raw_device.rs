@@ -8,16 +8,12 @@ use iommu_proto::pb::server_to_device::Message as Down;
 use iommu_types::{DeviceAddress, Identity, Role};
 use tonic::Status;
 
-use crate::raw::{ATTACH, Door, RawStream, envelope};
+use crate::raw::{ATTACH, Door, RawStream, envelope, hello};
 
 /// Not present: the device is attached to nothing.
 pub const NO_CONTEXT: u32 = 0x2;
-/// The address is beyond the width of the domain.
-pub const BEYOND_WIDTH: u32 = 0x4;
 /// The tables give no write permission.
 pub const WRITE_DENIED: u32 = 0x5;
-/// The tables give no read permission.
-pub const READ_DENIED: u32 = 0x6;
 /// Requests that claim to be translated are blocked.
 pub const TRANSLATED_BLOCKED: u32 = 0xd;
 /// Queued for an earlier owner.
@@ -29,19 +25,12 @@ pub const OVER_OPERATIONS: u32 = 0x1005;
 /// Over dma_bytes_per_second of the owner.
 pub const OVER_BYTES: u32 = 0x1006;
 
-/// Kinds of operations.
-pub const READ: u8 = 0;
-/// A write that is answered.
+/// The kind of operation that is a write with an answer.
 pub const WRITE: u8 = 1;
 
 /// The first message of a device's stream.
 pub fn hello_as(name: &str, address: DeviceAddress) -> Up {
-    Up::Hello(pb::Hello {
-        schema_version: 1,
-        name: name.to_owned(),
-        address: Some(address.into()),
-        mmio_credits: 16,
-    })
+    Up::Hello(pb::Hello { name: name.to_owned(), address: Some(address.into()), ..hello(0) })
 }
 
 /// Who a device is.

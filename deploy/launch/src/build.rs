@@ -40,22 +40,14 @@ fn build(caller: Option<&str>) -> anyhow::Result<Binaries> {
     let profile = own_profile()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    // What cargo tells a test of its own package is not for the next cargo: a build script that reads one of these (ring's does) would run
-    // again, and everything above it be compiled again, each time that the two take turns.
+    // What cargo tells a test or `cargo run` of its own package is not for the next cargo: a build script that reads one of these (ring's does)
+    // would run again, and everything above it be compiled again, each time that the two take turns.
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(is_of_a_package) {
             command.env_remove(name);
         }
     }
     command.current_dir(env!("CARGO_MANIFEST_DIR"));
-    // What `cargo run` says of the package that runs: build scripts look at it (ring's does), and what depends on them would be compiled anew each
-    // time, here and again by the next `cargo run`.
-    let of_the_caller = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
-    for (name, _) in std::env::vars_os() {
-        if name.to_str().is_some_and(of_the_caller) {
-            command.env_remove(name);
-        }
-    }
     command.args([
         "build",
         "--quiet",

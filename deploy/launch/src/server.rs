@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use iommu_pki::{CREDENTIAL_DAYS, Directory, Overwrite, PkiError, Validity};
 use iommu_types::{DeviceAddress, Identity, Role};
 use serde::Deserialize;
@@ -17,6 +17,15 @@ pub enum Wire {
     Tls,
     /// Plaintext, for measurements of everything else.
     Plaintext,
+}
+
+impl Wire {
+    const fn scheme(self) -> &'static str {
+        match self {
+            Self::Tls => "https",
+            Self::Plaintext => "http",
+        }
+    }
 }
 
 /// How to start a server.
@@ -55,48 +64,62 @@ pub struct Server {
     /// The process.
     pub process: Process,
     binaries: Binaries,
+    options: ServerOptions,
     directory: tempfile::TempDir,
     endpoint: String,
     admin: Option<String>,
     agents_started: u32,
 }
 
+/// Starts a server in this directory, on this TCP address, and waits until it is ready.
+async fn launch(
+    binaries: &Binaries,
+    options: &ServerOptions,
+    directory: &Path,
+    address: &str,
+) -> anyhow::Result<(Process, Ready)> {
+    let mut arguments: Vec<String> = ["--listen", address, "--admin", "127.0.0.1:0"].map(String::from).into();
+    match options.wire {
+        Wire::Tls => arguments.extend(["--pki".to_owned(), directory.join(PKI).display().to_string()]),
+        Wire::Plaintext => arguments.push("--insecure-plaintext".to_owned()),
+    }
+    arguments.extend(["--listen-unix".to_owned(), directory.join("server.sock").display().to_string()]);
+    arguments.extend(options.arguments.iter().cloned());
+    let log = directory.join("server.log");
+    let mut process = Process::start("iommu-server", &binaries.server, &arguments, log)?;
+    let ready = process.first_line().await?;
+    let ready = serde_json::from_str(&ready).with_context(|| {
+        format!("the server said {ready:?} instead of being ready; its log:\n{}", process.log())
+    })?;
+    Ok((process, ready))
+}
+
 impl Server {
     /// Starts a server on a free port of the loopback interface and on a UNIX socket, and waits until it is ready.
     pub async fn start(binaries: &Binaries, options: &ServerOptions) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new().prefix("iommu-").tempdir().context("create a directory")?;
-        let socket = directory.path().join("server.sock");
-        let mut arguments: Vec<String> =
-            ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"].map(String::from).into();
-        let pki = directory.path().join(PKI);
-        let scheme = match options.wire {
-            Wire::Tls => {
-                arguments.extend(["--pki".to_owned(), pki.display().to_string()]);
-                "https"
-            }
-            Wire::Plaintext => {
-                arguments.push("--insecure-plaintext".to_owned());
-                "http"
-            }
-        };
-        arguments.extend(["--listen-unix".to_owned(), socket.display().to_string()]);
-        arguments.extend(options.arguments.iter().cloned());
-        let log = directory.path().join("server.log");
-        let mut process = Process::start("iommu-server", &binaries.server, &arguments, log)?;
-        let ready = process.first_line().await?;
-        let ready: Ready = serde_json::from_str(&ready).with_context(|| {
-            format!("the server said {ready:?} instead of being ready; its log:\n{}", process.log())
-        })?;
+        let (process, ready) = launch(binaries, options, directory.path(), "127.0.0.1:0").await?;
         let Some(address) = ready.listen.first() else { bail!("the server listens nowhere") };
-        let endpoint = format!("{scheme}://{address}");
+        let endpoint = format!("{}://{address}", options.wire.scheme());
         Ok(Self {
             process,
             binaries: binaries.clone(),
+            options: options.clone(),
             directory,
             endpoint,
             admin: ready.admin,
             agents_started: 0,
         })
+    }
+
+    /// Starts it once more after its end, with the same arguments, directory and port, and waits until it is ready. Its admin address is another
+    /// one, and its log begins anew.
+    pub async fn start_again(&mut self) -> anyhow::Result<()> {
+        ensure!(self.process.id().is_none(), "the server has not ended");
+        let address = self.endpoint.split_once("://").map_or("", |(_, address)| address);
+        let (process, ready) = launch(&self.binaries, &self.options, self.directory.path(), address).await?;
+        (self.process, self.admin) = (process, ready.admin);
+        Ok(())
     }
 
     /// Where it listens over TCP, as an endpoint for clients.

@@ -8,7 +8,7 @@ use iommu_proto::pb::device_to_server::Message as Up;
 
 use crate::bounds::{BATCH_BYTES_MAX, OPERATIONS_MAX, QUEUED_BYTES_MAX, QUEUED_MAX};
 use crate::execute::{answer_of_batch, answer_of_one};
-use crate::language::{Answer, Claim, Command, Connect, Counted, Dma, End, Kind, Raw, Status};
+use crate::language::{Answer, Behave, Claim, Command, Connect, Counted, Dma, End, Kind, Raw, Status};
 use crate::load::Hammering;
 use crate::peer::Peer;
 use crate::stream::{Stream, hello};
@@ -39,7 +39,7 @@ pub struct Device {
     server: String,
     credentials: Credentials,
     stream: Option<Stream>,
-    peer: Peer,
+    behave: Behave,
     queued: VecDeque<pb::DmaBatch>,
     last_write: Option<pb::DmaBatch>,
     hammer: Option<Hammering>,
@@ -52,7 +52,7 @@ impl Device {
             server: server.to_owned(),
             credentials,
             stream: None,
-            peer: Peer::default(),
+            behave: Behave::default(),
             queued: VecDeque::new(),
             last_write: None,
             hammer: None,
@@ -81,11 +81,11 @@ impl Device {
             Command::Dma(dma) => self.dma(&dma).await,
             Command::Raw(raw) => {
                 let batch = self.raw(&raw)?;
-                self.carry(batch).await.map(|(answer, _)| answer)
+                self.batch(batch).await
             }
             Command::Release => self.release().await,
             Command::Replay => match self.last_write.clone() {
-                Some(batch) => self.carry(batch).await.map(|(answer, _)| answer),
+                Some(batch) => self.batch(batch).await,
                 None => wrong("nothing was written yet, so there is nothing to repeat"),
             },
             Command::Scan(scan) => self.scan(&scan).await,
@@ -110,7 +110,7 @@ impl Device {
                 Ok(Answer::Well)
             }
             Command::Behave(behave) => {
-                self.peer.behave = behave.clone();
+                self.behave = behave.clone();
                 if let Some(stream) = &self.stream {
                     stream.peer().behave = behave;
                 }
@@ -133,7 +133,7 @@ impl Device {
     async fn connect(&mut self, connect: Connect) -> Result<Answer, Stopped> {
         self.drop_stream().await;
         let server = connect.server.clone().unwrap_or_else(|| self.server.clone());
-        let peer = Peer::behaving(self.peer.behave.clone());
+        let peer = Peer::behaving(self.behave.clone());
         let stream = Stream::open(&server, &self.credentials, &connect, peer).await?;
         let welcome = &stream.welcome;
         let answer = Answer::Connected {
@@ -208,8 +208,7 @@ impl Device {
             self.queued.push_back(batch);
             return Ok(Answer::Queued { waiting: self.queued.len() as u64 });
         }
-        let (_, completions) = self.carry(batch).await?;
-        Ok(answer_of_one(completions))
+        self.carry(batch).await.map(answer_of_one)
     }
 
     /// A batch of one operation.
@@ -265,19 +264,21 @@ impl Device {
         })
     }
 
+    /// Carries out a batch, and tells how it ended.
+    async fn batch(&mut self, batch: pb::DmaBatch) -> Result<Answer, Stopped> {
+        let operations = batch.iova.len() as u64;
+        let completions = self.carry(batch).await?;
+        Ok(answer_of_batch(operations, &completions))
+    }
+
     /// Sends a batch and waits for its answer.
-    pub(crate) async fn carry(
-        &mut self,
-        batch: pb::DmaBatch,
-    ) -> Result<(Answer, pb::DmaCompletions), Stopped> {
+    pub(crate) async fn carry(&mut self, batch: pb::DmaBatch) -> Result<pb::DmaCompletions, Stopped> {
         let shared = self.stream()?.shared();
         if batch.kind.iter().any(|kind| *kind != 0) {
             self.last_write = Some(batch.clone());
         }
-        let operations = batch.iova.len() as u64;
         let answer = shared.submit(batch).await?;
-        let completions = shared.answer(answer).await?;
-        Ok((answer_of_batch(operations, &completions), completions))
+        Ok(shared.answer(answer).await?)
     }
 
     /// Sends all that is queued, in order, before it reads the first answer.
@@ -291,7 +292,7 @@ impl Device {
         if answers.is_empty() {
             return wrong("nothing is queued; say dma with later");
         }
-        let mut operations = 0;
+        let (mut operations, mut payload) = (0, Vec::new());
         let mut together = pb::DmaCompletions::default();
         for (count, answer) in answers {
             let completions = shared.answer(answer).await?;
@@ -301,9 +302,10 @@ impl Device {
             together.fault_reason.extend(completions.fault_reason);
             together.fault_iova.extend(completions.fault_iova);
             together.fault_done_bytes.extend(completions.fault_done_bytes);
-            together.payload = completions.payload;
+            payload.extend_from_slice(&completions.payload);
             operations += count;
         }
+        together.payload = payload.into();
         Ok(answer_of_batch(operations, &together))
     }
 }

@@ -244,7 +244,14 @@ fn payload(kind: Kind, batch_bytes: u64) -> Bytes {
     }
 }
 
-fn batch(kind: Kind, iova: Vec<u64>, size: u32, payload: Bytes, generation: Option<u64>) -> pb::DmaBatch {
+/// Operations of one kind and size.
+pub(crate) fn batch(
+    kind: Kind,
+    iova: Vec<u64>,
+    size: u32,
+    payload: Bytes,
+    generation: Option<u64>,
+) -> pb::DmaBatch {
     pb::DmaBatch {
         iova,
         size_bytes: vec![size],

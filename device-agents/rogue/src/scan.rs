@@ -10,6 +10,7 @@ use crate::bounds::{
 use crate::device::{Device, Stopped, wrong};
 use crate::execute::count;
 use crate::language::{Answer, Claim, End, GuessInterrupts, Kind, Scan};
+use crate::load::batch;
 use crate::text::Address;
 
 /// FEEx_xxxx in remappable format (VT-d 5.10 §5.1.2.2): bit 4 is the format, bits 19:5 the handle, bit 2 its bit 15.
@@ -86,44 +87,8 @@ impl Device {
             return wrong(format!("from, to, stride: 1 to {SCAN_ADDRESSES_MAX} addresses, ascending"));
         }
         let all: Vec<u64> = (0..=(to - from) / stride).map(|n| from + n * stride).collect();
-        let per_batch = (SCAN_BATCH_BYTES / u64::from(scan.size)).clamp(1, SCAN_BATCH_OPERATIONS) as usize;
-        let generation = self.generation(Claim::Current)?;
-        let mut found = Found::default();
-        for addresses in all.chunks(per_batch) {
-            let (kind, payload) = match scan.write {
-                Some(byte) => (Kind::Write, vec![byte; scan.size as usize * addresses.len()]),
-                None => (Kind::Read, Vec::new()),
-            };
-            let batch = pb::DmaBatch {
-                iova: addresses.to_vec(),
-                size_bytes: vec![scan.size],
-                kind: vec![kind.code()].into(),
-                payload: payload.into(),
-                assignment_generation: generation,
-                ..pb::DmaBatch::default()
-            };
-            let Some(completions) = self.carry_or_end(batch, &mut found).await? else { break };
-            let canary = scan.canary.as_ref().map(|canary| canary.0.as_slice());
-            let size = if scan.write.is_some() { 0 } else { scan.size as usize };
-            found.take(addresses, size, canary, &completions);
-        }
-        Ok(found.answer())
-    }
-
-    /// Sends a batch and waits for its answer. The end of the session is one more thing that was found: what was read before it stays read.
-    async fn carry_or_end(
-        &mut self,
-        batch: pb::DmaBatch,
-        found: &mut Found,
-    ) -> Result<Option<pb::DmaCompletions>, Stopped> {
-        match self.carry(batch).await {
-            Ok((_, completions)) => Ok(Some(completions)),
-            Err(Stopped::Ended(end)) => {
-                found.ended = Some(end);
-                Ok(None)
-            }
-            Err(wrong) => Err(wrong),
-        }
+        let canary = scan.canary.as_ref().map(|canary| canary.0.as_slice());
+        Ok(self.sweep(&all, scan.size, scan.write, canary).await?.answer())
     }
 
     pub(crate) async fn guess_interrupts(&mut self, guess: &GuessInterrupts) -> Result<Answer, Stopped> {
@@ -131,21 +96,38 @@ impl Device {
             return wrong("from, to: ascending");
         }
         let all: Vec<u64> = (guess.from..=guess.to).map(interrupt_address).collect();
+        Ok(self.sweep(&all, 4, Some(0), None).await?.answer())
+    }
+
+    /// Writes this byte to all addresses, or reads there and looks for the canary. The end of the session is one more thing that was found: what was read
+    /// before it stays read.
+    async fn sweep(
+        &mut self,
+        all: &[u64],
+        size: u32,
+        write: Option<u8>,
+        canary: Option<&[u8]>,
+    ) -> Result<Found, Stopped> {
+        let per_batch = (SCAN_BATCH_BYTES / u64::from(size)).clamp(1, SCAN_BATCH_OPERATIONS) as usize;
         let generation = self.generation(Claim::Current)?;
+        let (kind, bytes_read) = match write {
+            Some(_) => (Kind::Write, 0),
+            None => (Kind::Read, size as usize),
+        };
         let mut found = Found::default();
-        for addresses in all.chunks(SCAN_BATCH_OPERATIONS as usize) {
-            let batch = pb::DmaBatch {
-                iova: addresses.to_vec(),
-                size_bytes: vec![4],
-                kind: vec![Kind::Write.code()].into(),
-                payload: vec![0; 4 * addresses.len()].into(),
-                assignment_generation: generation,
-                ..pb::DmaBatch::default()
-            };
-            let Some(completions) = self.carry_or_end(batch, &mut found).await? else { break };
-            found.take(addresses, 0, None, &completions);
+        for addresses in all.chunks(per_batch) {
+            let payload = write.map_or_else(Vec::new, |byte| vec![byte; size as usize * addresses.len()]);
+            let batch = batch(kind, addresses.to_vec(), size, payload.into(), generation);
+            match self.carry(batch).await {
+                Ok(completions) => found.take(addresses, bytes_read, canary, &completions),
+                Err(Stopped::Ended(end)) => {
+                    found.ended = Some(end);
+                    break;
+                }
+                Err(wrong) => return Err(wrong),
+            }
         }
-        Ok(found.answer())
+        Ok(found)
     }
 }
 

@@ -160,6 +160,27 @@ async fn what_was_queued_goes_out_later_under_the_generation_of_its_time_even_th
 }
 
 #[tokio::test]
+async fn what_is_released_is_told_as_one_batch_with_the_bytes_of_all() {
+    let mut bench = Bench::start().await;
+    let mut script = bench.usual().await;
+    for line in [
+        r#"{"do":"dma","iova":0,"size":3,"later":true}"#,
+        r#"{"do":"dma","iova":4096,"size":1,"later":true}"#,
+        r#"{"do":"dma","iova":8192,"size":2,"later":true}"#,
+    ] {
+        bench.tell(line).await;
+    }
+    let serving = async {
+        script.answer(&[1, 2, 3], &[]).await;
+        script.answer(&[], &[(0, 6)]).await;
+        script.answer(&[4, 5], &[]).await;
+    };
+    let (answer, ()) = bench.play(r#"{"do":"release"}"#, serving).await;
+    let Answer::Batch { succeeded: 2, faults, payload_bytes: 5, .. } = answer else { panic!("{answer:?}") };
+    assert_eq!(faults.iter().map(|fault| fault.index).collect::<Vec<_>>(), [1]);
+}
+
+#[tokio::test]
 async fn a_write_is_repeated_byte_for_byte() {
     let mut bench = Bench::start().await;
     let mut script = bench.usual().await;

@@ -11,8 +11,8 @@ use crate::stand::{Bench, address, name, owner};
 use crate::wire::load::{Kind, Load};
 use crate::wire::peer::{Device, WorkingSet};
 
-/// Size of an operation and the share of plaintext that must be left (DESIGN.md §8 found 0.7 to 1.0 before there was this server). In batches of 128 the protocol's own work hides some of the cipher's; at 4 KiB
-/// the cipher has every byte, so that is told and not judged.
+/// Size of an operation and the share of plaintext that must be left. In batches of 128 the protocol's own work hides some of the cipher's; at
+/// 4 KiB the cipher has every byte, so that is told and not judged.
 const SIZES: [(u32, Option<f64>); 2] = [(64, Some(0.65)), (4 << 10, None)];
 
 /// A server and its first device and driver.

@@ -9,7 +9,7 @@ use crate::report::Report;
 use crate::rounds::in_turn_async;
 use crate::stand::{Bench, Ends};
 
-/// Size of an operation, its mappings (how many, how large), and the share of the echo that DESIGN.md §8 asks for.
+/// Size of an operation, its mappings (how many, how large), and the share of the echo that must be left.
 const SIZES: [(u32, u64, u64, f64); 5] = [
     (64, 256, 4 << 10, 0.70),
     (1500, 256, 4 << 10, 0.75),

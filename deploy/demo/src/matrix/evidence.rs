@@ -127,8 +127,8 @@ fn now_unix_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }
 
-/// The device writes all the time while `let_go` takes the memory away from it; `look` seeds the memory afterwards (`true`) and looks whether
-/// the canary is still there (`false`).
+/// The device writes all the time while `let_go` takes the memory away from it. Afterwards `seed` writes the canary, and `is_intact` looks
+/// whether it is still there.
 pub(crate) async fn race(
     site: &mut Site,
     mapping: &Mapping,

@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use rogue::language::{Behave, Command};
 use serde::Serialize;
 
+use super::act::language::Ask;
 use super::catalogue::{ROWS, Row};
 use super::column::Column;
 use super::evidence::Evidence;
@@ -15,7 +17,7 @@ use super::rows;
 use super::scene::{Scene, Sides, Stage};
 use crate::report::progress;
 
-/// One cell takes a second at most; more is a hang.
+/// Most cells take a second at most, the storm of row 29 half a minute; more is a hang.
 const CELL_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Tells how far it is.
@@ -194,10 +196,12 @@ async fn carry_out(scene: &mut Scene<'_>, attack: Attack) -> anyhow::Result<Seen
         Attack::ScanOfAnotherTenant => rows::scan_of_another_tenant(scene).await?,
     };
     let due: BTreeSet<String> = evidence.told.iter().filter(|reason| is_fault(reason)).cloned().collect();
-    // The unit of a bare machine whose translation is off records nothing.
-    let logged = match scene.own.is_bare() {
-        true => None,
-        false => Some(scene.judge.since(device, &mark, &due).await?),
+    let logged = if scene.own.is_bare() {
+        let unit = scene.own.actor.request(Ask::Unit).await?;
+        ensure!(unit.value == 0, "a fault was recorded where nothing is translated: FSTS {:#x}", unit.value);
+        None
+    } else {
+        Some(scene.judge.since(device, &mark, &due).await?)
     };
     let outcome = evidence.outcome();
     let Evidence { told, window_us, notes, .. } = evidence;

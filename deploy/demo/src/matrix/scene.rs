@@ -185,28 +185,30 @@ impl Stage {
         Scene { stage: self, judge: &self.judge, hypervisor, own, attacker, victim }
     }
 
-    /// What a device is told whose server has just started, and after that has been killed and started again. Tried once: there are no domains then, so no
-    /// mode can make a difference.
+    /// What a device is told whose server has just started, and after that has been killed and started again. Tried once: there are no domains
+    /// then, so no mode can make a difference.
     pub(crate) async fn restarts(&self) -> anyhow::Result<Vec<Option<String>>> {
         let mut known = self.restarts.lock().await;
         if let Some(known) = &*known {
             return Ok(known.clone());
         }
+        let arguments = ["--memory", "64MiB"].map(String::from).into();
+        let options = ServerOptions { arguments, ..ServerOptions::default() };
+        let mut server = Server::start(&self.binaries, &options).await?;
+        let connect = Connect::new("engine2", "00:03.0".parse()?);
+        let rogue = start_rogue(&mut server, &connect).await?;
         let mut told = Vec::new();
-        // Free from now on, and then the same again.
-        let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr());
-        let listen = port.context("a free port")?.to_string();
-        for _ in 0..2 {
-            let arguments = ["--memory", "64MiB", "--listen", &listen].map(String::from).into();
-            let mut server =
-                Server::start(&self.binaries, &ServerOptions { arguments, ..ServerOptions::default() })
-                    .await?;
-            let rogue = start_rogue(&mut server, &Connect::new("engine2", "00:03.0".parse()?)).await?;
+        for is_restart in [false, true] {
+            if is_restart {
+                server.process.kill().await?;
+                server.start_again().await?;
+                rogue.connect(&connect).await?;
+            }
             for address in [0, PAGE, 0x10_0000, 0xffff_f000] {
                 told.push(rogue.dma(Dma::write(address, vec![FILL; BLOW as usize])).await?.err());
             }
-            server.process.kill().await?;
         }
+        server.process.kill().await?;
         *known = Some(told.clone());
         Ok(told)
     }

@@ -17,7 +17,7 @@ use prost::Message;
 use tokio::task::JoinSet;
 use tonic::Status;
 
-use super::plan::{Attack, History};
+use super::plan::{Attack, History, STEPS_MIN};
 use super::world::{SPY_MAPPINGS, Spy, Worker, World};
 use iommu_e2e::guests::MEMORY;
 
@@ -36,21 +36,20 @@ struct Attacker<'a> {
     request_id: u64,
 }
 
-/// Attacks until it is told to stop; gives the number of steps.
-pub(crate) async fn attack(world: Arc<World>, tenant: usize, seed: u64, stop: Arc<AtomicBool>) -> u64 {
+/// Attacks until it is told to stop, and [`STEPS_MIN`] steps at least.
+pub(crate) async fn attack(world: Arc<World>, tenant: usize, seed: u64, stop: Arc<AtomicBool>) {
     let spy = &world.tenants[tenant].spy;
     let other = &world.tenants[1 - tenant].worker;
     let raw = attach(spy).await;
     let mut attacker = Attacker { world: &world, tenant, spy, other, raw, request_id: 0 };
     let mut history = History::of(format!("attacks of tenant {tenant}"), seed);
     let mut step = 0;
-    while !stop.load(Ordering::SeqCst) {
+    while step < STEPS_MIN || !stop.load(Ordering::SeqCst) {
         let what = Attack::of(seed, tenant as u64, step);
         history.begins(step, &what);
         attacker.does(what).await;
         step += 1;
     }
-    step
 }
 
 async fn attach(spy: &Spy) -> RawDevice {

@@ -3,6 +3,9 @@
 use guest_sdk::{Direction, DomainOptions, IovaAllocation, MappingGranularity, Protection};
 use iommu_e2e::random::Random;
 
+/// Steps that everybody does at least, however slow the machine is.
+pub(crate) const STEPS_MIN: u64 = 21;
+
 /// Legitimate work.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Work {

@@ -11,7 +11,7 @@ use iommu_e2e::device::{REGISTER_VALUE, fault};
 use iommu_e2e::stage::SOON;
 use iommu_types::DeviceAddress;
 
-use super::plan::{History, Piece, Work};
+use super::plan::{History, Piece, STEPS_MIN, Work};
 use super::world::{Worker, World};
 
 /// Bytes of the buffer of one piece.
@@ -35,15 +35,15 @@ struct Desk<'a> {
     interrupts: Interrupts,
 }
 
-/// Works until it is told to stop; gives the number of steps.
-pub(crate) async fn work(world: Arc<World>, tenant: usize, seed: u64, stop: Arc<AtomicBool>) -> u64 {
+/// Works until it is told to stop, and [`STEPS_MIN`] steps at least.
+pub(crate) async fn work(world: Arc<World>, tenant: usize, seed: u64, stop: Arc<AtomicBool>) {
     let worker = &world.tenants[tenant].worker;
     let interrupts = Interrupts::default();
     let listening = listen(worker, Arc::clone(&interrupts)).await;
     let desk = Desk::of(worker, interrupts).await;
     let mut history = History::of(format!("work of tenant {tenant}"), seed);
     let mut step = 0;
-    while !stop.load(Ordering::SeqCst) {
+    while step < STEPS_MIN || !stop.load(Ordering::SeqCst) {
         let what = Work::of(seed, tenant as u64, step);
         history.begins(step, &what);
         desk.does(what, step).await;
@@ -51,7 +51,6 @@ pub(crate) async fn work(world: Arc<World>, tenant: usize, seed: u64, stop: Arc<
         step += 1;
     }
     listening.abort();
-    step
 }
 
 /// Counts interrupts, all of which must be of the worker's own devices.

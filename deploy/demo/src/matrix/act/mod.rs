@@ -6,11 +6,12 @@ mod hypervisor;
 pub(crate) mod language;
 mod machine;
 
-use std::io::{BufRead, Write};
+use std::io::Write;
 
 use anyhow::{Context, bail};
 use guest_sdk::{Connection, Owner, SdkError};
 use iommu_proto::errors::WireError;
+use rogue::lines::Lines;
 
 use self::language::{Ask, Refused, Reply};
 
@@ -42,16 +43,8 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         ("machine", None) => Actor::Machine(machine::System::open(connection, &options.name).await?),
         (role, owner) => bail!("role {role} with owner {owner:?}"),
     };
-    loop {
-        // The session is kept alive by tasks of its own; this one blocks in between, on a thread that is allowed to.
-        let line = tokio::task::spawn_blocking(|| {
-            let mut line = String::new();
-            std::io::stdin().lock().read_line(&mut line).map(|_| line)
-        });
-        let line = line.await?.context("read a line")?;
-        if line.is_empty() {
-            return Ok(());
-        }
+    let mut lines = Lines::of_stdin();
+    while let Some(line) = lines.next().await.context("read a line")? {
         let ask: Ask = serde_json::from_str(&line).with_context(|| format!("was told {line:?}"))?;
         let reply = match &mut actor {
             Actor::Driver(driver) => driver.obey(ask).await,
@@ -60,6 +53,7 @@ pub(crate) async fn run(options: Options) -> anyhow::Result<()> {
         };
         tell(&reply.unwrap_or_else(|refused| Reply { refused: Some(refused), ..Reply::default() }))?;
     }
+    Ok(())
 }
 
 enum Actor {

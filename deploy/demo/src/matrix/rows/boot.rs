@@ -28,7 +28,7 @@ pub(super) async fn before_and_after(scene: &mut Scene<'_>) -> anyhow::Result<Ev
         for refused in scene.stage.restarts().await? {
             if refused.is_none() {
                 evidence.reached(Outcome::Succeeds);
-                evidence.notes.push("let through right after the start".to_owned());
+                evidence.notes.push("let through right after a start".to_owned());
             }
             evidence.told(refused);
         }
